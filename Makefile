@@ -73,13 +73,13 @@ $(RUN):
 # Wheels alone, every one by its hash; then the project itself, which needs nothing more.
 $(RUNTIME): requirements.lock pyproject.toml | $(RUN)
 	@echo "Setting up .venv"
-	@$(PIP) install --quiet --require-hashes --only-binary :all: -r requirements.lock
-	@$(PIP) install --quiet --no-deps --no-build-isolation --no-index --editable .
+	@$(PIP) install -qq --require-hashes --only-binary :all: -r requirements.lock
+	@$(PIP) install -qq --no-deps --no-build-isolation --no-index --editable .
 	@touch $@
 
 $(DEV): requirements-dev.lock $(RUNTIME)
 	@echo "Setting up the tools for tests"
-	@$(PIP) install --quiet --require-hashes --only-binary :all: -r requirements-dev.lock
+	@$(PIP) install -qq --require-hashes --only-binary :all: -r requirements-dev.lock
 	@touch $@
 
 $(NODE): package-lock.json
