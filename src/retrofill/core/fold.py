@@ -1,0 +1,493 @@
+"""Events into state, one after another, in order of arrival.
+
+`fold` takes the requests of one block and what is known of the people they touch, and returns the block to write and
+the values that change. It is the whole meaning of an event: the server folds live requests with it, recovery folds the
+same blocks again, and both must end in the same values, so nothing here depends on when or where it runs. `Known` is
+only read; what changes is laid over it and handed back, for the caller to keep once the block is on disk.
+
+Order of one event: identity (merge), property table, first-seen, row. The table is read and written as contract,
+properties 2 says; with `$skip_user_properties_sync` it is neither. An identify always writes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.core import identity, language, person, properties
+from retrofill.core.block import COLUMNS, Block, Flag, Kind, Merge, Part
+from retrofill.core.event import Batch, Event
+from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
+from retrofill.core.throttle import UpdateWindow
+from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, Limits
+
+Group = tuple[str, str]  # type, value
+
+# What an event says of the built-in columns, in the order of `block.COLUMNS`; the two device names are derived.
+_said = attrgetter(
+    "platform",
+    "os_name",
+    "os_version",
+    "device_brand",
+    "device_manufacturer",
+    "device_model",
+    "carrier",
+    "country",
+    "region",
+    "city",
+    "dma",
+    "language",
+    "app_version",
+    "version_name",
+    "ip",
+    "library",
+    "start_version",
+    "paying",
+)
+_MODEL = COLUMNS.index("device_model")
+_LIBRARY = COLUMNS.index("library")
+_VERSION = COLUMNS.index("version_name")
+_START = COLUMNS.index("start_version")
+_PAYING = COLUMNS.index("paying")
+_FAMILIES = {"iPhone": "Apple iPhone", "iPad": "Apple iPad", "iPod": "Apple iPod"}
+
+DEFAULT_LIBRARY = {
+    "/2/httpapi": "http/2.0",
+    "/batch": "batch/1.0",
+    "/httpapi": "http/1.0",
+    "/": "http/1.0",
+    "/identify": "http/1.0",
+    "/groupidentify": "http/1.0",
+    "/usermap": "http/1.0",
+}
+_KINDS = {"$identify": Kind.IDENTIFY, "$groupidentify": Kind.GROUP_IDENTIFY}
+
+_encode = msgspec.json.Encoder().encode
+_NO_TABLE = -1
+
+
+class Known(Struct):
+    """What is known of one project before the block, complete for every id its events name.
+
+    devices, users: id → amplitude_id, 0 if never seen. people: every amplitude_id named there and its survivor.
+    groups: (type, value) → properties, for every group an event or a person names.
+    """
+
+    devices: Mapping[str, int]
+    users: Mapping[str, int]
+    people: Mapping[int, Person]
+    groups: Mapping[Group, dict[str, Any]]
+
+
+class Changes(Struct):
+    """What the block changes in one project: new values by key. An alias of "" is taken back."""
+
+    devices: dict[str, int]
+    users: dict[str, int]
+    people: dict[int, Person]
+    groups: dict[Group, dict[str, Any]]
+    aliases: dict[str, str]
+
+
+class Folded(Struct):
+    """A block with what it changes, by project, and the next unused amplitude_id."""
+
+    block: Block
+    changes: dict[int, Changes]
+    fresh: int
+
+
+class _Columns(Struct):
+    """The packed columns of the block under way."""
+
+    amplitude_id: array[int]
+    event_time_ms: array[int]
+    created_ms: array[int]
+    kind: bytearray
+    flags: bytearray
+    table: array[int]
+    tables: list[bytes]
+    merges: list[Merge]
+
+
+def fold(
+    batches: Sequence[Batch],
+    known: Mapping[int, Known],
+    *,
+    number: int,
+    server_upload_ms: int,
+    fresh: int,
+    limits: Mapping[int, Limits],
+    dropped: Sequence[int],
+    keys: bytes,
+    forgotten: Sequence[tuple[int, int]] = (),
+    partition: int = 0,
+) -> Folded:
+    """Fold the requests of one block.
+
+    batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, true for a
+    duplicate. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
+    forgotten: (project, amplitude_id) of people to delete before the first event.
+    """
+    columns = _Columns(
+        array("q"), array("q"), array("q"), bytearray(), bytearray(), array("i"), [], []
+    )
+    changes: dict[int, Changes] = {}
+    parts: list[Part] = []
+    for project, amplitude_id in forgotten:
+        change = changes.setdefault(project, Changes({}, {}, {}, {}, {}))
+        change.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
+    first = 0
+    for batch in batches:
+        project = batch.project
+        change = changes.get(project)
+        if change is None:
+            change = changes[project] = Changes({}, {}, {}, {}, {})
+        client_upload_ms = batch.client_upload_ms
+        if client_upload_ms is None:
+            client_upload_ms = batch.received_ms
+        rows = len(batch.events)
+        fresh = _fold_batch(
+            batch,
+            known[project],
+            change,
+            columns,
+            client_upload_ms=client_upload_ms,
+            server_upload_ms=server_upload_ms,
+            fresh=fresh,
+            updates_max=limits[project].property_updates_per_h,
+            dropped=dropped[first : first + rows],
+        )
+        parts.append(
+            Part(
+                project,
+                batch.path,
+                batch.received_ms,
+                client_upload_ms,
+                batch.remote,
+                rows,
+                batch.body,
+            )
+        )
+        first += rows
+    block = Block(
+        partition,
+        number,
+        server_upload_ms,
+        parts,
+        columns.amplitude_id.tobytes(),
+        columns.event_time_ms.tobytes(),
+        columns.created_ms.tobytes(),
+        bytes(columns.kind),
+        bytes(columns.flags),
+        columns.table.tobytes(),
+        keys,
+        columns.tables,
+        columns.merges,
+        list(forgotten),
+    )
+    return Folded(block, changes, fresh)
+
+
+def skew_ms(received_ms: int, client_upload_ms: int) -> int:
+    """How far the client's clock is behind ours; under a minute counts as none. Source: contract, events 5."""
+    skew = received_ms - client_upload_ms
+    return skew if abs(skew) >= CLOCK_SKEW_MS else 0
+
+
+def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, no calls that can be spared
+    batch: Batch,
+    known: Known,
+    change: Changes,
+    columns: _Columns,
+    *,
+    client_upload_ms: int,
+    server_upload_ms: int,
+    fresh: int,
+    updates_max: int,
+    dropped: Sequence[int],
+) -> int:
+    devices, users, people = known.devices, known.users, known.people
+    new_devices, new_users, new_people = change.devices, change.users, change.people
+    add_person = columns.amplitude_id.append
+    add_time = columns.event_time_ms.append
+    add_created = columns.created_ms.append
+    add_kind = columns.kind.append
+    add_flags = columns.flags.append
+    add_table = columns.table.append
+    tables = columns.tables
+    skew = skew_ms(batch.received_ms, client_upload_ms)
+    remote = batch.remote
+    library = DEFAULT_LIBRARY.get(batch.path, "http/2.0")
+    may_earn = b'"$revenue"' in batch.body or b'"$price"' in batch.body
+    own_columns: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
+    aliases = batch.path == "/usermap"
+    row = len(columns.kind) - 1
+
+    for event, is_dropped in zip(batch.events, dropped, strict=True):
+        row += 1
+        time = event.time
+        event_time = (client_upload_ms if time is None else time) + skew
+        if is_dropped:
+            add_person(0)
+            add_time(event_time)
+            add_created(-1)
+            add_kind(Kind.DROPPED)
+            add_flags(0)
+            add_table(_NO_TABLE)
+            continue
+        user, device = event.user_id, event.device_id
+        kind = Kind.ALIAS if aliases else _KINDS.get(event.event_type, Kind.EVENT)
+        flags = 0
+
+        if kind is Kind.ALIAS:
+            _alias(event, change)
+            who = Person(users.get(user or "", 0) or new_users.get(user or "", 0))
+            user = device = None
+        elif user is None and not device:
+            who = Person(0)  # a group identify without ids concerns nobody
+        else:
+            # Identity. Nearly every event is of a person known by both ids.
+            amplitude_id = new_devices.get(device) or devices[device]  # type: ignore[arg-type,index]
+            user_person = (
+                (new_users.get(user) or users[user]) if user is not None else amplitude_id
+            )
+            found = new_people.get(amplitude_id) or people.get(amplitude_id)
+            if found is None or user_person != amplitude_id or found.merged_into:
+                if found is not None and found.merged_into:
+                    amplitude_id, found = _follow(found, people, new_people)
+                if user is not None and user_person and user_person != amplitude_id:
+                    owner = new_people.get(user_person) or people[user_person]
+                    user_person = 0 if owner.merged_into == FORGOTTEN else user_person
+                resolution = identity.resolve(
+                    device_person=amplitude_id,
+                    device_owner=found.user_id if found else None,
+                    user=user,
+                    user_person=user_person if user is not None else 0,
+                    fresh=fresh,
+                )
+                amplitude_id = resolution.amplitude_id
+                new_devices[device] = amplitude_id  # type: ignore[index]
+                if user is not None and user_person != amplitude_id:
+                    new_users[user] = amplitude_id
+                if resolution.fresh:
+                    fresh += 1
+                    found = Person(amplitude_id, user)
+                else:
+                    found = new_people.get(amplitude_id) or people[amplitude_id]
+                if resolution.adopts:
+                    found = _replaced(found, user_id=user)
+                if resolution.absorbed:
+                    other = new_people.get(resolution.absorbed) or people[resolution.absorbed]
+                    found = person.merged(found, other)
+                    new_people[resolution.absorbed] = _replaced(other, merged_into=amplitude_id)
+                    columns.merges.append(
+                        Merge(row, batch.project, resolution.absorbed, amplitude_id, event_time)
+                    )
+                new_people[amplitude_id] = found
+            who = found
+
+        if kind is Kind.GROUP_IDENTIFY:
+            _group_identify(event, known, change)
+
+        # The property table.
+        skip = event.skip_user_properties_sync and kind is Kind.EVENT
+        sent = event.user_properties
+        said = _said(event)
+        if said[14] == "$remote":
+            said = (*said[:14], remote, *said[15:])
+        event_groups = event.groups
+        shown = b""
+        if skip:
+            flags |= Flag.SKIP
+            table = properties.apply({}, sent) if sent else {}
+            own = own_columns.get(said)
+            if own is None:
+                own = own_columns[said] = _columns(NO_COLUMNS, said, library)
+            shown = _show(table, own, event_groups, {}, known, change)
+        elif kind is Kind.EVENT or kind is Kind.IDENTIFY:
+            before = who
+            table = properties.apply(who.properties, sent) if sent else who.properties
+            built_in = who.columns
+            if said != who.sent or (said[15] is None and built_in[_LIBRARY] != library):
+                built_in = _started(_columns(built_in, said, library))
+            if (
+                event.price is not None
+                or event.revenue is not None
+                or (may_earn and _is_revenue(event))
+            ):
+                flags |= Flag.REVENUE
+                if built_in[_PAYING] is None and kind is Kind.EVENT:
+                    built_in = (*built_in[:_PAYING], "true", *built_in[_PAYING + 1 :])
+            groups = who.groups
+            if kind is Kind.IDENTIFY and event_groups:
+                groups = _join(groups, event_groups)
+            updates = who.updates
+            if sent and updates_max and not UpdateWindow.allowed(updates, server_upload_ms, updates_max):
+                flags |= Flag.UPDATE_DROPPED
+                shown = _show(table, built_in, event_groups, groups, known, change)
+            else:
+                if sent and updates_max:
+                    updates = UpdateWindow.added(updates, server_upload_ms)
+                if (
+                    table is not who.properties
+                    or built_in is not who.columns
+                    or groups is not who.groups
+                ):
+                    who = Person(
+                        who.amplitude_id,
+                        who.user_id,
+                        table,
+                        built_in,
+                        groups,
+                        who.first_seen_ms,
+                        server_upload_ms,
+                        updates,
+                        0,
+                        b"",
+                        said,
+                    )
+                elif updates is not who.updates:
+                    who = _replaced(who, updates=updates)
+            if kind is Kind.EVENT and not (0 <= who.first_seen_ms <= event_time):
+                if who.first_seen_ms < 0:
+                    flags |= Flag.FIRST_EVENT
+                who = _replaced(who, first_seen_ms=event_time)
+            if not shown:
+                if event_groups or groups:
+                    shown = _show(who.properties, who.columns, event_groups, groups, known, change)
+                else:
+                    shown = who.shown
+                    if not shown:
+                        # Remembered on the person: a function of its other fields.
+                        shown = who.shown = _encode((who.properties, {}, {}, *who.columns))
+            if who is not before:
+                new_people[who.amplitude_id] = who
+        else:
+            shown = _show({}, _columns(NO_COLUMNS, said, library), event_groups, {}, known, change)
+
+        if kind is Kind.EVENT and skip and not (0 <= who.first_seen_ms <= event_time):
+            if who.first_seen_ms < 0:
+                flags |= Flag.FIRST_EVENT
+            who = _replaced(who, first_seen_ms=event_time)
+            new_people[who.amplitude_id] = who
+
+        add_person(who.amplitude_id)
+        add_time(event_time)
+        add_created(who.first_seen_ms)
+        add_kind(kind)
+        add_flags(flags)
+        if tables and tables[-1] is shown:
+            add_table(len(tables) - 1)
+        else:
+            add_table(len(tables))
+            tables.append(shown)
+    return fresh
+
+
+def _follow(
+    who: Person, people: Mapping[int, Person], new_people: Mapping[int, Person]
+) -> tuple[int, Person | None]:
+    """Follow a merge to the survivor; a forgotten person is nobody."""
+    if who.merged_into == FORGOTTEN:
+        return 0, None
+    survivor = new_people.get(who.merged_into) or people[who.merged_into]
+    return (0, None) if survivor.merged_into == FORGOTTEN else (who.merged_into, survivor)
+
+
+def _replaced(who: Person, **fields: Any) -> Person:  # noqa: ANN401 - any field's value
+    return msgspec.structs.replace(who, **fields)
+
+
+def _is_revenue(event: Event) -> bool:
+    raw = event.event_properties
+    if not raw:
+        return False
+    text = bytes(raw)
+    return b'"$revenue"' in text or b'"$price"' in text
+
+
+def _columns(
+    table: tuple[str | None, ...], said: tuple[str | None, ...], library: str
+) -> tuple[str | None, ...]:
+    """Apply what an event says of the built-in columns to a table of them."""
+    tag, app_version, version_name = said[11:14]
+    version = version_name if app_version is None else app_version
+    model = said[_MODEL]
+    family = next((name for start, name in _FAMILIES.items() if model and model.startswith(start)), None)
+    return properties.columns(
+        table,
+        (
+            *said[:11],
+            None if tag is None else language.name(tag),
+            version,
+            said[14],
+            said[15] or library,
+            said[16],
+            said[17],
+            family,
+            model if family else None,
+        ),
+    )
+
+
+def _started(columns: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The first version ever seen is the start_version, unless an identify said another."""
+    if columns[_START] is None and columns[_VERSION] is not None:
+        return (*columns[:_START], columns[_VERSION], *columns[_START + 1 :])
+    return columns
+
+
+def _join(stays: dict[str, list[str]], joins: dict[str, Any]) -> dict[str, list[str]]:
+    """The groups a person stays in after `$identify` with `groups`; the same object if none is new."""
+    joined = dict(stays)
+    for group_type, value in joins.items():
+        if group_type in joined or len(joined) < GROUP_TYPES_MAX:
+            joined[group_type] = _values(value)
+    return stays if joined == stays else joined
+
+
+def _values(value: Any) -> list[str]:  # noqa: ANN401 - text or a list of texts, as parsed
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _show(
+    table: dict[str, Any],
+    built_in: tuple[str | None, ...],
+    event_groups: dict[str, Any] | None,
+    stays: dict[str, list[str]],
+    known: Known,
+    change: Changes,
+) -> bytes:
+    """The snapshot of a row, as the JSON of a `block.Table`."""
+    groups = dict(stays)
+    if event_groups:
+        for group_type, value in event_groups.items():
+            groups[group_type] = _values(value)
+    shown: dict[str, dict[str, Any]] = {}
+    for group_type, values in groups.items():
+        for value in values:
+            found = change.groups.get((group_type, value)) or known.groups.get((group_type, value))
+            if found:
+                shown.setdefault(group_type, {})[value] = found
+    return _encode((table, groups, shown, *built_in))
+
+
+def _group_identify(event: Event, known: Known, change: Changes) -> None:
+    for group_type, value in (event.groups or {}).items():
+        for one in _values(value):
+            key = (group_type, one)
+            before = change.groups.get(key) or known.groups.get(key) or {}
+            after = properties.apply(before, event.group_properties or {})
+            if after is not before:
+                change.groups[key] = after
+
+
+def _alias(event: Event, change: Changes) -> None:
+    said = event.user_properties or {}
+    change.aliases[event.user_id or ""] = "" if said.get("unmap") else said["global_user_id"]

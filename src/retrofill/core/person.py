@@ -1,0 +1,90 @@
+"""One person's state in one project: the current property table and what the fold must remember.
+
+A Person is never changed once others can see it: the fold makes a new one. `shown` and `sent` are remembered answers,
+functions of the rest, so that an unchanged person is not encoded again; they are not saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.core.block import COLUMNS
+
+FORGOTTEN = -1  # merged_into of a deleted person: whoever uses its ids later is someone new
+NO_COLUMNS: tuple[str | None, ...] = (None,) * len(COLUMNS)
+
+
+class Person(Struct, array_like=True, gc=False):
+    """One person. user_id: its owner, None while anonymous.
+
+    columns: the built-in columns in the order of `block.COLUMNS`. groups: those it stays in, type → values.
+    first_seen_ms: the earliest event_time of its events, -1 if it has none yet.
+    updated_ms: server time of the last change of the table. updates: rolling hour, see `throttle.UpdateWindow`.
+    merged_into: the surviving amplitude_id if this person was absorbed, FORGOTTEN if deleted, else 0.
+    """
+
+    amplitude_id: int
+    user_id: str | None = None
+    properties: dict[str, Any] = {}
+    columns: tuple[str | None, ...] = NO_COLUMNS
+    groups: dict[str, list[str]] = {}
+    first_seen_ms: int = -1
+    updated_ms: int = 0
+    updates: list[int] = []
+    merged_into: int = 0
+    shown: bytes = b""
+    sent: tuple[str | None, ...] | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Person).decode
+
+
+def encode(person: Person) -> bytes:
+    """Return the person as it is saved, without its remembered answers."""
+    return _encode(
+        (
+            person.amplitude_id,
+            person.user_id,
+            person.properties,
+            person.columns,
+            person.groups,
+            person.first_seen_ms,
+            person.updated_ms,
+            person.updates,
+            person.merged_into,
+        )
+    )
+
+
+def merged(survivor: Person, absorbed: Person) -> Person:
+    """Join the state of an absorbed person into its survivor.
+
+    Of two values of one property the one of the table changed later stays: "newer values overwrite". The earliest
+    first_seen counts. Source: contract, identity 3, row "properties"; decision 0004.
+    """
+    older, newer = survivor, absorbed
+    if survivor.updated_ms > absorbed.updated_ms:
+        older, newer = absorbed, survivor
+    seen = [p.first_seen_ms for p in (survivor, absorbed) if p.first_seen_ms >= 0]
+    stamps = sorted(
+        (ms, count)
+        for person in (survivor, absorbed)
+        for ms, count in zip(person.updates[::2], person.updates[1::2], strict=True)
+    )
+    return Person(
+        survivor.amplitude_id,
+        survivor.user_id,
+        {**older.properties, **newer.properties},
+        tuple(
+            new if new is not None else old
+            for old, new in zip(older.columns, newer.columns, strict=True)
+        ),
+        {**older.groups, **newer.groups},
+        min(seen, default=-1),
+        newer.updated_ms,
+        [number for stamp in stamps for number in stamp],
+    )

@@ -1,0 +1,1 @@
+"""What is not sealed yet, and what every start needs: blocks, projects, checkpoints."""

@@ -1,0 +1,178 @@
+"""Blocks and projects in SQLite.
+
+A commit is one row: the block as one blob with its checksum, in WAL mode with `synchronous=FULL`, so that the row is
+on disk when `append` returns. The writer has one connection and one thread at a time; each reader opens its own, so
+that a reader neither waits for the writer nor makes it wait. Blocks at or before both the lake and the checkpoint are
+deleted a few at a time: one large transaction would stall commits.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from retrofill.config import Project
+from retrofill.core import block as block_module
+from retrofill.core.block import Block
+from retrofill.errors import CorruptError, FullError, InputError, StoreError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS blocks (
+    number INTEGER PRIMARY KEY, rows INTEGER NOT NULL, checksum INTEGER NOT NULL, blob BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS projects (
+    number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, api_key TEXT NOT NULL UNIQUE, secret_key TEXT NOT NULL,
+    settings BLOB
+);
+"""
+
+
+def store_error(problem: sqlite3.Error, where: Path) -> StoreError:
+    """Say in our words what SQLite could not do."""
+    text = str(problem)
+    if "full" in text:
+        return FullError(
+            "No room is left on the device",
+            where=str(where),
+            mend="Free some space; nothing of the refused requests was stored",
+        )
+    return StoreError(
+        f"SQLite failed: {text}",
+        where=str(where),
+        mend="Mend the disk and start the server again; it recovers by itself",
+    )
+
+
+def _checksum(blob: bytes) -> int:
+    # SQLite integers are signed: keep 63 bits.
+    return xxhash.xxh3_64_intdigest(blob) >> 1
+
+
+class Blocks:
+    """The unsealed blocks of one directory. One writer; readers may be in any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._writer = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._writer.execute("PRAGMA page_size=16384")
+            self._writer.execute("PRAGMA journal_mode=WAL")
+            self._writer.execute("PRAGMA synchronous=FULL")
+            self._writer.execute("PRAGMA wal_autocheckpoint=2000")
+            self._writer.executescript(_SCHEMA)
+        except sqlite3.Error as problem:
+            raise store_error(problem, path) from problem
+
+    def append(self, number: int, rows: int, blob: bytes) -> None:
+        """Write one block; it is synced when this returns. Raises StoreError: then nothing is known of the disk."""
+        try:
+            self._writer.execute(
+                "INSERT INTO blocks VALUES (?, ?, ?, ?)", (number, rows, _checksum(blob), blob)
+            )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+
+    def numbers(self) -> list[tuple[int, int]]:
+        """Return (number, rows) of every block held, in order."""
+        return list(self._writer.execute("SELECT number, rows FROM blocks ORDER BY number"))
+
+    def read(self, first: int, last: int) -> Iterator[Block]:
+        """Yield blocks first..last (both included) in order. Raises CorruptError naming a damaged block."""
+        reader = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
+        try:
+            for number in range(first, last + 1):
+                row = reader.execute(
+                    "SELECT checksum, blob FROM blocks WHERE number = ?", (number,)
+                ).fetchone()
+                if row is not None:
+                    yield _open(row[0], row[1], number, self.path)
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+        finally:
+            reader.close()
+
+    def delete(self, first: int, last: int) -> None:
+        """Delete blocks first..last in one small transaction."""
+        try:
+            self._writer.execute("DELETE FROM blocks WHERE number BETWEEN ? AND ?", (first, last))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+
+    def projects(self) -> Projects:
+        """The projects of this installation, stored beside the blocks."""
+        return Projects(self._writer, self.path)
+
+    def close(self) -> None:
+        """Close the writer; the WAL is folded into the file."""
+        self._writer.close()
+
+
+class Projects:
+    """The projects of one installation."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+
+    def all(self) -> list[Project]:
+        """Return every project by number."""
+        rows = self._connection.execute(
+            "SELECT number, name, api_key, secret_key FROM projects ORDER BY number"
+        )
+        return [Project(*row) for row in rows]
+
+    def add(self, name: str, api_key: str, secret_key: str) -> Project:
+        """Make a project, or return the one of the same name and keys.
+
+        Raises InputError if the name or the API key belongs to another project.
+        """
+        for known in self.all():
+            if known.name == name and known.api_key == api_key and known.secret_key == secret_key:
+                return known
+        try:
+            number = self._connection.execute(
+                "INSERT INTO projects (name, api_key, secret_key) VALUES (?, ?, ?) RETURNING number",
+                (name, api_key, secret_key),
+            ).fetchone()[0]
+        except sqlite3.IntegrityError as problem:
+            raise InputError(
+                f"Project {name!r} cannot be made: its name or its API key is taken",
+                where=str(self._path),
+                mend="Give the keys with which the project was made, or another name and key",
+            ) from problem
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+        return Project(number, name, api_key, secret_key)
+
+
+    def settings(self, number: int) -> bytes | None:
+        """Return what `set_settings` stored, or None."""
+        row = self._connection.execute(
+            "SELECT settings FROM projects WHERE number = ?", (number,)
+        ).fetchone()
+        return row[0] if row else None
+
+    def set_settings(self, number: int, settings: bytes) -> None:
+        """Store the settings of a project; they are synced when this returns. Raises StoreError."""
+        try:
+            self._connection.execute(
+                "UPDATE projects SET settings = ? WHERE number = ?", (settings, number)
+            )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+
+def _open(checksum: int, blob: bytes, number: int, path: Path) -> Block:
+    found = _checksum(blob)
+    if found != checksum:
+        raise CorruptError(
+            f"Block checksum is {found:016x}, expected {checksum:016x}",
+            where=f"{path}, block {number:,}",
+            mend="Restore the file from a copy, or move it away to go on without its unsealed events",
+        )
+    block = block_module.decode(blob)
+    assert block.number == number
+    return block

@@ -1,0 +1,101 @@
+"""Every number that bounds something, with its unit and its source.
+
+Two kinds. `Limits` are the rules of the wire, one set a project, changed by the operator; a rate or quota of 0 is off.
+The constants below bound our own memory, files and queues. "Contract" names a section of the wire contract that
+docs/limits.md repeats; "ours" means nobody else's number.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Profile = Literal["amplitude", "starter", "none"]
+
+MS_PER_S = 1000
+MS_PER_HOUR = 3_600_000
+MS_PER_DAY = 86_400_000
+
+
+class Limits(Struct, frozen=True):
+    """The limits of one project. Rates in events per second, 0 = off. Source: contract, ingest 3."""
+
+    httpapi_eps: int = 30  # each device and each user on /2/httpapi
+    batch_eps: int = 1000  # each device and each user on /batch
+    legacy_eps: int = 10  # each device and each user on /httpapi and POST /
+    identify_eps: int = 30  # each device and each user on /identify
+    usermap_per_s: int = 50  # mappings of a project on /usermap
+    window_s: int = 30  # a rate is the mean over this window
+    project_eps: int = 0  # all events of a project; 1000 for `starter`
+    project_requests_per_s: int = 0  # all requests of a project; 100 for `starter`
+    daily_quota: int = 500_000  # stored rows of a device or user in 24 rolling hours of 1 h steps
+    property_updates_per_h: int = 1800  # of one amplitude_id, rolling hour of server time
+    export_bytes: int = 4_000_000_000  # estimated size of one export answer
+    httpapi_bytes: int = 1024 * 1024  # "1 MB", the larger reading; after decompression
+    batch_bytes: int = 20 * 1024 * 1024
+    identify_bytes: int = 1024 * 1024
+    batch_events: int = 2000  # events of one request, every endpoint
+    usermap_mappings: int = 2000
+    group_identifies: int = 1024
+    id_length_min: int = 5
+    ids_short: Literal["contract", "reject", "drop"] = "contract"  # 400 on /2/httpapi, drop on /batch
+    dedupe_window_ms: int = 7 * MS_PER_DAY
+    dedupe_scope: Literal["project+device", "project"] = "project+device"
+    dedupe_triple: bool = True  # event_id + time + device_id where there is no insert_id
+    strict_event_types: bool = False  # refuse the six reserved names
+
+
+PROFILES: dict[str, Limits] = {
+    "amplitude": Limits(),
+    "starter": Limits(project_eps=1000, project_requests_per_s=100),
+    "none": Limits(
+        httpapi_eps=0,
+        batch_eps=0,
+        legacy_eps=0,
+        identify_eps=0,
+        usermap_per_s=0,
+        daily_quota=0,
+        property_updates_per_h=0,
+        export_bytes=0,
+    ),
+}
+
+# Events. Source: contract, events 4 and 5.
+STRING_CHARS_MAX = 1024
+ARRAY_ITEM_CHARS_MAX = 10_000  # an array grown by append or prepend, all its text
+DEPTH_MAX = 40  # containers inside one another in one property object
+GROUP_TYPES_MAX = 5
+GROUP_VALUES_MAX = 10
+CLOCK_SKEW_MS = 60_000  # a smaller difference does not move event_time
+# Ours: a later time cannot be told from a mistake in unit, and must fit a signed 64-bit column in microseconds.
+TIME_MS_MAX = 253_402_300_799_999
+
+# The way of an event, ours.
+BLOCK_EVENTS_MAX = 4000  # a micro-batch closes at this many events
+QUEUE_BYTES_MAX = 256 * 1024 * 1024  # request bodies that wait for their commit; beyond it 503
+QUEUE_REQUESTS_MAX = 10_000
+SEAL_EVENTS = 150_000  # blocks become a lake file at this many events
+SEAL_AGE_MS = 60_000  # or when the oldest is this old
+SEAL_LAG_EVENTS_MAX = 1_500_000  # unsealed events; beyond it 503 until sealing has caught up
+CHECKPOINT_EVENTS = 300_000
+CHECKPOINT_AGE_MS = 120_000
+DELETE_BLOCKS_STEP = 8  # sealed blocks removed in one small transaction
+PEOPLE_IN_MEMORY = 200_000  # clean people kept beside those not yet checkpointed
+IDS_IN_MEMORY = 500_000  # device and user ids kept, of each kind
+QUOTA_IDS_MAX = 2_000_000  # ids counted for the daily quota
+RATE_IDS_MAX = 1_000_000  # ids counted for the 30 s rates
+
+# HTTP, ours unless a source is named.
+KEEP_ALIVE_S = 75  # Node's agent reuses a socket for 5 s: contract, clients 1.5
+HEADERS_BYTES_MAX = 64 * 1024
+QUERY_BYTES_MAX = 64 * 1024
+BODY_IDLE_S = 30  # a request whose body stalls this long is answered 408
+BODY_S_MAX = 300  # and one that is not complete after this long
+READ_IDLE_S = 60  # a client that takes nothing of its answer for this long is cut off
+LINGER_S = 3  # a refused client may go on sending this long before it is cut off
+RETRY_AFTER_S = 1  # what a 503 asks for: clients give up after 7 s (contract, clients 1.6)
+CONNECTIONS_MAX = 4096  # at once; one more is answered 503
+STOP_S_MAX = 20  # requests under way may take this long after SIGTERM
+EXPORT_DAYS_MAX = 365  # contract, read 2
+CLOCK_BACK_MS = MS_PER_HOUR  # a clock this far behind the last stored event shows in health

@@ -1,0 +1,171 @@
+"""The fold: snapshots, skip, identifies, groups, times. Vectors of the contract and of its two seed documents."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from core.history import DAY_ONE_MS, History, event, shown
+from retrofill.core.block import Flag, Kind
+from retrofill.limits import Limits
+
+USER = "b4ee5d78-e1b6-11ec-8fea-0242ac120002"
+
+
+def new_yorker() -> History:
+    history = History()
+    history.send(event("$identify", user_id=USER, user_properties={"city": "New York"}))
+    return history
+
+
+def test_seed_example_one_updates_the_table_and_shows_all_of_it() -> None:
+    history = new_yorker()
+    row = history.send(event(user_id=USER, user_properties={"subscriptionStatus": "active"}))[0]
+    assert shown(row) == {"city": "New York", "subscriptionStatus": "active"}
+    assert history.table(USER) == {"city": "New York", "subscriptionStatus": "active"}
+
+
+def test_seed_example_two_with_the_skip_flag_shows_only_its_own() -> None:
+    history = new_yorker()
+    row = history.send(
+        event(user_id=USER, user_properties={"subscriptionStatus": "active"}, skip=True)
+    )[0]
+    assert shown(row) == {"subscriptionStatus": "active"}
+    assert history.table(USER) == {"city": "New York"}
+
+
+def test_seed_example_three_does_not_move_the_live_city() -> None:
+    history = new_yorker()
+    row = history.send(event(user_id=USER, user_properties={"city": "San Francisco"}, skip=True))[0]
+    assert shown(row) == {"city": "San Francisco"}
+    assert shown(history.send(event(user_id=USER))[0]) == {"city": "New York"}
+
+
+@pytest.mark.parametrize(
+    ("order", "colours"),
+    [("A identify B", ["red", "blue"]), ("A B identify", ["red", "red"])],
+)
+def test_an_identify_holds_for_later_events_only(order: str, colours: list[str]) -> None:
+    history = History()
+    history.send(event("$identify", user_id="Datamonster", user_properties={"$set": {"color": "red"}}))
+    seen = []
+    for step in order.split():
+        if step == "identify":
+            blue = event("$identify", user_id="Datamonster", user_properties={"color": "blue"})
+            assert history.send(blue)[0][0] is Kind.IDENTIFY
+        else:
+            row = history.send(event(f"View Page {step}", user_id="Datamonster"))[0]
+            seen.append(shown(row)["color"])
+    assert seen == colours
+
+
+def test_an_identify_makes_no_one_new() -> None:
+    history = History()
+    history.send(event("$identify", user_id="Ann", user_properties={"a": 1}))
+    assert history.people[1].first_seen_ms == -1
+    history.send(event(user_id="Ann", time=7))
+    assert history.people[1].first_seen_ms == 7
+    assert history.blocks[-1].flags[0] & Flag.FIRST_EVENT
+
+
+def test_an_old_event_moves_first_seen_back_and_a_later_one_does_not() -> None:
+    history = History()
+    for time, first in ((1_622_505_600_000,) * 2, (1_612_137_600_000,) * 2, (1_622_505_600_000, 1_612_137_600_000)):
+        history.send(event(user_id="Ann", time=time, skip=True))
+        assert history.people[1].first_seen_ms == first
+
+
+def test_built_in_columns_are_inherited_and_coupled() -> None:
+    history = History()
+    history.send(event(user_id="Ann", platform="iOS", os_name="ios", carrier="AT&T", country="US", city="NY", app_version="1.0", language="en-US"))
+    table = history.send(event(user_id="Ann"))[0][2]
+    assert table is not None
+    assert (table.platform, table.city, table.version_name, table.start_version) == ("iOS", "NY", "1.0", "1.0")
+    assert table.language == "English"
+    table = history.send(event(user_id="Ann", os_name="android", country="DE", app_version="2.0"))[0][2]
+    assert table is not None
+    assert (table.platform, table.os_name, table.carrier) == (None, "android", None)
+    assert (table.country, table.city) == ("DE", None)
+    assert (table.version_name, table.start_version) == ("2.0", "1.0")
+
+
+def test_the_skip_flag_inherits_no_column() -> None:
+    history = History()
+    history.send(event(user_id="Ann", platform="iOS", app_version="1.0"))
+    table = history.send(event(user_id="Ann", skip=True))[0][2]
+    assert table is not None
+    assert (table.platform, table.version_name, table.library) == (None, None, "http/2.0")
+
+
+def test_the_library_of_a_raw_upload_is_its_endpoint() -> None:
+    history = History()
+    assert [
+        history.send(event(user_id="Ann"), path=path)[0][2].library  # type: ignore[union-attr]
+        for path in ("/2/httpapi", "/batch", "/httpapi", "/2/httpapi")
+    ] == ["http/2.0", "batch/1.0", "http/1.0", "http/2.0"]
+
+
+def test_remote_stands_for_the_peers_address() -> None:
+    table = History().send(event(user_id="Ann", ip="$remote"))[0][2]
+    assert table is not None
+    assert table.ip_address == "203.0.113.9"
+
+
+@pytest.mark.parametrize(
+    ("client_upload_ms", "event_time"),
+    [(DAY_ONE_MS, 1000), (DAY_ONE_MS - 59_999, 1000), (DAY_ONE_MS - 60_000, 61_000), (DAY_ONE_MS + 90_000, -89_000), (None, 1000)],
+)  # fmt: skip
+def test_a_clock_off_by_a_minute_or_more_moves_the_event_time(
+    client_upload_ms: int | None, event_time: int
+) -> None:
+    history = History()
+    history.send(event(user_id="Ann", time=1000), client_upload_ms=client_upload_ms)
+    assert memoryview(history.blocks[0].event_time_ms).cast("q")[0] == event_time
+
+
+def test_revenue_makes_a_payer_for_good() -> None:
+    history = History()
+    history.send(event(user_id="Ann", price=2.0))
+    table = history.send(event(user_id="Ann"))[0][2]
+    assert table is not None
+    assert table.paying == "true"
+    sdk = event("revenue_amount", user_id="Bob", event_properties={"$revenue": 1})
+    table = history.send(sdk, body=b'{"events":[{"event_properties":{"$revenue":1}}]}')[0][2]
+    assert table is not None
+    assert table.paying == "true"
+
+
+def test_groups_stay_after_an_identify_and_show_their_properties() -> None:
+    history = History()
+    history.send(event("$groupidentify", groups={"org": "Acme"}, group_properties={"$set": {"seats": 5}}))
+    history.send(event("$identify", user_id="Ann", groups={"org": "Acme"}, user_properties={"$set": {"org": "Acme"}}))
+    table = history.send(event(user_id="Ann"))[0][2]
+    assert table is not None
+    assert msgspec.json.decode(table.groups) == {"org": ["Acme"]}
+    assert msgspec.json.decode(table.group_properties) == {"org": {"Acme": {"seats": 5}}}
+    table = history.send(event(user_id="Bob", groups={"org": ["Acme", "Other"]}))[0][2]
+    assert table is not None
+    assert msgspec.json.decode(table.groups) == {"org": ["Acme", "Other"]}
+    table = history.send(event(user_id="Bob"))[0][2]
+    assert table is not None
+    assert msgspec.json.decode(table.groups) == {}
+
+
+def test_beyond_the_hourly_updates_the_table_stays_and_the_row_shows_its_own() -> None:
+    history = History(Limits(property_updates_per_h=2))
+    for n in range(3):
+        row = history.send(event(user_id="Ann", user_properties={"n": n, "a": n}), now_ms=DAY_ONE_MS + n)[0]
+        assert shown(row) == {"n": n, "a": n}
+    assert history.table("Ann") == {"n": 1, "a": 1}
+    assert history.blocks[-1].flags[0] & Flag.UPDATE_DROPPED
+    history.send(event(user_id="Ann", user_properties={"n": 9}), now_ms=DAY_ONE_MS + 3_600_001)
+    assert history.table("Ann") == {"n": 9, "a": 1}
+
+
+def test_a_forgotten_person_comes_back_as_someone_new() -> None:
+    history = History()
+    history.send(event(user_id="Ann", device_id="phone", user_properties={"a": 1}))
+    history.people[1].merged_into = -1
+    assert history.send(event(user_id="Ann", device_id="phone"))[0][1] == 2
+    assert history.table("Ann") == {}
+    assert history.send(event(device_id="phone"))[0][1] == 2

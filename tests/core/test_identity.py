@@ -1,0 +1,77 @@
+"""Identity: the scenarios of the help page "Track unique users", in order of receipt."""
+
+from __future__ import annotations
+
+import pytest
+
+from core.history import History, event
+
+# (device_id, user_id, person). Persons are numbered as they first appear.
+SCENARIOS = {
+    "never a user id": [
+        ("A", None, 1), ("B", None, 2), ("B", None, 2), ("C", None, 3), ("A", None, 1), ("C", None, 3),
+    ],
+    "login after anonymous": [("G", None, 1), ("G", None, 1), ("G", "John", 1)],
+    "one user, many devices": [("K", "Zack", 1), ("L", "Zack", 1)],
+    "shared device": [
+        ("R", "Jane", 1), ("R", None, 1), ("R", "Mary", 2), ("R", None, 2), ("R", None, 2),
+    ],
+    "second device with an anonymous part": [
+        ("Y", "David", 1), ("Z", None, 2), ("Z", "David", 1), ("Z", None, 1),
+    ],
+    "logout by user id alone goes on with the last user": [("D", "Ann", 1), ("D", None, 1)],
+    "two user ids never merge": [("D", "Ann", 1), ("D", "Bob", 2), ("D", "Ann", 1)],
+    "a user without a device has a device of its own": [(None, "Ann", 1), (None, "Ann", 1), ("D", None, 2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_each_event_belongs_to_the_documented_person(name: str) -> None:
+    history = History()
+    people = [
+        history.send(event(device_id=device, user_id=user))[0][1]
+        for device, user, _ in SCENARIOS[name]
+    ]
+    assert people == [person for *_, person in SCENARIOS[name]]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_one_request_ends_in_the_same_people_as_many(name: str) -> None:
+    many, one = History(), History()
+    events = [event(device_id=device, user_id=user) for device, user, _ in SCENARIOS[name]]
+    for single in events:
+        many.send(single)
+    assert [row[1] for row in one.send(*events)] == [person for *_, person in SCENARIOS[name]]
+    assert (many.devices, many.users) == (one.devices, one.users)
+    assert {k: p.merged_into for k, p in many.people.items()} == {
+        k: p.merged_into for k, p in one.people.items()
+    }
+
+
+def test_a_merge_is_recorded_with_the_event_that_shows_it() -> None:
+    history = History()
+    history.send(event(device_id="Y", user_id="David"))
+    history.send(event(device_id="Z"))
+    history.send(event(device_id="Z"), event(device_id="Z", user_id="David", time=5))
+    (merge,) = history.blocks[-1].merges
+    assert (merge.row, merge.absorbed, merge.surviving, merge.event_time_ms) == (1, 2, 1, 5)
+
+
+def test_the_newer_value_stays_after_a_merge_and_first_seen_is_the_earliest() -> None:
+    history = History()
+    history.send(event(device_id="Y", user_id="David", time=50, user_properties={"a": 1, "b": 1}))
+    history.send(
+        event(device_id="Z", time=20, user_properties={"b": 2, "c": 2}), now_ms=1_700_000_009_000
+    )
+    history.send(event(device_id="Z", user_id="David", time=60), now_ms=1_700_000_010_000)
+    assert history.table("David") == {"a": 1, "b": 2, "c": 2}
+    assert history.people[1].first_seen_ms == 20
+
+
+def test_another_device_of_an_absorbed_person_leads_to_the_survivor() -> None:
+    history = History()
+    history.send(event(device_id="D1"))
+    history.devices["D2"] = 1  # the same anonymous person on two devices
+    history.send(event(device_id="Y", user_id="David"))
+    history.send(event(device_id="D1", user_id="David"))
+    assert history.send(event(device_id="D2"))[0][1] == 2
