@@ -12,7 +12,7 @@ from tests.manners.house import ROOT, tracked
 FORBIDDEN = {
     "a path of one machine": re.compile(r"(?<![\w.])/(?:root|work|home/\w+|Users/\w+|tmp/v)/"),
     "the address of a package registry": re.compile(
-        r"py" r"pi\.org|pythonhosted|registry\.npm" r"js|/-/[^ \"]+\.tgz|https?://[^ \"]+/simple/"
+        r"py" r"pi\.org|python" r"hosted|registry\.npm" r"js|/-/[^ \"]+\.tgz|https?://[^ \"]+/simple/"
     ),
     "a promise for later": re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b"),
     "a merge conflict": re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE),
