@@ -128,7 +128,9 @@ def document(name: str) -> str:
 
 def documents() -> str:
     """Return the text of everything in docs/."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md")))
+    return "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))
+    )
 
 
 def tracked() -> list[Path]:

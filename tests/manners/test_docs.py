@@ -55,7 +55,9 @@ CONSTANTS = {
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_each_bound_of_the_server_is_documented_with_its_value(name: str) -> None:
     expected = _written(CONSTANTS[name])
-    assert _rows().get(name, [""])[0] == expected, f"docs/limits.md needs: | `{name}` | {expected} |"
+    assert _rows().get(name, [""])[0] == expected, (
+        f"docs/limits.md needs: | `{name}` | {expected} |"
+    )
 
 
 def test_no_documented_limit_is_gone_from_the_code() -> None:
@@ -69,16 +71,16 @@ def test_each_profile_is_documented() -> None:
 
 
 def _paths() -> set[str]:
-    return {text for text in strings("server") if PATH.fullmatch(text) and not text.startswith("//")}
+    return {
+        text for text in strings("server") if PATH.fullmatch(text) and not text.startswith("//")
+    }
 
 
 def test_each_endpoint_is_documented() -> None:
     text = document("docs/api.md")
     plain = re.sub(r"\{[^}]*\}", "{}", text)
     missing = [
-        path
-        for path in sorted(_paths())
-        if f"{re.sub(r'{[^}]*}', '{}', path)}" not in plain
+        path for path in sorted(_paths()) if f"{re.sub(r'{[^}]*}', '{}', path)}" not in plain
     ]
     assert not missing
 
@@ -115,7 +117,9 @@ def test_each_command_and_option_is_documented() -> None:
 def test_each_command_of_the_readme_exists() -> None:
     commands = dict(_commands())
     targets = set(re.findall(r"^([a-z-]+):", document("Makefile"), re.MULTILINE))
-    shown = re.findall(r"^(?:\$ )?((?:make|(?:\.venv/bin/)?retrofill) .+)$", document("README.md"), re.MULTILINE)
+    shown = re.findall(
+        r"^(?:\$ )?((?:make|(?:\.venv/bin/)?retrofill) .+)$", document("README.md"), re.MULTILINE
+    )
     assert shown
     for line in shown:
         program, verb, *rest = line.split()
@@ -137,9 +141,10 @@ def test_each_decision_answers_the_same_questions() -> None:
 
 
 def test_each_link_between_documents_leads_somewhere() -> None:
-    wrong = []
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
-            if "://" not in link and not (path.parent / link).exists():
-                wrong.append(f"{path.relative_to(ROOT)}: {link}")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {link}"
+        for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+        for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+        if "://" not in link and not (path.parent / link).exists()
+    ]
     assert not wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -84,11 +85,13 @@ def test_each_import_is_a_declared_dependency() -> None:
     assert used <= declared, f"declare in pyproject.toml: {sorted(used - declared)}"
 
 
+def _name(requirement: str) -> str:
+    return re.split(r"[\[<>=~! ]", requirement, maxsplit=1)[0]
+
+
 def _module(requirement: str) -> str:
-    name = requirement
-    for mark in "[<>=~! ":
-        name = name.split(mark)[0]
-    return {"python-multipart": "python_multipart", "PyYAML": "yaml"}.get(name, name.replace("-", "_"))
+    name = _name(requirement)
+    return {"PyYAML": "yaml"}.get(name, name.replace("-", "_"))
 
 
 def test_each_dependency_is_said_to_save_something() -> None:
@@ -96,9 +99,3 @@ def test_each_dependency_is_said_to_save_something() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     missing = [line for line in project["dependencies"] if _name(line) not in text]
     assert not missing
-
-
-def _name(requirement: str) -> str:
-    for mark in "[<>=~! ":
-        requirement = requirement.split(mark)[0]
-    return requirement

@@ -1,0 +1,147 @@
+"""The servers under test: started as real commands, watched from outside, ended in each way."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+READY_S = 120
+STOP_S = 300
+API_KEY, SECRET_KEY = "bench-key", "bench-secret"
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+class Server:
+    """One server process and its children."""
+
+    def __init__(self, command: list[str], port: int, *, ready: str, log: Path) -> None:
+        self.port = port
+        self.address = f"http://127.0.0.1:{port}"
+        self._log = log.open("ab")
+        started = time.perf_counter()
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        self.tree = psutil.Process(self.process.pid)
+        self._await(ready, log)
+        self.ready_s = time.perf_counter() - started
+
+    def _await(self, path: str, log: Path) -> None:
+        end = time.monotonic() + READY_S
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The server ended:\n{log.read_text(errors='replace')[-3000:]}")
+            with contextlib.suppress(OSError):
+                if self.get(path)[0] == 200:
+                    return
+            time.sleep(0.01)
+        raise TimeoutError(f"The server was not ready in {READY_S} s")
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Return status and body of a GET without keys."""
+        try:
+            with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as problem:
+            return problem.code, problem.read()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric's samples at /metrics, 0 if there are none."""
+        text = self.get("/metrics")[1].decode()
+        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, found))
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the server and its children."""
+        return [self.tree, *self.tree.children(recursive=True)]
+
+    def cpu_s(self) -> float:
+        """Return CPU seconds, user and system, of the server and all its children, ended ones included."""
+        total = 0.0
+        for one in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = one.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
+
+    def rss(self) -> int:
+        """Return resident bytes of the server and its children."""
+        total = 0
+        for one in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+        return total
+
+    def stop(self) -> float:
+        """End it in good order (SIGTERM); return the CPU seconds of that. It must exit 0."""
+        before = self.cpu_s()
+        last = before
+        self.process.terminate()
+        while self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                last = max(last, self.cpu_s())
+            time.sleep(0.02)
+        self._log.close()
+        if self.process.returncode:
+            raise RuntimeError(f"The server exited {self.process.returncode} at SIGTERM")
+        return last - before
+
+    def kill(self) -> None:
+        """End it without warning (SIGKILL)."""
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+def retrofill(data: Path, *, extra: tuple[str, ...] = ()) -> Server:
+    """Start `retrofill serve` on a directory, without rate limits, and wait until it is ready."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).parent / "retrofill"),
+        *("serve", "--data", str(data), "--port", str(port), "--limits", "none"),
+        *("--project", f"bench:{API_KEY}:{SECRET_KEY}", *extra),
+    ]
+    return Server(command, port, ready="/healthz", log=data.parent / "server.log")
+
+
+def null(folder: Path) -> Server:
+    """Start the app that stores nothing."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "uvicorn", "null:app", "--app-dir", str(Path(__file__).parent)),
+        *("--port", str(port), "--log-level", "warning", "--loop", "uvloop", "--http", "httptools"),
+    ]
+    return Server(command, port, ready="/", log=folder / "null.log")
+
+
+@contextlib.contextmanager
+def peak_rss(server: Server) -> Iterator[list[int]]:
+    """Watch memory while the block runs; the list's one number is the most that was seen, in bytes."""
+    peak = [server.rss()]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], server.rss())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
