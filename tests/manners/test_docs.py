@@ -92,9 +92,9 @@ def test_each_error_is_documented() -> None:
 
 
 def _commands() -> Iterator[tuple[str, click.Command]]:
-    from retrofill import cli  # noqa: PLC0415  # only these tests need the command line
+    from retrofill.cli.main import app  # noqa: PLC0415  # only these tests need the command line
 
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(app)
     assert isinstance(root, click.Group)
     yield from root.commands.items()
 
