@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import msgspec
 import pytest
 import typer
 from tests.manners.house import ROOT, document, documents, strings
+from typer.core import TyperGroup
 
 from retrofill import errors, limits
 from retrofill.limits import PROFILES, Limits
@@ -91,11 +92,11 @@ def test_each_error_is_documented() -> None:
     assert [name for name in classes if f"`{name}`" not in text] == []
 
 
-def _commands() -> Iterator[tuple[str, click.Command]]:
+def _commands() -> Iterator[tuple[str, Any]]:
     from retrofill.cli.main import app  # noqa: PLC0415  # only these tests need the command line
 
     root = typer.main.get_command(app)
-    assert isinstance(root, click.Group)
+    assert isinstance(root, TyperGroup)
     yield from root.commands.items()
 
 
