@@ -8,6 +8,7 @@ Every figure printed was read from the server. Exits 1 if anything differs.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import fcntl
 import gzip
@@ -73,16 +74,18 @@ def history() -> list[Row]:
 # The server.
 
 
-def empty_room() -> None:
+def empty_room(data: Path) -> None:
     """Remove what an earlier demo left, unless a server is still using it."""
-    lock = DATA / "lock"
+    lock = data / "lock"
     if lock.exists():
         with lock.open() as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                sys.exit(f"A server is using {DATA.name}/: stop it first")
-    shutil.rmtree(DATA, ignore_errors=True)
+                sys.exit(f"A server is using {data}: stop it first")
+    elif data.exists() and any(data.iterdir()):
+        sys.exit(f"{data} is not empty and is no data directory: give another with --data")
+    shutil.rmtree(data, ignore_errors=True)
 
 
 class Api:
@@ -124,16 +127,16 @@ class Api:
 
 
 @contextmanager
-def served() -> Iterator[Api]:
+def served(data: Path) -> Iterator[Api]:
     """Run a server on a fresh directory and a free port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).parent / "retrofill"),
-        *("serve", "--data", str(DATA), "--port", str(port), "--limits", "none"),
+        *("serve", "--data", str(data), "--port", str(port), "--limits", "none"),
         *("--project", f"demo:{API_KEY}:{SECRET_KEY}"),
     ]
-    log = Path(f"{DATA}.log")
+    log = Path(f"{data}.log")
     with log.open("wb") as written:
         server = subprocess.Popen(command, stdout=written, stderr=written)
     try:
@@ -305,15 +308,22 @@ def tell_person(api: Api, rows: list[Row]) -> None:
     console.print(table)
 
 
+def _shown(data: Path) -> str:
+    return str(data.relative_to(ROOT) if data.is_relative_to(ROOT) else data)
+
+
 def main() -> None:
     """Run the demo."""
+    parser = argparse.ArgumentParser(description="Send a real history through a fresh server.")
+    parser.add_argument("--data", type=Path, default=DATA, help="data directory, made anew")
+    data = parser.parse_args().data
     started = time.perf_counter()
-    empty_room()
+    empty_room(data)
     events = history()
     since = datetime.now(UTC)
-    with served() as api:
+    with served(data) as api:
         console.print(
-            f"Serving {DATA.name}/ on port {api.port}; {len(events):,} events of {HISTORY.name}"
+            f"Serving {_shown(data)} on port {api.port}; {len(events):,} events of {HISTORY.name}"
         )
         seconds = send(api, events)
         rows = exported(api, since)
@@ -336,7 +346,7 @@ def main() -> None:
     )
     console.print(
         f"\nKeep serving this data (API key {API_KEY}, secret key {SECRET_KEY}):\n"
-        f"  .venv/bin/retrofill serve --data {DATA.name}",
+        f"  .venv/bin/retrofill serve --data {_shown(data)}",
         soft_wrap=True,
     )
     if not (result.whole and counts):
