@@ -70,16 +70,16 @@ $(RUN):
 	@$(PYTHON) -m venv .venv \
 	  || { rm -rf .venv; echo "Python has no venv. On Debian: sudo apt-get install python3-venv" >&2; exit 2; }
 
-# Wheels alone, every one by its hash; then the project itself, which needs nothing more.
+# Wheels alone, every one by its hash, compiled when first imported; then the project itself, which needs nothing more.
 $(RUNTIME): requirements.lock pyproject.toml | $(RUN)
 	@echo "Setting up .venv"
-	@$(PIP) install -qq --require-hashes --only-binary :all: -r requirements.lock
+	@$(PIP) install -qq --no-compile --require-hashes --only-binary :all: -r requirements.lock
 	@$(PIP) install -qq --no-deps --no-build-isolation --no-index --editable .
 	@touch $@
 
 $(DEV): requirements-dev.lock $(RUNTIME)
 	@echo "Setting up the tools for tests"
-	@$(PIP) install -qq --require-hashes --only-binary :all: -r requirements-dev.lock
+	@$(PIP) install -qq --no-compile --require-hashes --only-binary :all: -r requirements-dev.lock
 	@touch $@
 
 $(NODE): package-lock.json
