@@ -67,12 +67,19 @@ ARRAY_ITEM_CHARS_MAX = 10_000  # an array grown by append or prepend, all its te
 DEPTH_MAX = 40  # containers inside one another in one property object
 GROUP_TYPES_MAX = 5
 GROUP_VALUES_MAX = 10
+GROUP_PROPERTIES_MAX = 1024  # of one group identify. Source: contract, ingest 3a
 CLOCK_SKEW_MS = 60_000  # a smaller difference does not move event_time
 # Ours: a later time cannot be told from a mistake in unit, and must fit a signed 64-bit column in microseconds.
 TIME_MS_MAX = 253_402_300_799_999
 
+# Reading a request, ours: decoding a small value costs some 60 bytes, so 20 MB of nothing but brackets would cost a GB.
+BODY_CONTAINERS_MAX = 400_000  # objects and arrays in a body over 1 MiB; beyond it 413
+BODY_VALUES_MAX = 3_000_000  # commas in a body over 1 MiB; beyond it 413
+SCAN_TOKENS_MAX = 300_000  # tokens looked at one by one in a body that no decoder takes
+KEY_CHARS_MAX = 200  # of an unknown API key, repeated in the answer
+
 # The way of an event, ours.
-BLOCK_EVENTS_MAX = 4000  # a micro-batch closes at this many events
+BLOCK_EVENTS_MAX = 2000  # a micro-batch closes at this many events
 QUEUE_BYTES_MAX = 256 * 1024 * 1024  # request bodies that wait for their commit; beyond it 503
 QUEUE_REQUESTS_MAX = 10_000
 SEAL_EVENTS = 150_000  # blocks become a lake file at this many events
@@ -83,8 +90,20 @@ CHECKPOINT_AGE_MS = 120_000
 DELETE_BLOCKS_STEP = 8  # sealed blocks removed in one small transaction
 PEOPLE_IN_MEMORY = 200_000  # clean people kept beside those not yet checkpointed
 IDS_IN_MEMORY = 500_000  # device and user ids kept, of each kind
+FINGERPRINTS_IN_MEMORY = 100_000_000  # dedupe keys in memory, 17 to 27 bytes each; older ones: key files
 QUOTA_IDS_MAX = 2_000_000  # ids counted for the daily quota
 RATE_IDS_MAX = 1_000_000  # ids counted for the 30 s rates
+
+# The lake, ours.
+LAKE_MEMORY_BYTES = 512 * 1024 * 1024  # what DuckDB may hold; beyond it, it spills to the lake's own folder
+LAKE_THREADS = 2  # of DuckDB, for all readers together
+LAKE_SPILL_BYTES = 20 * 1024 * 1024 * 1024  # what DuckDB may spill
+LAKE_GROUP_ROWS = 20_000  # rows of a row group: what the look-up of one person reads of a file at least
+LAKE_MERGES_INLINE = 1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
+SEAL_BYTES_MAX = 128 * 1024 * 1024  # bodies and snapshots of one lake file: bounds the sealer's memory
+COMPACT_FILES = 8  # neighbours of one tier that become one file
+COMPACT_FILES_MIN = 3  # fewer are merged if they fill a file of the largest size
+COMPACT_ROWS_MAX = 5_000_000  # rows of the largest file
 
 # HTTP, ours unless a source is named.
 KEEP_ALIVE_S = 75  # Node's agent reuses a socket for 5 s: contract, clients 1.5
@@ -99,3 +118,28 @@ CONNECTIONS_MAX = 4096  # at once; one more is answered 503
 STOP_S_MAX = 20  # requests under way may take this long after SIGTERM
 EXPORT_DAYS_MAX = 365  # contract, read 2
 CLOCK_BACK_MS = MS_PER_HOUR  # a clock this far behind the last stored event shows in health
+
+# Reads, ours unless a source is named.
+UNSEALED_CHUNK_ROWS = 16_384  # rows of unsealed blocks that are built for a reader at a time
+UNSEALED_CHUNK_BYTES = 16 * 1024 * 1024  # or bodies of this size
+UNSEALED_KEPT_BYTES = 128 * 1024 * 1024  # built rows kept for the next reader
+READ_THREADS = 8  # statements that run at once, all projects
+READS_PER_PROJECT = 5  # requests of a project at once: contract, read 1
+PERSON_READS_PER_PROJECT = 10  # user search and user activity: contract, read 1
+EXPORT_SLICE_BYTES = 48 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
+EXPORT_SLICES = 16  # slices whose rows one reading of the lake sets apart
+EXPORT_CHUNK_ROWS = 16_384  # rows that become JSON lines at a time
+EXPORT_MEMBER_ROWS = 100_000  # lines of one file in the archive
+ACTIVITY_EVENTS_MAX = 1000  # contract, read 4
+MATCHES_MAX = 100  # people in the answer of one user search
+CHART_DAYS_MAX = 365  # contract, read 5: daily; 7 days hourly, 2 days by 5 minutes
+CHART_YEARS_MAX = 60  # weekly and monthly
+CHART_GROUPS_MAX = 1000  # contract, read 5
+CHART_CONDITIONS_MAX = 100  # filters, segments and values of one query, each
+DELETIONS_PER_PROJECT = 8  # requests of a project at once: contract, read 7
+DELETION_BYTES_MAX = 256 * 1024  # body of one request
+DELETION_IDS_MAX = 100  # people of one request: contract, read 7
+DELETION_DAYS = 14  # a job runs this long after its day of request; contract: within 30
+DELETION_FREEZE_DAYS = 3  # a job can no longer be edited this long before its day: contract, read 7
+DELETION_RANGE_DAYS_MAX = 184  # six months: contract, read 7
+DELETION_CHECK_S = 60  # how often due jobs are looked for
