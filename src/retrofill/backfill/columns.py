@@ -1,0 +1,198 @@
+"""The columns of a source as a mapping's expressions name them.
+
+Three styles of source lie behind one face. `json`: a row is a JSON object; a name is a key, and `context.app.version`
+reaches into it. `cells`: a row of CSV; all cells are text, and a column whose first thousands of values all look like
+numbers counts as numbers. `native`: Parquet, with the types of the file.
+
+Each column that is used exists in up to three forms: `j0` is its JSON text as the source wrote it, which a field that
+names nothing but the column sends on unchanged; `u0` is its plain text, from which a typed expression casts it, so that a
+value which does not fit is an error in that row and not a silent null; `o0` is the same as DuckDB's JSON type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from retrofill.core.mapping import literal, quoted, unquote
+from retrofill.errors import InputError
+
+Style: TypeAlias = Literal["json", "cells", "native"]
+Path: TypeAlias = tuple[str, ...]
+
+_DEPTH_SEEN = 5  # objects inside one another whose keys can be named with dots
+_PATHS_MAX = 5_000  # names kept of a sample; objects with made-up keys have too many
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
+_DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")
+_INTEGER_SQL = literal(_INTEGER.pattern.replace(r"\d", "[0-9]"))
+_DECIMAL_SQL = literal(_DECIMAL.pattern.replace(r"\d", "[0-9]"))
+
+
+def json_types(rows: Iterable[str]) -> dict[Path, str]:
+    """Return each key's DuckDB type as seen in JSON objects, with the keys of inner objects."""
+    seen: dict[Path, set[str]] = {}
+    for row in rows:
+        try:
+            found = msgspec.json.decode(row)
+        except (msgspec.DecodeError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            _see(found, (), seen)
+    return {path: _one_type(kinds) for path, kinds in seen.items()}
+
+
+def _see(found: dict[str, Any], above: Path, seen: dict[Path, set[str]]) -> None:
+    for key, value in found.items():
+        path = (*above, key)
+        if path not in seen and len(seen) >= _PATHS_MAX:
+            continue
+        kinds = seen.setdefault(path, set())
+        if value is not None:
+            kinds.add(_kind(value))
+        if isinstance(value, dict) and len(path) < _DEPTH_SEEN:
+            _see(value, path, seen)
+
+
+def _kind(value: object) -> str:
+    names = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
+    return names.get(type(value), "JSON")
+
+
+def _one_type(kinds: set[str]) -> str:
+    if not kinds:
+        return "VARCHAR"
+    if kinds == {"BIGINT", "DOUBLE"}:
+        return "DOUBLE"
+    return kinds.pop() if len(kinds) == 1 else "JSON"
+
+
+def cell_type(values: Sequence[str | None]) -> str:
+    """Return the DuckDB type that all of a column's values fit. Leading zeros and dates stay text."""
+    given = {value for value in values if value is not None}
+    if not given:
+        return "VARCHAR"
+    if all(_INTEGER.fullmatch(value) for value in given):
+        return "BIGINT"
+    if all(_DECIMAL.fullmatch(value) for value in given):
+        return "DOUBLE"
+    if given <= {"true", "false", "True", "False", "TRUE", "FALSE"}:
+        return "BOOLEAN"
+    return "VARCHAR"
+
+
+class Columns:
+    """The columns of one source, and which of them are used.
+
+    types: by path; the path of a CSV or Parquet column has one part. declared: types that a mapping states; such a
+    column may be missing from the source and is then null.
+    """
+
+    def __init__(
+        self, style: Style, types: Mapping[Path, str], declared: Mapping[str, str]
+    ) -> None:
+        stated = {tuple(name.split(".")): kind for name, kind in declared.items()}
+        self.style = style
+        self.here = dict(types)
+        self.types = {**types, **stated}
+        self.used: list[Path] = []
+        self._folded: dict[Path, list[Path]] = {}
+        for path in self.types:
+            self._folded.setdefault(_fold(path), []).append(path)
+
+    def has(self, name: str) -> bool:
+        """Say whether a column has just this name."""
+        return (name,) in self.types
+
+    def use(self, parts: Sequence[str]) -> int:
+        """Return the number of the column that the parts name. Raises InputError if there is none."""
+        path = self._find(tuple(parts))
+        if path not in self.used:
+            self.used.append(path)
+        return self.used.index(path)
+
+    def _find(self, path: Path) -> Path:
+        if path in self.types:
+            return path
+        alike = self._folded.get(_fold(path), [])
+        if len(alike) == 1:
+            return alike[0]
+        known = {".".join(one): one for one in self.types}
+        near = difflib.get_close_matches(".".join(path), known, n=3, cutoff=0.5)
+        raise InputError(
+            f"The source has no column {'.'.join(path)!r}",
+            mend=f"Near it: {', '.join(near)}"
+            if near
+            else f"It has {', '.join(sorted(known)[:20]) or 'none'}",
+        )
+
+    def kind(self, number: int) -> str:
+        """Return the DuckDB type of a used column."""
+        return self.types[self.used[number]]
+
+    def frame(self) -> str:
+        """Return SQL that selects from `source`: file, line, text, unreadable and the used columns' forms."""
+        if self.style == "json":
+            return self._json_frame()
+        forms = ", ".join(self._forms(number, path) for number, path in enumerate(self.used))
+        more = f", {forms}" if forms else ""
+        text = "text" if self.style == "cells" else "CAST(to_json(COLUMNS(*)) AS VARCHAR)"
+        if self.style == "native":
+            row = ", ".join(f"{quoted(path[0])} := {quoted(path[0])}" for path in self.here)
+            text = f"CAST(to_json(struct_pack({row})) AS VARCHAR)"
+        return f"SELECT file, line, {text} AS text, false AS unreadable{more} FROM source"  # noqa: S608  # names are quoted
+
+    def _json_frame(self) -> str:
+        pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "''"
+        values = "".join(
+            f", nullif(CAST(x[{number + 1}] AS VARCHAR), 'null') AS j{number}"
+            for number in range(len(self.used))
+        )
+        plain = "".join(
+            f", CAST(j{number} AS JSON) AS o{number}"
+            if self.kind(number) == "JSON"
+            else f", {unquote(f'j{number}')} AS u{number}"
+            for number in range(len(self.used))
+        )
+        return (
+            f"SELECT *{plain} FROM (SELECT file, line, text, x IS NULL AS unreadable{values} "  # noqa: S608  # names are constants
+            f"FROM (SELECT file, line, text, TRY(json_extract(text, [{pointers}])) AS x FROM source))"
+        )
+
+    def _forms(self, number: int, path: Path) -> str:
+        if path not in self.here:
+            return f"CAST(NULL AS VARCHAR) AS u{number}, CAST(NULL AS VARCHAR) AS j{number}"
+        if self.style == "native":
+            name = quoted(path[0])
+            return f"{name} AS u{number}, nullif(CAST(to_json({name}) AS VARCHAR), 'null') AS j{number}"
+        name = quoted(f"cell_{list(self.here).index(path)}")
+        return f"{name} AS u{number}, {self._cell_json(name, self.here[path])} AS j{number}"
+
+    def _cell_json(self, name: str, kind: str) -> str:
+        """Return SQL for a cell's JSON: a value that is not of its column's type goes as text."""
+        text = f"CAST(to_json({name}) AS VARCHAR)"
+        bare = {
+            "BIGINT": f"regexp_full_match({name}, {_INTEGER_SQL})",
+            "DOUBLE": f"regexp_full_match({name}, {_DECIMAL_SQL})",
+            "BOOLEAN": f"lower({name}) IN ('true', 'false')",
+        }.get(kind)
+        return text if bare is None else f"CASE WHEN {bare} THEN lower({name}) ELSE {text} END"
+
+    def values(self) -> str:
+        """Return SQL for a JSON object of the used columns, to show what a refused row held."""
+        parts = ", ".join(
+            f"{literal('.'.join(path))}, CAST(j{number} AS JSON)"
+            for number, path in enumerate(self.used)
+        )
+        return f"CAST(json_object({parts}) AS VARCHAR)"
+
+
+def _fold(path: Path) -> Path:
+    return tuple(part.lower() for part in path)
+
+
+def _pointer(path: Path) -> str:
+    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)

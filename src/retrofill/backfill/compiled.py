@@ -1,0 +1,425 @@
+"""A mapping compiled against a source: one SQL query that makes finished events of rows.
+
+Compiling parses each expression with DuckDB's own parser, replaces the names in it by the source's columns, asks for its
+type, and wraps it so that an error in one row marks that row and no more. What cannot be compiled at all (an unknown
+column, a function that is none, a wrong type) is an InputError that names the field and the expression, before any row
+is read.
+
+The query's rows, see OUTPUT, are those for which `where` is not false. `bad` is null for an event; else it says why the
+row is none: a field's number, or one of the negative codes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import duckdb
+import msgspec
+import pyarrow as pa
+from msgspec import Struct
+
+from retrofill.backfill import countries
+from retrofill.backfill.columns import Columns
+from retrofill.core import mapping
+from retrofill.core.glance import FORBIDDEN_IDS
+from retrofill.core.mapping import Field, Mapping, literal
+from retrofill.errors import InputError
+from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
+
+UNREADABLE, WHERE, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6
+# Bits of `trouble`: why an id was taken away.
+USER_SHORT, USER_FORBIDDEN, DEVICE_SHORT, DEVICE_FORBIDDEN = 1, 2, 4, 8
+_OWN: Final = ("event_type", "user_id", "device_id", "insert_id", "time")
+_PARAMETER = 2**64 - 1  # where the parser says that a lambda's own names stand
+
+# Functions that mappings may use beside DuckDB's. Documented in docs/mapping.md.
+_VALUE = "nullif(p->'$.value.string_value', 'null'), CAST(p->>'$.value.int_value' AS JSON), CAST(p->>'$.value.float_value' AS JSON), CAST(p->>'$.value.double_value' AS JSON)"
+_COUNTRIES = ", ".join(f"{literal(code)}: {literal(name)}" for code, name in countries.NAMES.items())
+_HELPERS: Final = {
+    "_countries()": f"MAP {{{_COUNTRIES}}}",
+    "_pointer(k)": "'/' || replace(replace(k, '~', '~0'), '/', '~1')",
+}
+MACROS: Final = tuple(
+    f"CREATE OR REPLACE TEMP MACRO {name} AS {sql}"
+    for name, sql in {
+        **_HELPERS,
+        # Seconds, milliseconds or microseconds since the epoch, told apart by their size, as milliseconds.
+        "unix_ms(t)": "CAST(floor(CASE WHEN CAST(t AS DOUBLE) < 1e11 THEN CAST(t AS DOUBLE) * 1000 "
+        "WHEN CAST(t AS DOUBLE) < 1e14 THEN CAST(t AS DOUBLE) ELSE CAST(t AS DOUBLE) / 1000 END) AS BIGINT)",
+        # A JSON object less the keys that match a regular expression from start to end.
+        "without(o, pattern)": "CAST(map_from_entries(list_transform(list_filter(json_keys(o), "
+        "lambda k: NOT regexp_full_match(k, pattern)), lambda k: {'k': k, 'v': json_extract(o, _pointer(k))})) AS JSON)",
+        # The moment inside a UUID of version 7, null for any other text.
+        "uuid7_ms(u)": "CASE WHEN regexp_full_match(lower(u), '[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f-]*') "
+        "THEN CAST(('0x' || u[1:8] || u[10:13]) AS BIGINT) END",
+        # Names of platforms as Amplitude's SDKs spell them.
+        "platform_name(p)": "CASE lower(p) WHEN 'ios' THEN 'iOS' WHEN 'android' THEN 'Android' "
+        "WHEN 'web' THEN 'Web' ELSE p END",
+        # GA4's [{key, value: {string_value, int_value, …}}] as an object, and one value of it as text.
+        "params(l)": "CAST(map_from_entries(list_transform(CAST(to_json(l) AS JSON[]), "
+        f"lambda p: {{'k': p->>'$.key', 'v': coalesce({_VALUE})}})) AS JSON)",
+        "param(l, name)": "params(l)->>_pointer(name)",
+        # The English name of a country's ISO 3166 code, other text as it is.
+        "country_name(c)": "coalesce(_countries()[upper(c)], c)",
+    }.items()
+)
+
+
+# Words that are more likely to mean SQL than a column of their name; who has such a column writes quotes.
+_STRUCTURE: Final = frozenset(
+    "and as asc case cast collate desc distinct else end except false for from ilike in is isnull lambda like not notnull "
+    "null or similar then true try_cast when".split()
+)
+# A text, a quoted name, or a word that is no function, no part of a dotted name and no `ORDER BY`.
+_TOKEN: Final = re.compile(
+    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(?<![\w.])(?P<word>[A-Za-z_]\w*)(?!\w)(?!\s*\(|\s+by\b)", re.IGNORECASE
+)
+
+
+class Compiled(Struct, frozen=True):
+    """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in."""
+
+    sql: str
+    fields: tuple[Field, ...]
+
+
+def compile_mapping(
+    told: Mapping, columns: Columns, connection: duckdb.DuckDBPyConnection, *, id_length_min: int
+) -> Compiled:
+    """Turn a mapping into one query. connection: has `source`, at least with its columns, and the MACROS.
+
+    Raises InputError naming the field and the expression that cannot be.
+    """
+    return _Compiler(told, columns, connection, id_length_min).compile()
+
+
+class _Value(Struct):
+    """A field on its way to SQL. bare: the number of the column that is all of its expression."""
+
+    field: Field
+    sql: str
+    bare: int | None = None
+    windowed: bool = False
+    type_name: str = ""
+
+
+class _Compiler:
+    def __init__(
+        self,
+        told: Mapping,
+        columns: Columns,
+        connection: duckdb.DuckDBPyConnection,
+        id_length_min: int,
+    ) -> None:
+        self.told, self.columns, self.connection = told, columns, connection
+        self.id_length_min = id_length_min
+        words = connection.execute(
+            "SELECT keyword_name FROM duckdb_keywords() WHERE keyword_category IN ('reserved', 'type_function')"
+        ).fetchall()
+        self._keywords = {word for (word,) in words} - _STRUCTURE
+
+    def compile(self) -> Compiled:
+        values = [self._value(field) for field in self.told.fields]
+        kept = self._kept(self._where())
+        for value in values:
+            self._describe(value, kept)
+        return Compiled(self._query(values, kept), tuple(value.field for value in values))
+
+    # Parsing: expressions to SQL over the frame's columns.
+
+    def _value(self, field: Field) -> _Value:
+        try:
+            node = self._parse(field.expression)
+            if node["class"] == "COLUMN_REF":
+                number = self.columns.use(node["column_names"])
+                return _Value(field, self._typed(number), bare=number)
+            windowed = _contains(node, "WINDOW")
+            node = self._renamed(node, frozenset(), lenient=windowed)
+            return _Value(field, self._text(node), windowed=windowed)
+        except InputError as error:
+            raise self._wrong(field.name, field.expression, error) from error
+
+    def _where(self) -> str | None:
+        if self.told.where is None:
+            return None
+        try:
+            node = self._parse(self.told.where)
+            if _contains(node, "WINDOW"):
+                raise InputError("A window function cannot stand in `where`")
+            sql = self._text(self._renamed(node, frozenset(), lenient=False))
+            sql = f"TRY({{'v': CAST({sql} AS BOOLEAN)}})"
+            self._type(sql, self.columns.frame())
+        except InputError as error:
+            raise self._wrong("where", self.told.where, error) from error
+        return sql
+
+    def _kept(self, where: str | None) -> str:
+        if where is None:
+            return f"SELECT *, false AS doubtful FROM ({self.columns.frame()})"  # noqa: S608
+        tested = f"SELECT *, {where} AS keep FROM ({self.columns.frame()})"  # noqa: S608
+        return (
+            f"SELECT * EXCLUDE (keep), keep IS NULL AS doubtful FROM ({tested}) "  # noqa: S608
+            "WHERE unreadable OR keep IS NULL OR keep.v"
+        )
+
+    def _parse(self, expression: str) -> dict[str, Any]:
+        found = self._serialized(f"SELECT {self._quoted(expression)}")
+        if found["error"]:
+            raise InputError(str(found["error_message"]))
+        node = found["statements"][0]["node"]
+        alone = len(found["statements"]) == 1 and len(node.get("select_list", ())) == 1
+        if not alone or node["from_table"]["type"] != "EMPTY" or node["where_clause"]:
+            raise InputError("This is not one expression")
+        expression_node: dict[str, Any] = node["select_list"][0]
+        if _contains(expression_node, "SUBQUERY"):
+            raise InputError("A query inside of an expression is not possible")
+        return expression_node
+
+    def _quoted(self, expression: str) -> str:
+        """Put quotes around columns whose names are words of SQL, such as `at` or `order`."""
+        if self.columns.has(expression):
+            return mapping.quoted(expression)
+
+        def quote(found: re.Match[str]) -> str:
+            word = found["word"]
+            if word and word.lower() in self._keywords and self.columns.has(word):
+                return mapping.quoted(word)
+            return found[0]
+
+        return _TOKEN.sub(quote, expression)
+
+    def _serialized(self, sql: str) -> dict[str, Any]:
+        asked = "SELECT json_serialize_sql(CAST(? AS VARCHAR))"
+        row = self.connection.execute(asked, [sql]).fetchone()
+        assert row is not None
+        found: dict[str, Any] = msgspec.json.decode(row[0])
+        return found
+
+    def _renamed(self, node: Any, own: frozenset[str], *, lenient: bool) -> Any:  # noqa: ANN401  # a tree of JSON
+        """Return the tree with the source's names replaced. own: the names of lambdas around it."""
+        if isinstance(node, list):
+            return [self._renamed(one, own, lenient=lenient) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("class") == "COLUMN_REF":
+            names = node["column_names"]
+            if names[0] in own:
+                return node
+            return self._parse(self._typed(self.columns.use(names), lenient=lenient))
+        if node.get("class") == "LAMBDA" and node["lhs"].get("query_location") == _PARAMETER:
+            inner = own | _parameters(node["lhs"])
+            return {**node, "expr": self._renamed(node["expr"], inner, lenient=lenient)}
+        renamed = {name: self._renamed(one, own, lenient=lenient) for name, one in node.items()}
+        if lenient and node.get("class") == "CAST":
+            renamed["try_cast"] = True
+        return renamed
+
+    def _typed(self, number: int, *, lenient: bool = False) -> str:
+        """Return SQL of a column in its own type, an error where the value does not fit."""
+        kind = self.columns.kind(number)
+        if self.columns.style == "native" or kind == "VARCHAR":
+            return f"u{number}"
+        if kind == "JSON" and self.columns.style == "json":
+            return f"o{number}"
+        return f"{'TRY_CAST' if lenient else 'CAST'}(u{number} AS {kind})"
+
+    def _text(self, node: dict[str, Any]) -> str:
+        statement = self._serialized("SELECT 1")
+        statement["statements"][0]["node"]["select_list"] = [node]
+        asked = "SELECT json_deserialize_sql(CAST(? AS JSON))"
+        row = self.connection.execute(asked, [msgspec.json.encode(statement).decode()]).fetchone()
+        assert row is not None
+        return f"({str(row[0]).removeprefix('SELECT ')})"
+
+    def _describe(self, value: _Value, kept: str) -> None:
+        field = value.field
+        try:
+            value.type_name = self._type(value.sql, kept)
+        except InputError as error:
+            raise self._wrong(field.name, field.expression, error) from error
+        if value.field.kind == "millis" and value.type_name == "BOOLEAN":
+            reason = InputError("A truth value is no time")
+            raise self._wrong(field.name, field.expression, reason)
+
+    def _type(self, sql: str, relation: str) -> str:
+        try:
+            row = self.connection.execute(f"DESCRIBE SELECT {sql} AS v FROM ({relation})").fetchone()  # noqa: S608
+        except duckdb.Error as error:
+            raise InputError(_first_line(error)) from error
+        assert row is not None
+        return str(row[1])
+
+    def _wrong(self, name: str, expression: str, error: InputError) -> InputError:
+        return InputError(
+            f"The mapping's {name} cannot be: {error.what}",
+            where=f"{name}: {expression}",
+            mend=error.mend,
+        )
+
+    # The query, from the inside out. Each layer adds columns that the next one uses.
+
+    def _query(self, values: list[_Value], kept: str) -> str:
+        windows = "".join(
+            f", {value.sql} AS w{at}" for at, value in enumerate(values) if value.windowed
+        )
+        tried = ", ".join(f"{self._tried(value, at)} AS t{at}" for at, value in enumerate(values))
+        layers = (
+            tried,
+            self._own(values),
+            self._troubles(),
+            self._usable(),
+            f"{self._verdict(values)} AS bad",
+            f"CASE WHEN bad IS NULL THEN {self._body(values)} END AS body",
+        )
+        sql = f"SELECT *{windows} FROM ({kept})"  # noqa: S608  # here and below: SQL of our own making
+        for layer in layers:
+            sql = f"SELECT *, {layer} FROM ({sql})"  # noqa: S608
+        return f"SELECT {self._output()} FROM ({sql})"  # noqa: S608
+
+    def _tried(self, value: _Value, number: int) -> str:
+        """Return SQL for {v: …}, NULL where the row's value does not fit.
+
+        v is the plain value of the fields that the stage itself looks at, else the piece of JSON.
+        """
+        field = value.field
+        own = field.path[0] in _OWN
+        if value.bare is not None and field.kind in {"text", "value"}:
+            return f"{{'v': {self._passed(value, value.bare, own=own)}}}"
+        sql = f"w{number}" if value.windowed else value.sql
+        if own and field.kind == "text":
+            if value.type_name == "JSON":
+                sql = mapping.unquote(f"nullif(CAST({sql} AS VARCHAR), 'null')")
+            return f"TRY({{'v': CAST({sql} AS VARCHAR)}})"
+        if own:
+            return f"TRY({{'v': {mapping.millis(sql, type_name=value.type_name)}}})"
+        return f"TRY({{'v': {mapping.piece(field.kind, sql, type_name=value.type_name)}}})"
+
+    def _passed(self, value: _Value, number: int, *, own: bool) -> str:
+        """Return SQL for a column that goes on as the source wrote it, without any way to fail."""
+        if value.field.kind == "value":
+            return f"j{number}"
+        if own and self.columns.style == "json":
+            return mapping.unquote(f"j{number}")
+        if own:
+            return f"CAST(u{number} AS VARCHAR)"
+        quoted = f"CASE WHEN starts_with(j{number}, '\"') THEN j{number}"
+        return f"{quoted} ELSE CAST(to_json(j{number}) AS VARCHAR) END"
+
+    def _own(self, values: list[_Value]) -> str:
+        at = {value.field.name: number for number, value in enumerate(values)}
+        parts = []
+        for name in ("event_type", "user_id", "device_id", "insert_id"):
+            text = f"t{at[name]}.v" if name in at else "CAST(NULL AS VARCHAR)"
+            if name.endswith("r_id") or name == "device_id":
+                text = f"ltrim({text}, ' ')"
+            if name != "insert_id":
+                text = f"CASE WHEN strlen({text}) > {STRING_CHARS_MAX} THEN left({text}, {STRING_CHARS_MAX}) ELSE {text} END"
+            parts.append(f"{text} AS {name}_")
+        return ", ".join([*parts, f"t{at['time']}.v AS time_"])
+
+    def _troubles(self) -> str:
+        user = self._trouble("user_id_", USER_SHORT, USER_FORBIDDEN)
+        device = self._trouble("device_id_", DEVICE_SHORT, DEVICE_FORBIDDEN)
+        return f"{user} AS user_trouble, {device} AS device_trouble"
+
+    def _trouble(self, name: str, short: int, forbidden: int) -> str:
+        words = ", ".join(literal(word) for word in sorted(FORBIDDEN_IDS))
+        return (
+            f"CASE WHEN {name} IS NULL OR {name} = '' THEN 0 "
+            f"WHEN length({name}) <= 36 AND lower({name}) IN ({words}) THEN {forbidden} "
+            f"WHEN length({name}) < {self.id_length_min} THEN {short} ELSE 0 END"
+        )
+
+    def _usable(self) -> str:
+        return (
+            "CASE WHEN user_trouble = 0 THEN nullif(user_id_, '') END AS user_id, "
+            "CASE WHEN device_trouble = 0 THEN nullif(device_id_, '') END AS device_id"
+        )
+
+    def _verdict(self, values: list[_Value]) -> str:
+        fails = " ".join(f"WHEN t{at} IS NULL THEN {at}" for at in range(len(values)))
+        return (
+            f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful THEN {WHERE} {fails} "
+            f"WHEN event_type_ IS NULL OR event_type_ = '' THEN {NO_TYPE} "
+            f"WHEN time_ IS NULL THEN {NO_TIME} "
+            f"WHEN time_ NOT BETWEEN 0 AND {TIME_MS_MAX} THEN {WRONG_TIME} "
+            "WHEN user_id IS NULL AND device_id IS NULL AND event_type_ != '$groupidentify' "
+            f"THEN {NO_ID} END"
+        )
+
+    def _body(self, values: list[_Value]) -> str:
+        pieces = [
+            (("event_type",), "CAST(to_json(event_type_) AS VARCHAR)"),
+            (("user_id",), "CAST(to_json(user_id) AS VARCHAR)"),
+            (("device_id",), "CAST(to_json(device_id) AS VARCHAR)"),
+            (("time",), "CAST(time_ AS VARCHAR)"),
+        ]
+        pieces += [
+            (value.field.path, f"t{at}.v")
+            for at, value in enumerate(values)
+            if value.field.path[0] not in _OWN
+        ]
+        return mapping.assemble(pieces)
+
+    def _output(self) -> str:
+        shown = self.columns.values() if self.columns.used else "'{}'"
+        key = "hash(coalesce(device_id, concat('user ', user_id)), insert_id_)"
+        columns = {
+            "file": "file",
+            "line": "line",
+            "bad": "CAST(bad AS INTEGER)",
+            "row": "CASE WHEN bad IS NOT NULL THEN text END",
+            "shown": f"CASE WHEN bad >= {WHERE} THEN {shown} END",
+            "trouble": "CAST(CASE WHEN bad IS NULL OR bad = -6 THEN user_trouble + device_trouble ELSE 0 END AS UTINYINT)",
+            "time_ms": "time_",
+            "event_type": "event_type_",
+            "user_id": "user_id",
+            "device_id": "device_id",
+            "user_node": "CASE WHEN user_id IS NULL THEN 0 ELSE CAST(hash(user_id) >> 1 AS BIGINT) END",
+            "device_node": "CASE WHEN device_id IS NULL THEN 0 ELSE CAST(hash(device_id, 1) >> 1 AS BIGINT) END",
+            "key": f"CASE WHEN nullif(insert_id_, '') IS NULL THEN 0 ELSE CAST({key} >> 1 AS BIGINT) END",
+            "insert_id": "coalesce(CAST(to_json(nullif(insert_id_, '')) AS VARCHAR), md5(body))",
+            "body": "body",
+        }
+        return ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
+
+
+OUTPUT: Final = pa.schema(
+    [
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+        ("bad", pa.int32()),
+        ("row", pa.string()),
+        ("shown", pa.string()),
+        ("trouble", pa.uint8()),
+        ("time_ms", pa.int64()),
+        ("event_type", pa.string()),
+        ("user_id", pa.string()),
+        ("device_id", pa.string()),
+        ("user_node", pa.int64()),
+        ("device_node", pa.int64()),
+        ("key", pa.int64()),
+        ("insert_id", pa.string()),
+        ("body", pa.string()),
+    ]
+)
+
+
+def _contains(node: Any, kind: str) -> bool:  # noqa: ANN401  # a tree of JSON
+    if isinstance(node, list):
+        return any(_contains(one, kind) for one in node)
+    if isinstance(node, dict):
+        return node.get("class") == kind or any(_contains(one, kind) for one in node.values())
+    return False
+
+
+def _parameters(node: dict[str, Any]) -> frozenset[str]:
+    """Return the names that a lambda gives to its arguments."""
+    if node["class"] == "COLUMN_REF":
+        return frozenset(node["column_names"])
+    return frozenset(name for one in node.get("children", ()) for name in _parameters(one))
+
+
+def _first_line(error: duckdb.Error) -> str:
+    return str(error).split("\n", 1)[0]

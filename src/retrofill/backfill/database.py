@@ -1,0 +1,83 @@
+"""The rows that a query brings from SQLite, PostgreSQL or DuckDB, each as one line of JSON.
+
+So a database is read like any file of JSON lines: rows stream in the order of the query, and what a dead letter shows is
+what the database gave. Dates and times become ISO 8601 text, decimals numbers, bytes Base64.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import duckdb
+import msgspec
+
+from retrofill.errors import InputError
+
+_ROWS = 5_000  # rows fetched at once
+
+_encoder = msgspec.json.Encoder(decimal_format="number", enc_hook=str)
+
+
+def lines(place: str, query: str) -> Iterator[bytes]:
+    """Yield some thousand rows at a time as JSON lines. place: `sqlite:path`, `duckdb:path`, `postgresql://…`.
+
+    Raises InputError with the database's own words when it refuses.
+    """
+    kind, _, path = place.partition(":")
+    rows = {"sqlite": _sqlite, "duckdb": _duckdb}.get(kind)
+    yield from _encoded(rows(path, query) if rows else _postgresql(place, query))
+
+
+def _encoded(batches: Iterator[tuple[list[str], Sequence[Sequence[Any]]]]) -> Iterator[bytes]:
+    for names, rows in batches:
+        yield _encoder.encode_lines([dict(zip(names, map(_plain, row), strict=True)) for row in rows])
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and value != value:  # noqa: PLR0124  # NaN, which JSON has not
+        return None
+    if isinstance(value, datetime.timedelta | decimal.Decimal):
+        return value if isinstance(value, decimal.Decimal) and value.is_finite() else str(value)
+    return value
+
+
+def _sqlite(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            cursor = connection.execute(query)
+            names = [column[0] for column in cursor.description]
+            while rows := cursor.fetchmany(_ROWS):
+                yield names, rows
+    except sqlite3.Error as error:
+        raise InputError(f"SQLite said: {error}", where=path) from error
+
+
+def _duckdb(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
+    try:
+        with closing(duckdb.connect(path, read_only=True)) as connection:
+            cursor = connection.execute(query)
+            names = [column[0] for column in cursor.description or ()]
+            while rows := cursor.fetchmany(_ROWS):
+                yield names, rows
+    except duckdb.Error as error:
+        raise InputError(f"DuckDB said: {error}", where=path) from error
+
+
+def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
+    import psycopg  # noqa: PLC0415  # only this source needs it
+
+    try:
+        # A cursor with a name stays on the server and streams.
+        with psycopg.connect(url) as connection, connection.cursor("retrofill") as cursor:
+            cursor.itersize = _ROWS
+            cursor.execute(query.encode())
+            names = [column.name for column in cursor.description or ()]
+            while rows := cursor.fetchmany(_ROWS):
+                yield names, rows
+    except psycopg.Error as error:
+        raise InputError(f"PostgreSQL said: {error}", where=url.split("@")[-1]) from error

@@ -1,0 +1,66 @@
+"""Dead letters: rows that will not be sent, each with the place it stood, why, and the row as it was.
+
+One file of JSON lines beside the stage. Counts by kind are kept for the plan; the rows themselves go straight to the file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+_EXAMPLES = 20  # letters kept in memory for the plan
+_ROW_CHARS_MAX = 1_000_000
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """One line of the file. file, line: where it stood. row: the source's text."""
+
+    file: str
+    line: int
+    reason: str
+    row: str
+
+
+class DeadLetters:
+    """Writes one file of letters, made anew. Threads may share it.
+
+    counts: letters by kind, a word or two without any value in it. examples: the first ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.examples: list[Letter] = []
+        self._file = path.open("wb")
+        self._lock = threading.Lock()
+
+    def add(self, file: str, line: int, kind: str, reason: str, row: str) -> None:  # noqa: PLR0913  # one letter's parts
+        """Write one letter. The reason on the line is `kind: reason`."""
+        letter = Letter(file, line, f"{kind}: {reason}" if reason else kind, row[:_ROW_CHARS_MAX])
+        with self._lock:
+            self.counts[kind] += 1
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append(letter)
+            self._file.write(msgspec.json.encode(letter) + b"\n")
+
+    @property
+    def total(self) -> int:
+        """How many letters were written."""
+        return self.counts.total()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,374 @@
+"""From rows to events: the mapping's query over the source, its answer checked, counted and put down.
+
+One pass over the source, streaming. Events go to a spill file as they come; who is one person is known only at the end,
+so that sorting comes after (`order`). What stays in memory: the distinct (device, user) pairs, and a thin sample of rows
+from which the sorting takes its borders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from msgspec import Struct
+
+from retrofill.backfill import columns, compiled, records
+from retrofill.backfill.check import Checker
+from retrofill.backfill.columns import Columns
+from retrofill.backfill.compiled import OUTPUT, Compiled
+from retrofill.backfill.deadletter import DeadLetters
+from retrofill.backfill.manifest import Options
+from retrofill.backfill.people import Ints, Pairs
+from retrofill.backfill.source import Piece
+from retrofill.core.mapping import Field, Mapping, literal
+from retrofill.errors import InputError
+
+MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
+_ROWS = 20_000  # of one batch on its way
+_SAMPLE_ROWS = 10_000  # looked at to learn the columns
+_SAMPLE_PIECES = 20
+_BORDERS_MAX = 200_000  # rows of the thin sample
+
+SPILLED = pa.schema([field for field in OUTPUT if field.name not in {"bad", "row", "shown", "trouble"}])
+_TROUBLES = {
+    "user_id too short": compiled.USER_SHORT,
+    "user_id forbidden": compiled.USER_FORBIDDEN,
+    "device_id too short": compiled.DEVICE_SHORT,
+    "device_id forbidden": compiled.DEVICE_FORBIDDEN,
+}
+_REASONS = {
+    compiled.UNREADABLE: ("unreadable", "this is no JSON object"),
+    compiled.NO_TYPE: ("event_type", "it is empty"),
+    compiled.NO_TIME: ("time", "it is empty"),
+    compiled.WRONG_TIME: ("time", "it is before 1970 or after 9999"),
+    compiled.NO_ID: ("no usable id", "both are empty, too short or forbidden words"),
+}
+
+
+class Taken(Struct, kw_only=True):
+    """What the intake has seen."""
+
+    rows: int = 0
+    events: int = 0
+    bytes: int = 0
+    ids: Counter[str] = msgspec.field(default_factory=Counter)
+    left_out: Counter[str] = msgspec.field(default_factory=Counter)
+    pairs: Pairs = msgspec.field(default_factory=Pairs)
+    keys: list[Ints] = []
+    borders: Thin = msgspec.field(default_factory=lambda: Thin())
+
+
+class Thin:
+    """Every n-th row's device, user and time, so few that they stay small."""
+
+    def __init__(self) -> None:
+        self._parts: list[Ints] = []
+        self._step, self._next, self._size = 1, 0, 0
+
+    def add(self, device: Ints, user: Ints, time_ms: Ints) -> None:
+        """Look at a batch of rows."""
+        at = np.arange(self._next, len(device), self._step)
+        self._next = int(at[-1]) + self._step - len(device) if len(at) else self._next - len(device)
+        self._parts.append(np.stack((device[at], user[at], time_ms[at])))
+        self._size += len(at)
+        if self._size > 2 * _BORDERS_MAX:
+            kept = np.concatenate(self._parts, axis=1)[:, ::2]
+            self._parts, self._size, self._step = [kept], kept.shape[1], self._step * 2
+
+    def rows(self) -> tuple[Ints, Ints, Ints]:
+        """Return devices, users and times."""
+        if not self._parts:
+            return (np.zeros(0, np.int64),) * 3
+        device, user, time_ms = np.concatenate(self._parts, axis=1)
+        return device, user, time_ms
+
+
+def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
+    """Return a DuckDB with bounded memory and the functions that mappings may use."""
+    connection = duckdb.connect(
+        config={
+            "memory_limit": f"{MEMORY_MB}MB",
+            "temp_directory": str(scratch / "duckdb"),
+            "preserve_insertion_order": "false",
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+        }
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    # These would read the source twice, which is a stream: the second reading finds nothing.
+    connection.execute("SET disabled_optimizers = 'window_self_join,common_subplan'")
+    for macro in compiled.MACROS:
+        connection.execute(macro)
+    return connection
+
+
+class Intake:
+    """One source under one mapping. Compiling happens at once, so that a wrong mapping is known before any row is read."""
+
+    def __init__(  # noqa: PLR0913  # what an intake works with
+        self,
+        pieces: Sequence[Piece],
+        mapping: Mapping,
+        options: Options,
+        connection: duckdb.DuckDBPyConnection,
+        letters: DeadLetters,
+    ) -> None:
+        self.pieces, self.mapping, self.options = pieces, mapping, options
+        self.connection, self.letters = connection, letters
+        self.taken = Taken()
+        self._failed: BaseException | None = None
+        self._unreadable = 0  # rows that only the query found to be no JSON
+        self._checker = Checker(self._refused, id_length_min=options.id_length_min)
+        self.source = look(pieces, mapping)
+        self.columns = Columns(self.source.style, self.source.types, mapping.columns)
+        self._register(iter(()))
+        self.compiled: Compiled = compiled.compile_mapping(
+            mapping, self.columns, connection, id_length_min=options.id_length_min
+        )
+
+    def run(self, spill: Path, *, seen: Callable[[int], None] = lambda _rows: None) -> Taken:
+        """Read all rows, write the events among them to the spill file. Raises InputError when too many are bad."""
+        self._register(self._records())
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_file(spill, SPILLED, options=options) as writer:
+            for batch in self._answers():
+                events = self._take(batch)
+                if events.num_rows:
+                    writer.write_batch(events)
+                seen(self.taken.rows)
+        self._judge()
+        return self.taken
+
+    @property
+    def unread(self) -> int:
+        """Rows that were refused before the query saw them."""
+        return self.letters.counts["unreadable"] - self._unreadable
+
+    # The relation `source`.
+
+    def _register(self, found: Iterator[pa.RecordBatch]) -> None:
+        if self.source.style == "native":
+            self.connection.execute(self._parquet())
+            return
+        reader = pa.RecordBatchReader.from_batches(self.source.schema, found)
+        self.connection.register("source", reader)
+
+    def _parquet(self) -> str:
+        names = ", ".join(literal(piece.place) for piece in self.pieces)
+        numbers = ", ".join(str(piece.number) for piece in self.pieces)
+        return (
+            "CREATE OR REPLACE TEMP VIEW source AS SELECT * EXCLUDE (filename, file_row_number), "  # noqa: S608  # names are quoted
+            f"CAST([{numbers}][list_position([{names}], filename)] AS INTEGER) AS file, "
+            "CAST(file_row_number + 1 AS BIGINT) AS line "
+            f"FROM read_parquet([{names}], filename = true, file_row_number = true, union_by_name = true)"
+        )
+
+    def _records(self) -> Iterator[pa.RecordBatch]:
+        """Yield all records. DuckDB pulls from here; its own words about an error are worth little, so keep ours."""
+        try:
+            for piece in self.pieces:
+                yield from read(piece, self.source, self.mapping, self.letters)
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _answers(self) -> Iterator[pa.RecordBatch]:
+        try:
+            answer = self.connection.execute(self.compiled.sql).to_arrow_reader(_ROWS)
+            yield from answer
+        except (duckdb.Error, pa.ArrowException) as error:
+            if self._failed is not None:
+                raise self._failed from error
+            raise InputError(
+                f"The mapping failed while the source was read: {_one_line(error)}",
+                where=self._culprit(error),
+                mend="An expression over several rows (OVER …) cannot leave out single ones",
+            ) from error
+
+    def _culprit(self, error: Exception) -> str:
+        del error
+        windows = [field for field in self.compiled.fields if " over " in field.expression.lower()]
+        return "; ".join(f"{field.name}: {field.expression}" for field in windows)
+
+    # One batch of the query's answer.
+
+    def _take(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.taken.rows += batch.num_rows
+        batch = self._without_bad(batch)
+        batch = self._checker.mended(batch)
+        batch = self._in_bounds(batch)
+        if batch.num_rows == 0:
+            return batch.select(SPILLED.names)
+        for name, bit in _TROUBLES.items():
+            lost = int(np.count_nonzero(_numbers(batch, "trouble") & bit))
+            if lost:
+                self.taken.ids[name] += lost
+        device, user = _numbers(batch, "device_node"), _numbers(batch, "user_node")
+        self.taken.pairs.add(device, user)
+        self.taken.borders.add(device, user, _numbers(batch, "time_ms"))
+        key = _numbers(batch, "key")
+        self.taken.keys.append(key[key != 0])
+        self.taken.events += batch.num_rows
+        self.taken.bytes += batch.column("body").nbytes
+        return batch.select(SPILLED.names)
+
+    def _without_bad(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        bad = batch.column("bad")
+        if bad.null_count == len(bad):
+            return batch
+        wrong = batch.filter(pc.is_valid(bad)).select(["file", "line", "bad", "row", "shown", "user_id"])
+        for row in wrong.to_pylist():
+            self._refuse(row)
+        return batch.filter(pc.is_null(bad))
+
+    def _refuse(self, row: dict[str, Any]) -> None:
+        self._unreadable += row["bad"] == compiled.UNREADABLE
+        kind, reason = self._reason(row["bad"], row["shown"])
+        text = (row["row"] or "").rstrip("\r\n")
+        self.letters.add(self.pieces[row["file"]].name, row["line"], kind, reason, text)
+
+    def _refused(self, file: int, line: int, kind: str, reason: str, event: str) -> None:
+        """Keep an event that the core refuses. The row itself is not at hand any more; the event holds its values."""
+        self.letters.add(self.pieces[file].name, line, kind, reason, event)
+
+    def _reason(self, bad: int, shown: str | None) -> tuple[str, str]:
+        if bad in _REASONS:
+            return _REASONS[bad]
+        field = Field(("where",), self.mapping.where or "") if bad < 0 else self.compiled.fields[bad]
+        held = {name: value for name, value in msgspec.json.decode(shown or "{}").items()}
+        named = {name: value for name, value in held.items() if _names(field.expression, name)}
+        values = ", ".join(f"{name} = {msgspec.json.encode(one).decode()[:200]}" for name, one in named.items())
+        return field.name, f"{field.expression} does not fit where {values or 'the row is so'}"
+
+    def _in_bounds(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        options, time_ms = self.options, _numbers(batch, "time_ms")
+        early = time_ms < options.since_ms if options.since_ms is not None else np.zeros(len(time_ms), bool)
+        until = np.full(len(time_ms), np.iinfo(np.int64).max)
+        if options.until_ms is not None:
+            until[:] = options.until_ms
+        for event_type, until_ms in options.until_types.items():
+            until[np.asarray(pc.equal(batch.column("event_type"), event_type))] = until_ms
+        late = time_ms >= until
+        if early.any() or late.any():
+            self.taken.left_out["since"] += int(early.sum())
+            self.taken.left_out["until"] += int(late.sum())
+            batch = batch.filter(pa.array(~(early | late)))
+        return batch
+
+    def _judge(self) -> None:
+        refused = self.letters.total
+        rows = max(self.taken.rows + self.unread, 1)
+        if refused <= rows * self.options.bad_rows:
+            return
+        first = self.letters.examples[0]
+        worst = ", ".join(f"{kind} {count:,}" for kind, count in self.letters.counts.most_common(5))
+        raise InputError(
+            f"{refused:,} of {rows:,} rows were refused ({worst}), the first: {first.reason}",
+            where=f"{first.file}, row {first.line}: {first.row[:300]}",
+            mend=f"Mend the mapping, or allow more with --bad-rows; all are in {self.letters.path}",
+        )
+
+
+def _names(expression: str, name: str) -> bool:
+    return name.split(".")[-1].lower() in expression.lower()
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> Any:  # noqa: ANN401  # an array of the column's type
+    return batch.column(name).to_numpy(zero_copy_only=False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+class Source(Struct, frozen=True):
+    """What a look at the source tells. names: of CSV cells. rows: the sample, as text or cells."""
+
+    style: columns.Style
+    types: dict[columns.Path, str]
+    names: list[str]
+    schema: Any
+    rows: list[str | None]
+    table: Any = None
+
+
+def look(pieces: Sequence[Piece], mapping: Mapping | None) -> Source:
+    """Read the first rows of some pieces and say what columns there are."""
+    if not pieces:
+        raise InputError("The source holds no file that can be read")
+    styles = {_style(piece) for piece in pieces}
+    if len(styles) > 1:
+        raise InputError(
+            f"The source mixes {' and '.join(sorted(styles))} files",
+            mend="Import each kind in a run of its own",
+        )
+    style = styles.pop()
+    told = mapping.delimiter if mapping else None
+    if style == "native":
+        return _look_native(pieces)
+    if style == "cells":
+        return _look_cells(pieces, told)
+    rows: list[str | None] = []
+    with DeadLetters(Path("/dev/null")) as nowhere:
+        for piece in _spread(pieces):
+            for batch in records.json_records(piece, nowhere, chunk=1024 * 1024):
+                rows += batch.column("text")[: _SAMPLE_ROWS // 2].to_pylist()
+                break
+    types = columns.json_types(row for row in rows[: 2 * _SAMPLE_ROWS] if row)
+    return Source(style, types, [], records.JSON_SCHEMA, rows)
+
+
+def _look_cells(pieces: Sequence[Piece], told: str | None) -> Source:
+    names = list(dict.fromkeys(name for piece in pieces for name in records.header(piece, told)))
+    batches = []
+    with DeadLetters(Path("/dev/null")) as nowhere:
+        for piece in _spread(pieces):
+            for batch in records.csv_records(piece, names, nowhere, told=told, chunk=1024 * 1024):
+                batches.append(batch.slice(0, _SAMPLE_ROWS))
+                break
+    schema = records.cells_schema(names)
+    table = pa.Table.from_batches(batches, schema)
+    types = {
+        (name,): columns.cell_type(table.column(f"cell_{at}").to_pylist())
+        for at, name in enumerate(names)
+    }
+    return Source("cells", types, names, schema, [], table)
+
+
+def _look_native(pieces: Sequence[Piece]) -> Source:
+    names = ", ".join(literal(piece.place) for piece in pieces)
+    with duckdb.connect() as connection:
+        found = connection.execute(
+            f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # noqa: S608  # names are quoted
+        ).fetchall()
+        table = connection.execute(
+            f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # noqa: S608  # the same
+        ).to_arrow_table()
+    return Source("native", {(row[0],): row[1] for row in found}, [], None, [], table)
+
+
+def _style(piece: Piece) -> columns.Style:
+    if piece.format in {"csv", "tsv"}:
+        return "cells"
+    return "native" if piece.format == "parquet" else "json"
+
+
+def _spread(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    step = max(1, len(pieces) // _SAMPLE_PIECES)
+    return pieces[::step][:_SAMPLE_PIECES]
+
+
+def read(
+    piece: Piece, source: Source, mapping: Mapping, letters: DeadLetters
+) -> Iterator[pa.RecordBatch]:
+    """Yield one piece's records, with the schema that `look` found."""
+    if source.style == "cells":
+        return records.csv_records(piece, source.names, letters, told=mapping.delimiter)
+    return records.json_records(piece, letters)

@@ -1,0 +1,398 @@
+"""From the spill to the senders' sets: sorted by person and time, numbered, finished.
+
+An external sort in two steps. First every row goes to a bucket, by borders in (person, time) taken from a thin sample, so
+that buckets are about equally large whoever the source is about, one hot person included. Then each bucket is sorted in
+memory, and its rows written out. A person's number is spread evenly, and set k takes the k-th part of the numbers:
+buckets one after another give set after set, each with one open file.
+
+What needs neighbours is done there: made insert_ids get their place among equal events (those share person and time),
+and rows whose insert_id an earlier row of the device has are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from retrofill.backfill.intake import SPILLED
+from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
+from retrofill.backfill.people import Ints, People
+
+BUCKET_BYTES = 64 * 1024 * 1024  # of JSON, sorted in memory at once; several times that is in use meanwhile
+ROW_GROUP_ROWS = 20_000
+_HOT = 100  # people, devices and users listed
+_DAY_MS = 86_400_000
+
+Refused = Callable[[int, int, str, str, str], None]
+
+
+class Borders(Struct, frozen=True):
+    """Bucket i holds the rows from (persons[i-1], times[i-1]) on, below (persons[i], times[i])."""
+
+    persons: Ints
+    times: Ints
+
+    def bucket(self, person: Ints, time_ms: Ints) -> Ints:
+        """Return each row's bucket."""
+        low = np.searchsorted(self.persons, person, "left")
+        high = np.searchsorted(self.persons, person, "right")
+        bucket = low.copy()
+        for at in np.unique(low[high > low]):  # persons so hot that a border goes through them
+            rows = (low == at) & (high > low)
+            until = int(np.searchsorted(self.persons, self.persons[at], "right"))
+            bucket[rows] = at + np.searchsorted(self.times[at:until], time_ms[rows], "right")
+        return bucket
+
+
+def borders(person: Ints, time_ms: Ints, *, buckets: int) -> Borders:
+    """Return borders that part the sampled rows evenly."""
+    if buckets < 2 or len(person) == 0:  # noqa: PLR2004  # one bucket has no border
+        return Borders(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    order = np.lexsort((time_ms, person))
+    at = order[np.linspace(0, len(order) - 1, buckets + 1).astype(np.int64)[1:-1]]
+    return Borders(person[at], time_ms[at])
+
+
+def set_of(person: Ints, sets: int) -> Ints:
+    """Return each person's set: numbers are spread over 63 bits, sets are equal ranges of them."""
+    return ((person >> 32) * sets) >> 31
+
+
+def sampled(person: Ints, part: float) -> NDArray[np.bool_]:
+    """Say which people belong to a sample of this part of all. Independent of their set."""
+    mixed = (person.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
+    return np.asarray(mixed < np.uint64(int(part * (1 << 53))))
+
+
+class Sorted(Struct, kw_only=True):
+    """What the sorting has seen."""
+
+    sets: list[SetFile] = []
+    events: int = 0
+    bytes: int = 0
+    people: int = 0
+    first_ms: int | None = None
+    last_ms: int | None = None
+    days: Counter[tuple[int, str]] = msgspec.field(default_factory=Counter)
+    same: int = 0
+    different: int = 0
+    hot: list[HotPerson] = []
+    names: dict[int, str] = {}  # of the nodes that were asked for
+    left_out: int = 0  # rows outside of the sample
+
+
+class Doubles:
+    """The insert_ids that several rows of a device share: who came first, and with what content."""
+
+    def __init__(self, keys: Sequence[Ints]) -> None:
+        together = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+        together.sort()
+        again = together[1:][together[1:] == together[:-1]]
+        self.keys = np.unique(again)
+        self.seen = np.zeros(len(self.keys), np.bool_)
+        self.content = np.zeros(len(self.keys), np.uint64)
+
+    def later(self, key: Ints, body: pa.StringArray) -> tuple[Ints, list[int]]:
+        """Return the rows that are not the first of their key, and which of them differ from it in content."""
+        if len(self.keys) == 0:
+            return np.zeros(0, np.int64), []
+        at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        rows = np.flatnonzero((self.keys[at] == key) & (key != 0))
+        later, different = [], []
+        for row in rows.tolist():
+            slot = at[row]
+            content = xxhash.xxh3_64_intdigest(body[row].as_buffer())
+            if not self.seen[slot]:
+                self.seen[slot], self.content[slot] = True, content
+                continue
+            later.append(row)
+            if self.content[slot] != content:
+                different.append(row)
+        return np.asarray(later, np.int64), different
+
+
+class Sorter:
+    """Makes the sets of one spill."""
+
+    def __init__(  # noqa: PLR0913  # what a sort works with
+        self,
+        folder: Path,
+        people: People,
+        options: Options,
+        *,
+        keys: Sequence[Ints],
+        wanted: Ints,
+        refused: Refused,
+    ) -> None:
+        self.folder, self.people, self.options = folder, people, options
+        self.doubles = Doubles(keys)
+        self._wanted = frozenset(wanted.tolist())
+        self.refused = refused
+        self.found = Sorted()
+        self._set = -1
+        self._seq = 0
+        self._writer: pq.ParquetWriter | None = None
+        self._set_bytes = self._set_people = 0
+        self._person: HotPerson | None = None  # whose rows are being written
+        self._head, self._tail = _frame(options)
+
+    def run(self, spill: Path, edges: Borders, scratch: Path) -> Sorted:
+        """Sort the spill into set files."""
+        paths = self._scatter(spill, edges, scratch)
+        for path in paths:
+            if path.exists():
+                self._bucket(_whole(path))
+                path.unlink()
+        self._close_person()
+        while self._set < self.options.sets - 1:
+            self._next_set()
+        self._close_set()
+        self.found.hot.sort(key=lambda one: -one.events)
+        self.found.hot = self.found.hot[:_HOT]
+        return self.found
+
+    def _scatter(self, spill: Path, edges: Borders, scratch: Path) -> list[Path]:
+        if len(edges.persons) == 0:
+            return [spill]
+        paths = [scratch / f"bucket-{at}.arrow" for at in range(len(edges.persons) + 1)]
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        writers = [pa.ipc.new_file(path, SPILLED, options=options) for path in paths]
+        for batch in _gathered(spill):
+            person = self.people.of(_ints(batch, "device_node"), _ints(batch, "user_node"))
+            bucket = edges.bucket(person, _ints(batch, "time_ms"))
+            order = np.argsort(bucket, kind="stable")
+            rows = batch.take(pa.array(order)).combine_chunks()
+            at = np.searchsorted(bucket[order], np.arange(len(paths) + 1))
+            for number, writer in enumerate(writers):
+                if at[number + 1] > at[number]:
+                    writer.write_table(rows.slice(at[number], at[number + 1] - at[number]))
+        for writer in writers:
+            writer.close()
+        spill.unlink()
+        return paths
+
+    def _bucket(self, table: pa.Table) -> None:
+        if table.num_rows == 0:
+            return
+        person = self.people.of(_ints(table, "device_node"), _ints(table, "user_node"))
+        if self.options.sample < 1:
+            kept = sampled(person, self.options.sample)
+            self.found.left_out += int(np.count_nonzero(~kept))
+            table, person = table.filter(pa.array(kept)), person[kept]
+        order = np.lexsort(
+            (_ints(table, "line"), _ints(table, "file"), _ints(table, "time_ms"), person)
+        )
+        table, person = self._without_doubles(table.take(pa.array(order)), person[order])
+        table = table.set_column(
+            table.schema.get_field_index("insert_id"), "insert_id", _insert_ids(table, person)
+        )
+        self._name(table)
+        parts = set_of(person, self.options.sets)
+        at = np.flatnonzero(np.diff(parts, prepend=-1))
+        for start, end in zip(at, [*at[1:], len(parts)], strict=True):
+            while self._set < parts[start]:
+                self._next_set()
+            for first in range(start, end, 2 * ROW_GROUP_ROWS):
+                last = min(first + 2 * ROW_GROUP_ROWS, end)
+                self._write(table.slice(first, last - first), person[first:last])
+
+    def _without_doubles(self, table: pa.Table, person: Ints) -> tuple[pa.Table, Ints]:
+        body = table.column("body")
+        later, different = self.doubles.later(_ints(table, "key"), body)
+        if len(later) == 0:
+            return table, person
+        self.found.same += len(later) - len(different)
+        self.found.different += len(different)
+        for row in different:
+            file, line, text = (table.column(name)[row].as_py() for name in ("file", "line", "body"))
+            reason = "an earlier row of this device has it with other content"
+            self.refused(file, line, "insert_id", reason, "{" + text)
+        kept = np.ones(len(person), np.bool_)
+        kept[later] = False
+        return table.filter(pa.array(kept)), person[kept]
+
+    def _name(self, table: pa.Table) -> None:
+        """Note how the wanted nodes are spelled."""
+        for node, name in (("device_node", "device_id"), ("user_node", "user_id")):
+            nodes = _ints(table, node)
+            found, rows = np.unique(nodes, return_index=True)
+            for number, row in zip(found.tolist(), rows.tolist(), strict=True):
+                if number in self._wanted and number not in self.found.names:
+                    self.found.names[number] = table.column(name)[row].as_py()
+
+    def _write(self, table: pa.Table, person: Ints) -> None:
+        assert self._writer is not None
+        json = pc.binary_join_element_wise(
+            self._head, table.column("insert_id"), self._tail, table.column("body"), ""
+        )
+        size = pc.binary_length(json)
+        seq = np.arange(self._seq, self._seq + len(person))
+        time_ms = table.column("time_ms")
+        made = {
+            "person": pa.array(person),
+            "seq": pa.array(seq),
+            "time_ms": time_ms,
+            "device_id": table.column("device_id"),
+            "user_id": table.column("user_id"),
+            "insert_id": _plain(table.column("insert_id")),
+            "event_type": table.column("event_type"),
+            "json": json,
+            "bytes": size,
+            "file": table.column("file"),
+            "line": table.column("line"),
+        }
+        self._writer.write_table(
+            pa.table(list(made.values()), schema=SET_SCHEMA), row_group_size=ROW_GROUP_ROWS
+        )
+        self._count(time_ms, table.column("event_type"), int(pc.sum(size).as_py()))
+        self._runs(person)
+        self._seq += len(person)
+
+    def _count(self, time_ms: pa.ChunkedArray, event_type: pa.ChunkedArray, size: int) -> None:
+        times = time_ms.to_numpy()
+        found = self.found
+        found.events += len(times)
+        found.bytes += size
+        self._set_bytes += size
+        low, high = int(times.min()), int(times.max())
+        found.first_ms = low if found.first_ms is None else min(found.first_ms, low)
+        found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
+        days = pa.table({"day": times // _DAY_MS, "type": event_type})
+        counted = days.group_by(["day", "type"]).aggregate([([], "count_all")])
+        for day, kind, count in zip(*(column.to_pylist() for column in counted.columns), strict=True):
+            found.days[day, kind] += count
+
+    def _runs(self, person: Ints) -> None:
+        """Follow people through the sorted rows, to count them and to find the largest."""
+        at = np.flatnonzero(np.diff(person, prepend=person[0] - 1))
+        counts = np.diff(at, append=len(person))
+        if self._person is not None and self._person.person == person[0]:
+            before = self._person
+            self._person = HotPerson(before.person, before.set, before.seq, before.events + int(counts[0]))
+            at, counts = at[1:], counts[1:]
+        if len(at) == 0:
+            return
+        self._close_person()
+        self._set_people += len(at)
+        for run in np.argsort(counts[:-1])[-_HOT:].tolist():
+            self._hot(HotPerson(int(person[at[run]]), self._set, self._seq + int(at[run]), int(counts[run])))
+        self._person = HotPerson(int(person[at[-1]]), self._set, self._seq + int(at[-1]), int(counts[-1]))
+
+    def _hot(self, one: HotPerson) -> None:
+        self.found.hot.append(one)
+        if len(self.found.hot) > 20 * _HOT:
+            self.found.hot.sort(key=lambda other: -other.events)
+            del self.found.hot[_HOT:]
+
+    def _close_person(self) -> None:
+        if self._person is not None:
+            self._hot(self._person)
+            self._person = None
+
+    def _next_set(self) -> None:
+        self._close_person()
+        self._close_set()
+        self._set += 1
+        self._writer = pq.ParquetWriter(
+            self.folder / f"set-{self._set}.parquet",
+            SET_SCHEMA,
+            compression="lz4",
+            use_dictionary=["event_type"],
+            write_statistics=["person", "seq", "time_ms"],
+        )
+
+    def _close_set(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        name = f"set-{self._set}.parquet"
+        self.found.sets.append(SetFile(name, self._seq, self._set_bytes, self._set_people))
+        self.found.people += self._set_people
+        self._seq = self._set_bytes = self._set_people = 0
+
+
+def _frame(options: Options) -> tuple[str, str]:
+    """Return what stands in the event before and behind its insert_id."""
+    said: dict[str, Any] = {
+        "ingestion_metadata": {"source_name": "retrofill", "source_version": options.import_id}
+    }
+    if options.skip_user_properties_sync:
+        said["$skip_user_properties_sync"] = True
+    return '{"insert_id":', "," + msgspec.json.encode(said).decode()[1:-1] + ","
+
+
+def _insert_ids(table: pa.Table, person: Ints) -> pa.ChunkedArray:
+    """Return each row's insert_id as JSON. A made one is its content's hash and, from the second equal event on, its place."""
+    column = table.column("insert_id").combine_chunks()
+    made = ~np.asarray(pc.starts_with(column, '"'))
+    if not made.any():
+        return table.column("insert_id")
+    rows = np.flatnonzero(made)
+    place = _places(person[rows], _ints(table, "time_ms")[rows], column.take(pa.array(rows)))
+    ending = np.where(place > 0, np.char.add("-", place.astype(str)), "")
+    ends = pa.array(np.full(len(person), "", dtype=ending.dtype))
+    if place.any():
+        full = np.full(len(person), "", dtype=ending.dtype)
+        full[rows] = ending
+        ends = pa.array(full.tolist(), pa.string())
+    whole = pc.binary_join_element_wise('"', column, ends, '"', "")
+    return pa.chunked_array([pc.if_else(pa.array(made), whole, column)])
+
+
+def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
+    """Return each row's place among those of one person, time and content. The rows come sorted by person and time."""
+    place = np.zeros(len(person), np.int64)
+    same = (person[1:] == person[:-1]) & (time_ms[1:] == time_ms[:-1])
+    beside = np.zeros(len(person), np.bool_)
+    beside[1:] |= same
+    beside[:-1] |= same
+    rows = np.flatnonzero(beside)
+    if len(rows) == 0:
+        return place
+    # Person and time are part of the content, so that equal content is all that has to be looked for.
+    code = np.asarray(content.take(pa.array(rows)).dictionary_encode().indices)
+    order = np.argsort(code, kind="stable")
+    ordered = code[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    count = np.diff(first, append=len(ordered))
+    within = np.arange(len(ordered)) - np.repeat(first, count)
+    place[rows[order]] = within
+    return place
+
+
+def _plain(json: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the texts of JSON strings."""
+    if pc.any(pc.match_substring(json, "\\")).as_py():
+        return pa.chunked_array([[msgspec.json.decode(one) for one in json.to_pylist()]], pa.string())
+    return pc.utf8_slice_codeunits(json, 1, -1)
+
+
+def _ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:
+    column = table.column(name)
+    found = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+    return np.asarray(found, np.int64)
+
+
+def _whole(path: Path) -> pa.Table:
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _gathered(path: Path) -> Iterator[pa.Table]:
+    """Yield the spill's rows, some batches together."""
+    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+        for start in range(0, reader.num_record_batches, 4):
+            end = min(start + 4, reader.num_record_batches)
+            yield pa.Table.from_batches([reader.get_batch(at) for at in range(start, end)]).combine_chunks()

@@ -1,0 +1,390 @@
+"""Bytes to records: the text of each row with its file and line, thousands at a time, never a whole file in memory.
+
+The cutting is done on arrays of positions, so that its cost is that of looking at each byte once. What cannot be cut or
+read (broken UTF-8, a record too long, a row with the wrong number of cells, a file that ends in the middle) goes to the
+dead letters with its place, and the rest is read on.
+
+Lines count from 1. In a JSON array and in the answer of a query, rows have no lines: there the row's number counts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import IO, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from retrofill.backfill import database, unpack
+from retrofill.backfill.deadletter import DeadLetters
+from retrofill.backfill.source import Piece
+from retrofill.errors import InputError
+
+CHUNK_BYTES = 4 * 1024 * 1024  # read at once
+RECORD_BYTES_MAX = 16 * 1024 * 1024  # a longer record is no event: Amplitude takes 20 MB a request
+_BOM = b"\xef\xbb\xbf"
+_NEWLINE, _QUOTE, _BACKSLASH = 10, 34, 92
+
+JSON_SCHEMA: Final = pa.schema(
+    [("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())]
+)
+
+
+def cells_schema(names: list[str]) -> pa.Schema:
+    """Return the schema of CSV records: place, text as it was, and one text column a name."""
+    return pa.schema([*JSON_SCHEMA, *((f"cell_{at}", pa.string()) for at in range(len(names)))])
+
+
+def json_records(
+    piece: Piece, letters: DeadLetters, *, chunk: int = CHUNK_BYTES
+) -> Iterator[pa.RecordBatch]:
+    """Yield the records of NDJSON, a JSON array or a query, in order, with JSON_SCHEMA."""
+    for texts, lines in _cut_json(piece, letters, chunk):
+        texts, lines = _readable(piece, texts, lines, letters)  # noqa: PLW2901  # the same, less what is broken
+        if len(texts):
+            file = pa.array(np.full(len(texts), piece.number, np.int32))
+            yield pa.RecordBatch.from_arrays([file, pa.array(lines), texts], schema=JSON_SCHEMA)
+
+
+def _cut_json(
+    piece: Piece, letters: DeadLetters, chunk: int
+) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
+    if piece.query is not None:
+        yield from _lines(iter(database.lines(piece.place, piece.query)), piece, letters)
+        return
+    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
+        blocks = _blocks(stream, piece, letters, chunk)
+        yield from (_elements if piece.format == "json" else _lines)(blocks, piece, letters)
+
+
+def _blocks(
+    stream: IO[bytes], piece: Piece, letters: DeadLetters, chunk: int
+) -> Iterator[bytes]:
+    """Yield the file's bytes; a file that cannot be read on ends there, with a dead letter."""
+    first = True
+    while True:
+        try:
+            block = stream.read(chunk)
+        except unpack.BROKEN as error:
+            letters.add(piece.name, 0, "unreadable", f"the rest of the file: {error}", "")
+            return
+        if not block:
+            return
+        yield block.removeprefix(_BOM) if first else block
+        first = False
+
+
+def _lines(
+    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
+    line, rest = 1, b""
+    for block in blocks:
+        buffer = rest + block if rest else block
+        ends = np.flatnonzero(np.frombuffer(buffer, np.uint8) == _NEWLINE) + 1
+        if len(ends) == 0:
+            rest = _bounded(buffer, piece, line, letters)
+            continue
+        yield _texts(buffer, ends), np.arange(line, line + len(ends), dtype=np.int64)
+        line += len(ends)
+        rest = _bounded(buffer[ends[-1] :], piece, line, letters)
+    if rest:
+        yield _texts(rest, np.array([len(rest)])), np.array([line], np.int64)
+
+
+def _bounded(rest: bytes, piece: Piece, line: int, letters: DeadLetters) -> bytes:
+    """Return the beginning of a record whose end has not been read yet.
+
+    Beyond the bound its first bytes become a dead letter, and what follows a broken record of its own.
+    """
+    if len(rest) <= RECORD_BYTES_MAX:
+        return rest
+    shown = rest[:1000].decode(errors="replace")
+    letters.add(piece.name, line, "unreadable", f"no end within {RECORD_BYTES_MAX:,} bytes", shown)
+    return b""
+
+
+def _texts(buffer: bytes, ends: NDArray[np.int64]) -> pa.StringArray:
+    offsets = np.zeros(len(ends) + 1, np.int32)
+    offsets[1:] = ends
+    return pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(buffer))
+
+
+def _elements(
+    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
+    """Cut a JSON array into its elements: at the commas that stand in nothing but the array."""
+    row, rest, opened = 1, b"", False
+    for block in blocks:
+        buffer = bytearray(rest + block)
+        if not opened:
+            start = buffer.find(b"[")
+            if start < 0:
+                break
+            buffer[start] = 32
+            opened = True
+        commas, end = _borders(buffer)
+        for at in commas:
+            buffer[at] = 32  # what is left between the commas is an element and white space
+        if len(commas):
+            yield _texts(bytes(buffer), commas), np.arange(row, row + len(commas), dtype=np.int64)
+            row += len(commas)
+        rest = bytes(buffer[commas[-1] if len(commas) else 0 :])
+        if end is not None:
+            rest = rest[: end - (int(commas[-1]) if len(commas) else 0)]
+            break
+        rest = _bounded(rest, piece, row, letters)
+    if rest.strip():
+        yield _texts(rest, np.array([len(rest)])), np.array([row], np.int64)
+
+
+_STRUCTURE = np.zeros(256, np.bool_)
+_STRUCTURE[list(b'"[]{},')] = True
+_DEPTH = np.zeros(256, np.int8)
+_DEPTH[list(b"[{")] = 1
+_DEPTH[list(b"]}")] = -1
+
+
+def _borders(buffer: bytearray) -> tuple[NDArray[np.int64], int | None]:
+    """Return where commas part the elements, and where the array ends, if it does here."""
+    data = np.frombuffer(buffer, np.uint8)
+    at = np.flatnonzero(_STRUCTURE[data])
+    at = at[~_escaped(data, at)]
+    marks = data[at]
+    outside = np.cumsum(marks == _QUOTE) % 2 == 0
+    at, marks = at[outside & (marks != _QUOTE)], marks[outside & (marks != _QUOTE)]
+    depth = np.cumsum(_DEPTH[marks], dtype=np.int64)
+    closing = np.flatnonzero(depth < 0)
+    end = int(at[closing[0]]) if len(closing) else None
+    commas = at[(marks == ord(",")) & (depth == 0)]
+    return (commas if end is None else commas[commas < end]), end
+
+
+def _escaped(data: NDArray[np.uint8], at: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Say which positions hold a quote behind an odd number of backslashes."""
+    behind = (data[at] == _QUOTE) & (at > 0) & (data[np.maximum(at - 1, 0)] == _BACKSLASH)
+    if not behind.any():
+        return behind
+    plain = np.where(data != _BACKSLASH, np.arange(len(data)), -1)
+    last = np.maximum.accumulate(plain)[np.maximum(at - 1, 0)]
+    return behind & ((at - 1 - last) % 2 == 1)
+
+
+def _readable(
+    piece: Piece, texts: pa.StringArray, lines: NDArray[np.int64], letters: DeadLetters
+) -> tuple[pa.StringArray, NDArray[np.int64]]:
+    """Leave out what is no UTF-8, with a dead letter each."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        pass
+    else:
+        return texts, lines
+    kept = np.ones(len(texts), np.bool_)
+    for at, raw in enumerate(texts.cast(pa.binary()).to_pylist()):
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            kept[at] = False
+            shown = raw.decode(errors="replace").rstrip("\r\n")
+            letters.add(piece.name, int(lines[at]), "unreadable", f"not UTF-8: {error.reason}", shown)
+    return texts.filter(pa.array(kept)), lines[kept]
+
+
+def delimiter(piece: Piece, told: str | None) -> str:
+    """Return what stands between the cells of a CSV file: as told, by its format, or by its first line."""
+    if told:
+        return told
+    if piece.format == "tsv":
+        return "\t"
+    line = _first_line(piece)
+    return max(",;\t|", key=line.count)
+
+
+def header(piece: Piece, told: str | None) -> list[str]:
+    """Return the names of the cells. Raises InputError where two are the same, or none is there."""
+    line = _first_line(piece)
+    if not line.strip():
+        return []
+    parsed = _parse(line.encode(), None, delimiter(piece, told), None)
+    names = [str(one) for one in parsed.column_names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"Two columns are named {twice[0]!r}", where=piece.name)
+    return names
+
+
+def _first_line(piece: Piece) -> str:
+    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
+        start = stream.read(256 * 1024).removeprefix(_BOM)
+    ends = _record_ends(start) if b"\n" in start else np.array([len(start)])
+    return start[: int(ends[0])].decode(errors="replace")
+
+
+def csv_records(  # noqa: PLR0913  # what a cell is takes this many words
+    piece: Piece,
+    names: list[str],
+    letters: DeadLetters,
+    *,
+    told: str | None = None,
+    chunk: int = CHUNK_BYTES,
+) -> Iterator[pa.RecordBatch]:
+    """Yield the records of a CSV or TSV file, in order, with `cells_schema(names)`.
+
+    names: the columns of all files of the source; those that this one lacks are null. An empty cell is null, too.
+    """
+    own, mark = header(piece, told), delimiter(piece, told)
+    if not own:
+        return
+    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
+        for buffer, ends, lines in _csv_cut(_blocks(stream, piece, letters, chunk), piece, letters):
+            texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
+            filled = np.asarray(pa.compute.utf8_length(pa.compute.utf8_trim_whitespace(texts))) > 0
+            texts, lines = texts.filter(pa.array(filled)), lines[filled]  # noqa: PLW2901  # less empty lines
+            if len(texts):
+                yield _cells(piece, own, names, texts, lines, mark, letters)
+
+
+def _csv_cut(
+    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+) -> Iterator[tuple[bytes, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield buffers with the ends of their records and the lines on which those begin, without the header."""
+    line, rest, headed = 1, b"", False
+    for block in blocks:
+        buffer = rest + block
+        ends = _record_ends(buffer)
+        rest = _bounded(buffer[int(ends[-1]) if len(ends) else 0 :], piece, line, letters)
+        if len(ends):
+            starts = line + _newlines_before(buffer, ends)
+            line = int(starts[-1])
+            yield _without_header(buffer, ends, starts[:-1], headed=headed)
+            headed = True
+    if rest:
+        ends = np.array([len(rest)])
+        yield _without_header(rest, ends, np.array([line], np.int64), headed=headed)
+
+
+def _without_header(
+    buffer: bytes, ends: NDArray[np.int64], lines: NDArray[np.int64], *, headed: bool
+) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]]:
+    if headed:
+        return buffer, ends, lines
+    cut = int(ends[0])
+    return buffer[cut:], ends[1:] - cut, lines[1:]
+
+
+def _newlines_before(buffer: bytes, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    newlines = np.flatnonzero(np.frombuffer(buffer, np.uint8) == _NEWLINE)
+    return np.searchsorted(newlines, np.concatenate(([0], ends))).astype(np.int64)
+
+
+def _record_ends(buffer: bytes) -> NDArray[np.int64]:
+    """Return the ends of the records that end in the buffer: newlines outside of quoted cells."""
+    data = np.frombuffer(buffer, np.uint8)
+    ends = np.flatnonzero(data == _NEWLINE) + 1
+    if len(ends) == 0 or b'"' not in buffer:
+        return ends
+    quotes = np.searchsorted(np.flatnonzero(data == _QUOTE), ends)
+    odd = np.flatnonzero(np.diff(quotes, prepend=0) % 2)
+    if len(odd) == 0:
+        return ends
+    return _joined(buffer, ends, odd)
+
+
+def _joined(buffer: bytes, ends: NDArray[np.int64], odd: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Leave out the ends of lines that stand inside a quoted cell. Only lines with odd quotes can open one."""
+    kept = np.ones(len(ends), np.bool_)
+    at = 0
+    while at < len(odd):
+        opening = int(odd[at])
+        start = int(ends[opening - 1]) if opening else 0
+        if not _open(buffer[start : int(ends[opening])]):  # a stray quote inside of a cell
+            at += 1
+            continue
+        closing = int(odd[at + 1]) if at + 1 < len(odd) else len(ends)
+        kept[opening:closing] = False
+        at += 2
+    return ends[kept]
+
+
+def _open(line: bytes) -> bool:
+    """Say whether a quoted cell is still open at the end of the line. A cell is quoted if it begins so."""
+    inside, at, beginning = False, 0, True
+    while at < len(line):
+        byte = line[at]
+        if inside:
+            if byte == _QUOTE and line[at + 1 : at + 2] == b'"':
+                at += 1
+            elif byte == _QUOTE:
+                inside = False
+        elif byte == _QUOTE and beginning:
+            inside = True
+        beginning = not inside and byte in b",;\t|"
+        at += 1
+    return inside
+
+
+def _cells(  # noqa: PLR0913  # a record's cells need its place, its names and its text
+    piece: Piece,
+    own: list[str],
+    names: list[str],
+    texts: pa.StringArray,
+    lines: NDArray[np.int64],
+    mark: str,
+    letters: DeadLetters,
+) -> pa.RecordBatch:
+    wrong: list[pyarrow.csv.InvalidRow] = []
+    data = b"".join(texts.cast(pa.binary()).to_pylist())
+    table = _parse(data, own, mark, wrong)
+    if wrong:
+        kept = np.ones(len(texts), np.bool_)
+        for row in wrong:
+            at = row.number - 1
+            kept[at] = False
+            reason = f"{row.actual_columns} cells instead of {row.expected_columns}"
+            letters.add(piece.name, int(lines[at]), "unreadable", reason, texts[at].as_py().rstrip("\r\n"))
+        texts, lines = texts.filter(pa.array(kept)), lines[kept]
+    if table.num_rows != len(texts):
+        raise InputError(
+            f"{len(texts)} records were cut, {table.num_rows} read",
+            where=f"{piece.name}, lines {lines[0]} to {lines[-1]}",
+            mend="Look for quotes that are opened and not closed",
+        )
+    place = [pa.array(np.full(len(texts), piece.number, np.int32)), pa.array(lines), texts]
+    cells = [
+        table[name].combine_chunks() if name in own else pa.nulls(len(texts), pa.string())
+        for name in names
+    ]
+    cells = [one.chunk(0) if isinstance(one, pa.ChunkedArray) else one for one in cells]
+    return pa.RecordBatch.from_arrays([*place, *cells], schema=cells_schema(names))
+
+
+def _parse(
+    data: bytes, names: list[str] | None, mark: str, wrong: list[pyarrow.csv.InvalidRow] | None
+) -> pa.Table:
+    def skip(row: pyarrow.csv.InvalidRow) -> str:
+        if wrong is not None:
+            wrong.append(row)
+        return "skip"
+
+    return pyarrow.csv.read_csv(
+        io.BytesIO(data),
+        read_options=pyarrow.csv.ReadOptions(
+            column_names=names, use_threads=False, block_size=max(len(data) + 1, 1024)
+        ),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=mark,
+            newlines_in_values=True,
+            ignore_empty_lines=False,
+            invalid_row_handler=skip,
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names or [], pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            check_utf8=False,
+        ),
+    )

@@ -1,0 +1,227 @@
+"""Where history lies: files, folders, globs, archives, object storage, a query.
+
+A source is what the user named. `locate` says which `Origin`s that means, cheaply and without reading them: their sizes
+and times make the fingerprint by which a finished stage is known again. `pieces` then makes them readable: what lies far
+away is downloaded into the scratch folder, archives are opened to their members. The pieces come in the order in which
+their rows count: as named, and in the natural order of names (9 before 10) inside a folder, glob or archive.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.backfill import remote, unpack
+from retrofill.errors import InputError
+
+Format = Literal["ndjson", "json", "csv", "tsv", "parquet", "query"]
+
+_FORMATS: Final[dict[str, Format]] = {
+    ".ndjson": "ndjson",
+    ".jsonl": "ndjson",
+    ".json": "ndjson",  # an array if its first character says so
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_PACKED: Final[dict[str, unpack.Packing]] = {".gz": "gz", ".zst": "zst"}
+_QUERIES: Final = ("sqlite", "duckdb", "postgresql", "postgres")
+_NATURAL = re.compile(r"(\d+)")
+
+
+class Origin(Struct, frozen=True):
+    """One thing that was named or found, before anybody opened it.
+
+    name: as people know it, without any password. place: a path, an s3:// address or a database's address.
+    size: bytes, 0 if unknown. changed: anything that differs once the content does.
+    """
+
+    name: str
+    place: str
+    size: int = 0
+    changed: str = ""
+    query: str | None = None
+
+
+class Piece(Struct, frozen=True):
+    """One stream of rows. number: its place in the order of the source, from 0. member: inside a zip."""
+
+    number: int
+    name: str
+    place: str
+    format: Format
+    packing: unpack.Packing = ""
+    member: str | None = None
+    query: str | None = None
+    size: int = 0
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts `9` before `10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _NATURAL.split(name)]
+
+
+def fingerprint(origins: Sequence[Origin]) -> str:
+    """Return 32 hexadecimal digits that change when a file is added, gone, resized or written."""
+    return hashlib.sha256(msgspec.json.encode(origins)).hexdigest()[:32]
+
+
+def locate(
+    named: Sequence[str], *, query: str | None = None, endpoint: str | None = None
+) -> list[Origin]:
+    """Say what the named sources are, in order.
+
+    query: the SQL for database addresses that carry none. endpoint: of S3, where it is not AWS.
+    Raises InputError: nothing named, nothing found, a database without a query.
+    """
+    if not named:
+        raise InputError("No source was named", mend="Name a file, a folder, s3://… or a database")
+    found = [origin for name in named for origin in _locate(name, query, endpoint)]
+    if query is not None and not any(origin.query for origin in found):
+        raise InputError("A query was given, but no database", mend="Name sqlite:///file or so")
+    return found
+
+
+def _locate(name: str, query: str | None, endpoint: str | None) -> list[Origin]:
+    scheme = name.split("://", 1)[0] if "://" in name else ""
+    if scheme == "s3":
+        objects = remote.listing(name, endpoint=endpoint)
+        kept = [one for one in objects if _wanted(one.key)] if len(objects) > 1 else objects
+        if not kept:
+            raise InputError(f"No object is named {name}", mend="Look at bucket, prefix and region")
+        kept.sort(key=lambda one: natural(one.key))
+        return [Origin(one.url, one.url, one.size, one.etag) for one in kept]
+    if scheme in _QUERIES:
+        return [_database(name, scheme, query)]
+    return [_file(path) for path in _paths(name)]
+
+
+def _database(name: str, scheme: str, query: str | None) -> Origin:
+    parts = urlsplit(name)
+    told = parse_qs(parts.query)
+    query = told.pop("query", [query or ""])[0]
+    if not query.strip():
+        raise InputError(f"The {scheme} source has no query", mend="Give one with --query")
+    rest = "&".join(f"{key}={value}" for key, values in told.items() for value in values)
+    place = urlunsplit((parts.scheme, parts.netloc, parts.path, rest, ""))
+    shown = f"{scheme}://{(parts.hostname or '')}{parts.path}"
+    if scheme not in {"sqlite", "duckdb"}:
+        return Origin(shown, place.replace("postgres:", "postgresql:", 1), query=query)
+    path = Path(place.removeprefix(f"{scheme}://").removeprefix("/") or "/")
+    path = path if path.exists() else Path("/") / path
+    if not path.is_file():
+        raise InputError(f"There is no database file {path}")
+    there = path.stat()
+    return Origin(shown, f"{scheme}:{path}", there.st_size, str(there.st_mtime_ns), query)
+
+
+def _paths(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = [one for one in path.rglob("*") if one.is_file() and _wanted(str(one))]
+        inside = [one for one in inside if not _hidden(one.relative_to(path))]
+    elif path.exists():
+        return [path]
+    else:
+        inside = [Path(one) for one in glob.glob(str(path), recursive=True)]  # noqa: PTH207  # Path.glob takes no absolute pattern
+        inside = [one for one in inside if one.is_file()]
+    if not inside:
+        raise InputError(
+            f"There is no source {name}", mend=f"Files end in {', '.join(_FORMATS)}, also .gz, .zst"
+        )
+    return sorted(inside, key=lambda one: natural(str(one)))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _wanted(name: str) -> bool:
+    return _suffix(name)[0] in {*_FORMATS, ".zip"}
+
+
+def _suffix(name: str) -> tuple[str, unpack.Packing]:
+    """Return the ending that says the format, and the packing outside of it."""
+    path = PurePosixPath(name.lower())
+    packing = _PACKED.get(path.suffix, "")
+    return (PurePosixPath(path.stem) if packing else path).suffix, packing
+
+
+def _file(path: Path) -> Origin:
+    there = path.stat()
+    return Origin(str(path), str(path.absolute()), there.st_size, str(there.st_mtime_ns))
+
+
+def pieces(
+    origins: Sequence[Origin],
+    *,
+    scratch: Path,
+    format_name: str | None = None,
+    endpoint: str | None = None,
+) -> list[Piece]:
+    """Make the origins readable: downloaded, archives opened to members, each with its format.
+
+    format_name: as the mapping says it, for names that do not. Raises InputError for one nobody can read.
+    """
+    found: list[Piece] = []
+    for number, origin in enumerate(origins):
+        place = origin.place
+        if place.startswith("s3://"):
+            ending = PurePosixPath(place).name
+            place = str(remote.download(place, scratch / f"{number}-{ending}", endpoint=endpoint))
+        found += _open(origin, place, format_name)
+    return [msgspec.structs.replace(piece, number=at) for at, piece in enumerate(found)]
+
+
+def _open(origin: Origin, place: str, format_name: str | None) -> Iterator[Piece]:
+    if origin.query is not None:
+        yield Piece(0, origin.name, place, "query", query=origin.query)
+    elif zipfile.is_zipfile(place):
+        yield from _members(origin, place)
+    else:
+        kind, packing = _format(origin.name, place, format_name)
+        yield Piece(0, origin.name, place, kind, packing, size=origin.size)
+
+
+def _members(origin: Origin, place: str) -> Iterator[Piece]:
+    with zipfile.ZipFile(place) as archive:
+        inside = [one for one in archive.infolist() if _wanted(one.filename) and not one.is_dir()]
+    for one in sorted(inside, key=lambda member: natural(member.filename)):
+        suffix, packing = _suffix(one.filename)
+        yield Piece(
+            number=0,
+            name=f"{origin.name}!{one.filename}",
+            place=place,
+            format=_FORMATS[suffix],
+            packing=packing,
+            member=one.filename,
+            size=one.compress_size,
+        )
+
+
+def _format(name: str, place: str, told: str | None) -> tuple[Format, unpack.Packing]:
+    suffix, packing = _suffix(name)
+    if told in {"csv", "tsv", "parquet", "json"}:
+        return told, packing  # type: ignore[return-value]  # mypy does not narrow by a set
+    guess = _FORMATS.get(suffix)
+    if guess in {"csv", "tsv", "parquet"}:
+        return guess, packing  # type: ignore[return-value]  # the same
+    with unpack.stream(place, packing) as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] == b"[":
+        return "json", packing
+    if start[:1] == b"{" or guess == "ndjson" or told in {"ndjson", "amplitude-export"}:
+        return "ndjson", packing
+    raise InputError(
+        f"The format of {name} cannot be told", mend="Say it in the mapping: source: format: csv"
+    )
