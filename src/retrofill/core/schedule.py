@@ -160,9 +160,9 @@ class Meter:
         self.windows: list[Window] = []
         self.rate: Window | None = None
         self.slow_to(_per_second(kind, rates))
-        if kind == "person":
+        if kind == "person" and rates.updates_per_h:
             self.windows.append(Window(rates.updates_per_h, _hour_of_updates))
-        elif rates.quota_per_day:
+        elif kind != "person" and rates.quota_per_day:
             self.windows.append(Window(rates.quota_per_day, _day_in_hours))
 
     def slow_to(self, per_second: int) -> None:
@@ -309,6 +309,20 @@ class Schedule:
         self.ready_rows -= sum(work.rows for work in found)
         return found
 
+    def withdraw_sleepers(self, until: float) -> list[tuple[float, Work]]:
+        """Take back the long works that sleep beyond a time, each with when it would wake."""
+        found = [(t, work) for t, _, work in self._asleep if work.long and t > until]
+        if found:
+            keys = {work.key for _, work in found}
+            self._asleep = [entry for entry in self._asleep if entry[2].key not in keys]
+            heapq.heapify(self._asleep)
+        return found
+
+    @property
+    def empty(self) -> bool:
+        """Whether every work is in a request or gone."""
+        return not (self._long or self._light or self._suspects or self._asleep)
+
     # Limits
 
     def hold(self, kind: Kind, name: str, until: float) -> None:
@@ -332,7 +346,7 @@ class Schedule:
         return True
 
     def arrived(self, kind: Kind, name: str, count: int, at: float) -> None:
-        """Count what arrived in the past, in order of time: of an earlier run, or of a work that had no stretches."""
+        """Count what arrived in the past: of an earlier run, or of a work that had no stretches."""
         self._meter(kind, name).add(at, count)
 
     # Requests

@@ -1,0 +1,182 @@
+"""Where a history goes and what may be asked of it there.
+
+A destination is named `amplitude`, `amplitude-eu` or by its URL. Its profile holds its limits: of Amplitude's texts the
+strictest numbers that satisfy every page (contract, ingest 3b, "backfill client self-limit"), or none at our own server,
+which says itself what is too much. Every number can be given on the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.core.schedule import Rates
+from retrofill.errors import InputError
+
+DAY_S = 86_400.0
+HEALTH_S = 5.0  # ours: how long /healthz is waited for
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """What a destination takes.
+
+    body_bytes: largest request. memory_days: for how long it knows an insert_id again, 0 = for ever. connections: how
+    many requests are under way at most.
+    """
+
+    name: str
+    rates: Rates
+    body_bytes: int = 20 * 1024 * 1024  # contract, ingest 3a
+    memory_days: int = 7  # contract, events 6
+    connections: int = 64
+
+
+# Source: contract, ingest 3b. 10 events a request: what the backfill guide recommends.
+_AMPLITUDE = Rates(
+    events_per_s=1000,
+    requests_per_s=100,
+    device_per_s=300,
+    user_per_s=1000,
+    events_per_request=10,
+    quota_per_day=500_000,
+    updates_per_h=1800,
+)
+PROFILES = {
+    "amplitude": Profile(name="amplitude", rates=_AMPLITUDE, connections=128),
+    # No hard limit over all on Enterprise plans: contract, ingest 3b.
+    "amplitude-enterprise": Profile(
+        name="amplitude-enterprise",
+        rates=msgspec.structs.replace(
+            _AMPLITUDE, events_per_s=0, requests_per_s=0, events_per_request=1000
+        ),
+        connections=32,
+    ),
+    "retrofill": Profile(
+        name="retrofill",
+        rates=Rates(events_per_request=1000),
+        memory_days=0,
+        connections=16,
+    ),
+}
+
+_NAMED = {
+    "amplitude": ("https://api2.amplitude.com/batch", "https://amplitude.com"),
+    "amplitude-eu": ("https://api.eu.amplitude.com/batch", "https://analytics.eu.amplitude.com"),
+}
+
+
+class Target(Struct, frozen=True):
+    """Where to send and where to read back. name: as the user said it."""
+
+    name: str
+    ingest: str
+    read: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is named by its URL, so that it may be our own server."""
+        return self.name not in _NAMED
+
+
+def target(name: str) -> Target:
+    """Say where `--to` points. A URL may name the ingest path; without one it is `/batch`. Raises InputError."""
+    if name in _NAMED:
+        return Target(name, *_NAMED[name])
+    parts = urlsplit(name)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise InputError(
+            f"{name!r} is no destination",
+            mend="Give --to amplitude, --to amplitude-eu or a URL such as http://localhost:8090",
+        )
+    path = parts.path.rstrip("/")
+    known = next((end for end in ("/batch", "/2/httpapi") if path.endswith(end)), "")
+    base = path.removesuffix(known)
+    root = urlunsplit((parts.scheme, parts.netloc, base, "", ""))
+    return Target(name, root + (known or "/batch"), root)
+
+
+def names_retrofill(root: str) -> bool:
+    """Ask a server's /healthz whether it is ours. False also when it cannot be asked."""
+    try:
+        with urllib.request.urlopen(f"{root}/healthz", timeout=HEALTH_S) as answer:  # noqa: S310 - http or https: `target` checked it
+            return b"retrofill" in answer.read(4096).lower()
+    except urllib.error.HTTPError as problem:
+        with problem:
+            return b"retrofill" in problem.read(4096).lower()
+    except (OSError, ValueError):
+        return False
+
+
+def choose(where: Target, name: str | None) -> Profile:
+    """Return the profile of a name, or the one that fits the destination. Raises InputError."""
+    if name is None:
+        ours = where.ours and names_retrofill(where.read)
+        return PROFILES["retrofill" if ours else "amplitude"]
+    if name not in PROFILES:
+        raise InputError(
+            f"There is no profile {name!r}", mend=f"Give --profile {', '.join(PROFILES)}"
+        )
+    return PROFILES[name]
+
+
+async def choose_async(where: Target, name: str | None) -> Profile:
+    """`choose` without stopping the loop."""
+    return await asyncio.to_thread(choose, where, name)
+
+
+def adjust(  # noqa: PLR0913 - the numbers of a destination
+    profile: Profile,
+    *,
+    events_per_s: int | None = None,
+    requests_per_s: int | None = None,
+    device_per_s: int | None = None,
+    user_per_s: int | None = None,
+    events_per_request: int | None = None,
+    quota_per_day: int | None = None,
+    skip_sync: bool = True,
+) -> Profile:
+    """Return the profile with the numbers that were given; property updates count only when they are synced."""
+    given = {
+        "events_per_s": events_per_s,
+        "requests_per_s": requests_per_s,
+        "device_per_s": device_per_s,
+        "user_per_s": user_per_s,
+        "events_per_request": events_per_request,
+        "quota_per_day": quota_per_day,
+    }
+    wrong = [name for name, value in given.items() if value is not None and value < 0]
+    if wrong or events_per_request == 0 or (events_per_request or 0) > 2000:
+        raise InputError(
+            "A limit is out of range",
+            where=", ".join(f"--{name.replace('_', '-')}" for name in wrong or ["events_per_request"]),
+            mend="Rates and quotas are 0 (none) or more, events a request 1 to 2000",
+        )
+    rates = msgspec.structs.replace(
+        profile.rates, **{name: value for name, value in given.items() if value is not None}
+    )
+    if skip_sync:
+        rates = msgspec.structs.replace(rates, updates_per_h=0)
+    return msgspec.structs.replace(
+        profile, rates=rates, connections=connections(profile, rates.events_per_request)
+    )
+
+
+def connections(profile: Profile, events_per_request: int) -> int:
+    """How many requests may be under way: more of small ones, so that a long way does not slow them."""
+    return max(profile.connections, 64) if events_per_request <= 100 else min(profile.connections, 32)
+
+
+def describe(profile: Profile) -> dict[str, object]:
+    """Return the profile's numbers, for the plan and the report."""
+    return {
+        "profile": profile.name,
+        "body_bytes": profile.body_bytes,
+        "memory_days": profile.memory_days,
+        **json.loads(msgspec.json.encode(profile.rates)),
+    }
