@@ -1,0 +1,68 @@
+"""The command `retrofill`: its verbs, and how it tells an error.
+
+A verb's module imports what it needs inside the function, so that `--help` is quick. What we raise on purpose is
+told in three lines without a traceback: what, where, how to mend it. Exit 0 done, 1 failed, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from retrofill import __version__
+from retrofill.cli import serve
+from retrofill.errors import Error
+
+
+class Verbs(TyperGroup):
+    """The verbs in the order of their registration; errors told in our way."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as in click
+        """Run the verb. Ends the process with the error's code."""
+        try:
+            return super().invoke(ctx)
+        except Error as problem:
+            tell(problem)
+            raise typer.Exit(problem.code) from problem
+
+
+def tell(problem: Error) -> None:
+    """Write an error to stderr."""
+    print(f"retrofill: {problem.what}", file=sys.stderr)  # noqa: T201 - this is the command line
+    for label, text in (("where", problem.where), ("mend", problem.mend)):
+        if text:
+            print(f"  {label + ':':<6} {text}", file=sys.stderr)  # noqa: T201
+
+
+app = typer.Typer(
+    name="retrofill",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Event history filled in: in order, exactly once.",
+    epilog="Example: retrofill serve --data ./retrofill-data",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"retrofill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Event history filled in: in order, exactly once."""
+
+
+app.command("serve", epilog=serve.EXAMPLE)(serve.serve)

@@ -1,0 +1,80 @@
+"""Answers as bytes: the headers that every answer carries, and the answers for which no request was read.
+
+Every answer, also 4xx and 5xx, allows any origin: without it a browser's SDK cannot read `code` and tries again what
+can never pass. Headers are prebuilt pairs; only the length differs from answer to answer. The words are
+`core.reply`'s; those that only a server has (starting, stopping, a head too large) stand here.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+
+from retrofill.core import reply
+from retrofill.core.reply import Reply
+from retrofill.limits import KEEP_ALIVE_S, RETRY_AFTER_S
+
+Header = tuple[bytes, bytes]
+
+ORIGIN: Header = (b"access-control-allow-origin", b"*")
+KEEP: Header = (b"keep-alive", b"timeout=%d" % KEEP_ALIVE_S)
+CONTENT_TYPES: dict[str, Header] = {
+    kind: (b"content-type", kind.encode()) for kind in (reply.JSON, reply.TEXT)
+}
+
+# What a preflight may ask. amplitude-js sends `cross-origin-resource-policy`. Contract, clients 1.12.
+PREFLIGHT: list[Header] = [
+    ORIGIN,
+    KEEP,
+    (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+    (
+        b"access-control-allow-headers",
+        b"Content-Type, Content-Encoding, Cross-Origin-Resource-Policy, Authorization, Accept",
+    ),
+    (b"access-control-max-age", b"86400"),
+]
+
+_LENGTHS = [(b"content-length", b"%d" % size) for size in range(1024)]
+
+
+def headers(said: Reply) -> list[Header]:
+    """Return the headers of an answer, for ASGI."""
+    size = len(said.body)
+    fields = [
+        ORIGIN,
+        KEEP,
+        CONTENT_TYPES[said.content_type],
+        _LENGTHS[size] if size < len(_LENGTHS) else (b"content-length", b"%d" % size),
+    ]
+    if said.headers:
+        fields += [(name.encode(), value.encode()) for name, value in said.headers]
+    return fields
+
+
+def whole(said: Reply) -> bytes:
+    """Return an answer as all of its bytes, for a connection that ends with it."""
+    fields = [field for field in headers(said) if field is not KEEP]
+    lines = b"".join(b"%b: %b\r\n" % field for field in fields)
+    phrase = HTTPStatus(said.status).phrase.encode()
+    start = b"HTTP/1.1 %d %b\r\n" % (said.status, phrase)
+    return b"%b%bconnection: close\r\n\r\n%b" % (start, lines, said.body)
+
+
+def failure(status: int, error: str) -> Reply:
+    """Make an answer with `code` and `error`, as SDKs want it. A 503 says when to come again."""
+    again = (
+        (("retry-after", str(RETRY_AFTER_S)),) if status == HTTPStatus.SERVICE_UNAVAILABLE else ()
+    )
+    body = msgspec.json.encode({"code": status, "error": error})
+    return Reply(status, body, reply.JSON, again)
+
+
+BAD_REQUEST = failure(400, "Invalid request")
+NOT_FOUND = failure(404, "Not found")
+HEAD_TOO_LARGE = failure(431, "Request header fields too large")
+URL_TOO_LONG = reply.too_long(path="/batch")
+FAILED = reply.broken(path="/batch")
+CROWDED = failure(503, "Too many connections")
+STARTING = failure(503, "The server is starting")
+STOPPING = failure(503, "The server is stopping")

@@ -1,0 +1,174 @@
+"""The whole of a server's HTTP as one ASGI application.
+
+Ingest paths are looked up first and go to `Ingest` with nothing between; all others go through here to Starlette.
+Until the engine is open every path is answered 503, so that a client which tries again during a restart loses nothing.
+Reads under /api need both keys of a project; the route finds it as `request.state.project`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from retrofill.clock import Clock
+from retrofill.config import Project
+from retrofill.core import reply
+from retrofill.core.reply import Reply
+from retrofill.errors import Error
+from retrofill.limits import RETRY_AFTER_S
+from retrofill.server import admin, auth
+from retrofill.server.answer import (
+    FAILED,
+    KEEP,
+    NOT_FOUND,
+    ORIGIN,
+    PREFLIGHT,
+    STARTING,
+    STOPPING,
+    failure,
+    headers,
+)
+from retrofill.server.ingest import Engine, Ingest
+from retrofill.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = structlog.get_logger()
+
+
+class App:
+    """The application. It answers 503 until `open` and after `close`."""
+
+    def __init__(self, *, clock: Clock) -> None:
+        self.metrics = Metrics()
+        self.ingest = Ingest(clock=clock, metrics=self.metrics)
+        self.engine: Engine | None = None
+        self._closed = STARTING
+        self._behind: ASGIApp = self._starlette([])
+
+    def open(self, engine: Engine, routes: Sequence[BaseRoute]) -> None:
+        """Answer with this engine from now on. routes: those of the read APIs."""
+        self.engine = engine
+        self.metrics.engine = lambda: admin.figures(engine)
+        self._behind = self._starlette(routes)
+        self.ingest.engine = engine
+
+    def close(self) -> None:
+        """Answer 503 from now on."""
+        self._closed = STOPPING
+        self.engine = self.ingest.engine = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        endpoint = self.ingest.endpoints.get(scope["path"])
+        if endpoint is not None and scope["method"] in endpoint.methods:
+            await self.ingest.answer(endpoint, scope, receive, send)
+        elif scope["method"] == "OPTIONS":
+            await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
+            await send({"type": "http.response.body"})
+        elif endpoint is not None:
+            await answer(send, reply.not_allowed(", ".join((*endpoint.methods, "OPTIONS"))))
+        elif self.engine is None and scope["path"] not in admin.ALWAYS:
+            await answer(send, self._closed)
+        else:
+            await self._guard(scope, receive, send)
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call Starlette; every answer allows any origin, and what fails is logged once."""
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [ORIGIN, KEEP, *message.get("headers", ())]
+            await send(message)
+
+        try:
+            await self._behind(scope, receive, sending)
+        except Exception:
+            log.exception("request_failed", path=scope["path"], method=scope["method"])
+            if started:
+                raise  # uvicorn cuts the connection: half an answer must not look whole
+            await answer(send, FAILED)
+
+    def _starlette(self, routes: Sequence[BaseRoute]) -> ASGIApp:
+        for route in routes:
+            if isinstance(route, Route) and route.path.startswith("/api/"):
+                route.app = _Keys(route.app, self)
+        application = Starlette(
+            routes=[*admin.routes(self), *routes],
+            exception_handlers={HTTPException: _http_problem, Error: _problem},
+        )
+        application.router.redirect_slashes = False
+        # Without its outermost layer, whose 500 is plain text: `_guard` answers instead.
+        stack = application.build_middleware_stack()
+        return stack.app  # type: ignore[attr-defined, no-any-return] # ServerErrorMiddleware's
+
+    def projects(self) -> Iterable[Project]:
+        """Return every project, none before the engine is open."""
+        return self.engine.all_projects() if self.engine is not None else ()
+
+
+class _Keys:
+    """Lets requests to a route pass with the keys of a project alone. It is in `request.state.project` then."""
+
+    def __init__(self, app: ASGIApp, of: App) -> None:
+        self._app = app
+        self._of = of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        project = auth.basic(given.decode("latin-1"), self._of.projects())
+        if project is None:
+            refused = api_problem(401, "unauthorized", "Invalid API key or secret key")
+            refused.headers["www-authenticate"] = 'Basic realm="retrofill"'
+            await refused(scope, receive, send)
+            return
+        scope.setdefault("state", {})["project"] = project
+        await self._app(scope, receive, send)
+
+
+async def answer(send: Send, said: Reply) -> None:
+    """Send an answer whose words are known."""
+    await send({"type": "http.response.start", "status": said.status, "headers": headers(said)})
+    await send({"type": "http.response.body", "body": said.body})
+
+
+def api_problem(status: int, kind: str, message: str) -> Response:
+    """Make the error body of the read APIs. Source: contract, read 1."""
+    error = {"http_code": status, "type": kind, "message": message, "metadata": {}}
+    return Response(msgspec.json.encode({"error": error}), status, media_type=reply.JSON)
+
+
+def _http_problem(request: Request, problem: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths, other methods."""
+    assert isinstance(problem, HTTPException)
+    if problem.status_code == HTTPStatus.NOT_FOUND:
+        said = reply.invalid_path() if request.method == "POST" else NOT_FOUND
+    elif problem.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        said = reply.not_allowed((problem.headers or {}).get("Allow", ""))
+    else:
+        said = failure(problem.status_code, problem.detail)
+    return Response(said.body, said.status, dict(said.headers), media_type=said.content_type)
+
+
+def _problem(request: Request, problem: Exception) -> Response:
+    """What a reader raises on purpose."""
+    assert isinstance(problem, Error)
+    log.info("read_refused", path=request.url.path, status=problem.status, reason=str(problem))
+    kind = "invalid" if problem.status < HTTPStatus.INTERNAL_SERVER_ERROR else "unavailable"
+    said = api_problem(problem.status, kind, problem.what)
+    if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        said.headers["retry-after"] = str(RETRY_AFTER_S)
+    return said

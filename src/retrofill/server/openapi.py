@@ -1,0 +1,408 @@
+"""The description of every endpoint, OpenAPI 3.1, as served at /openapi.json.
+
+One table a kind of endpoint; what they share (answers, keys) is named once under `components`. It describes what we
+take and what we answer, so that a tester can make requests from it and check each answer: a request body is allowed
+to be anything at all, since every body gets one of the listed answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrofill import __version__
+
+Json = dict[str, Any]
+
+_INT: Json = {"type": "integer"}
+_TEXT: Json = {"type": "string"}
+_BOOL: Json = {"type": "boolean"}
+_ID_COUNTS: Json = {"type": "object", "additionalProperties": _INT}
+_INDEXES: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_FIELD_INDEXES: Json = {"type": "object", "additionalProperties": _INDEXES}
+_DAY: Json = {"type": "string", "pattern": "^[0-9]{8}$", "examples": ["20260102"]}
+_HOUR: Json = {"type": "string", "pattern": "^[0-9]{8}T[0-9]{2}$", "examples": ["20260102T03"]}
+
+
+def _object(required: tuple[str, ...] = (), **properties: Json) -> Json:
+    schema: Json = {"type": "object", "properties": properties}
+    return {**schema, "required": list(required)} if required else schema
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items}
+
+
+_NULLABLE_TEXT: Json = {"type": ["string", "null"]}
+_EVENT = _object(
+    ("event_type",),
+    event_type=_TEXT,
+    user_id=_NULLABLE_TEXT,
+    device_id=_NULLABLE_TEXT,
+    time={"type": ["integer", "null"], "description": "milliseconds since the epoch"},
+    insert_id=_NULLABLE_TEXT,
+    event_properties={"type": ["object", "null"]},
+    user_properties={"type": ["object", "null"]},
+    groups={"type": ["object", "null"]},
+    group_properties={"type": ["object", "null"]},
+    session_id={"type": ["integer", "null"]},
+    event_id={"type": ["integer", "null"]},
+    ip=_NULLABLE_TEXT,
+    **{"$skip_user_properties_sync": {"type": ["boolean", "null"]}},
+)
+
+_SCHEMAS: Json = {
+    "Event": _EVENT,
+    "Upload": _object(
+        ("api_key", "events"),
+        api_key=_TEXT,
+        events={**_list({"$ref": "#/components/schemas/Event"}), "minItems": 1, "maxItems": 2000},
+        options=_object(min_id_length={"type": ["integer", "null"]}),
+        client_upload_time=_TEXT,
+    ),
+    "Ingested": _object(
+        ("code", "events_ingested", "payload_size_bytes", "server_upload_time"),
+        code={"const": 200},
+        events_ingested=_INT,
+        payload_size_bytes=_INT,
+        server_upload_time=_INT,
+    ),
+    "Failure": _object(("code", "error"), code=_INT, error=_TEXT),
+    "Invalid": _object(
+        ("code", "error"),
+        code={"const": 400},
+        error=_TEXT,
+        missing_field=_NULLABLE_TEXT,
+        events_with_invalid_fields=_FIELD_INDEXES,
+        events_with_missing_fields=_FIELD_INDEXES,
+        events_with_invalid_id_lengths=_FIELD_INDEXES,
+        silenced_devices=_list(_TEXT),
+        silenced_events=_INDEXES,
+    ),
+    "Throttled": _object(
+        ("code", "error", "eps_threshold", "throttled_events"),
+        code={"const": 429},
+        error=_TEXT,
+        eps_threshold=_INT,
+        throttled_devices=_ID_COUNTS,
+        throttled_users=_ID_COUNTS,
+        exceeded_daily_quota_devices=_ID_COUNTS,
+        exceeded_daily_quota_users=_ID_COUNTS,
+        throttled_events=_INDEXES,
+    ),
+    "Problem": _object(
+        ("error",),
+        error=_object(
+            ("http_code", "type", "message"),
+            http_code=_INT,
+            type=_TEXT,
+            message=_TEXT,
+            metadata={"type": "object"},
+        ),
+    ),
+    "Series": _object(
+        ("data",),
+        data=_object(("series", "xValues"), series={"type": "array"}, xValues=_list(_TEXT)),
+    ),
+    "Row": {"type": "object", "description": "a row of the export: docs/api.md names its keys"},
+    "Person": _object(("user_id", "amplitude_id"), user_id=_NULLABLE_TEXT, amplitude_id=_INT),
+    "DeletionJob": _object(
+        ("day", "status", "amplitude_ids"),
+        day=_TEXT,
+        status={"enum": ["staging", "submitted", "done"]},
+        amplitude_ids=_list({"type": "object"}),
+    ),
+}
+
+
+def _json(schema: str | Json, description: str) -> Json:
+    shown = {"$ref": f"#/components/schemas/{schema}"} if isinstance(schema, str) else schema
+    return {"description": description, "content": {"application/json": {"schema": shown}}}
+
+
+def _text(description: str) -> Json:
+    return {"description": description, "content": {"text/plain": {"schema": _TEXT}}}
+
+
+_EITHER: Json = {
+    "description": "refused, with the reason",
+    "content": {
+        "text/plain": {"schema": _TEXT},
+        "application/json": {"schema": {"$ref": "#/components/schemas/Failure"}},
+    },
+}
+_TRANSPORT: Json = {
+    "408": _json("Failure", "the body stalled"),
+    "413": _json("Failure", "too many bytes or events; send smaller parts"),
+    "431": _json("Failure", "the head is too large"),
+    "500": _json("Failure", "it is unknown whether anything was stored; send again with insert_id"),
+    "503": _json("Failure", "nothing was stored; send again after Retry-After"),
+}
+_UPLOAD_ANSWERS: Json = {
+    "200": _json("Ingested", "stored, synced and visible"),
+    "400": _json("Invalid", "nothing stored; the listed events can never pass"),
+    "429": _json("Throttled", "nothing stored; the listed events must wait"),
+    **_TRANSPORT,
+}
+_FORM_ANSWERS: Json = {
+    "200": _text("success"),
+    **dict.fromkeys(("400", "408", "413", "414", "429", "431", "500", "503"), _EITHER),
+}
+_READ_ANSWERS: Json = {
+    status: _json("Problem", text)
+    for status, text in {
+        "400": "an argument cannot be, or is not answered",
+        "401": "the keys belong to no project",
+        "429": "too many at once",
+    }.items()
+} | {"503": _EITHER, "500": _EITHER}
+
+
+def _upload(summary: str) -> Json:
+    content = {"schema": {"$ref": "#/components/schemas/Upload"}}
+    return {
+        "post": {
+            "summary": summary,
+            "security": [],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": content, "text/plain": {"schema": _TEXT}},
+            },
+            "responses": _UPLOAD_ANSWERS,
+        }
+    }
+
+
+def _form(summary: str, *fields: str, get: bool) -> Json:
+    schema = _object(fields[:2], **dict.fromkeys(fields, _TEXT))
+    content = {
+        kind: {"schema": schema}
+        for kind in ("application/x-www-form-urlencoded", "multipart/form-data", "application/json")
+    }
+    shared: Json = {"summary": summary, "security": [], "responses": _FORM_ANSWERS}
+    operations: Json = {
+        "post": {**shared, "requestBody": {"required": True, "content": content}},
+    }
+    if get:
+        operations["get"] = {
+            **shared,
+            "parameters": [_query(name, _TEXT, required=name in fields[:2]) for name in fields],
+        }
+    return operations
+
+
+def _query(name: str, schema: Json, *, required: bool = False, text: str = "") -> Json:
+    said: Json = {"name": name, "in": "query", "required": required, "schema": schema}
+    return {**said, "description": text} if text else said
+
+
+def _read(summary: str, answer: Json, *parameters: Json, **answers: Json) -> Json:
+    responses = {"200": answer, **_READ_ANSWERS, **{key[1:]: one for key, one in answers.items()}}
+    return {"get": {"summary": summary, "parameters": list(parameters), "responses": responses}}
+
+
+_RANGE = (_query("start", _DAY, required=True), _query("end", _DAY, required=True))
+_INTERVAL = _query("i", {"enum": [1, 7, 30]}, text="days")
+_SEGMENTS = _query("s", _TEXT, text="JSON: segment definitions")
+_GROUP_BY = _query("g", _TEXT, text="group by this property")
+
+_INGEST: Json = {
+    "/2/httpapi": _upload("Events, up to 1 MiB and 2,000"),
+    "/batch": _upload("Events, up to 20 MiB and 2,000"),
+    "/identify": _form("Set properties of users", "api_key", "identification", "options", get=True),
+    "/groupidentify": _form(
+        "Set properties of groups", "api_key", "identification", "options", get=True
+    ),
+    "/usermap": _form("Map one user to another", "api_key", "mapping", get=True),
+    "/attribution": _form("Accepted and not stored", "api_key", "event", get=False),
+    "/httpapi": _form("Events of the deprecated API", "api_key", "event", get=False),
+    "/": _form(
+        "Events of the first SDKs", "client", "e", "v", "upload_time", "checksum", get=False
+    ),
+}
+
+_READ: Json = {
+    "/api/2/export": _read(
+        "All rows that arrived in these hours (UTC, both included)",
+        {
+            "description": "a zip of gzipped files, one JSON row a line",
+            "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        _query("start", _HOUR, required=True),
+        _query("end", _HOUR, required=True),
+        _404=_EITHER,
+    ),
+    "/api/2/usersearch": _read(
+        "People by Amplitude ID, device id, user id or its beginning",
+        _json(
+            _object(
+                ("matches", "type"),
+                matches=_list({"$ref": "#/components/schemas/Person"}),
+                type={
+                    "enum": [
+                        "match_user_or_device_id",
+                        "match_amplitude_id",
+                        "match_user_prefix",
+                        "nomatch",
+                    ]
+                },
+            ),
+            "who was found",
+        ),
+        _query("user", _TEXT, required=True),
+    ),
+    "/api/2/useractivity": _read(
+        "One person and their latest events",
+        _json(
+            _object(
+                ("userData", "events"),
+                userData={"type": "object"},
+                events=_list({"$ref": "#/components/schemas/Row"}),
+            ),
+            "the person; zeros and empty lists if unknown",
+        ),
+        _query("user", _INT, required=True, text="Amplitude ID"),
+        _query("offset", {"type": "integer", "minimum": 0, "default": 0}),
+        _query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}),
+        _query("direction", {"enum": ["latest", "earliest"], "default": "latest"}),
+    ),
+    "/api/2/users": _read(
+        "Active or new users",
+        _json("Series", "counts by interval"),
+        *_RANGE,
+        _query("m", {"enum": ["active", "new"], "default": "active"}),
+        _INTERVAL,
+        _SEGMENTS,
+        _GROUP_BY,
+    ),
+    "/api/2/sessions/average": _read(
+        "Average session length", _json("Series", "seconds by day"), *_RANGE
+    ),
+    "/api/2/events/list": _read(
+        "Event types with this week's totals",
+        _json(_object(("data",), data=_list({"type": "object"})), "event types"),
+    ),
+    "/api/2/events/segmentation": _read(
+        "Totals or uniques of an event by interval",
+        _json("Series", "counts by interval"),
+        _query("e", _TEXT, required=True, text="JSON: event_type, filters, group_by"),
+        *_RANGE,
+        _query("m", {"enum": ["totals", "uniques"], "default": "uniques"}),
+        _INTERVAL,
+        _SEGMENTS,
+        _GROUP_BY,
+        _query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
+    ),
+    "/api/2/usermap": _read(
+        "Mappings of up to 100 users",
+        _json({"type": "object"}, "by user_id: mapped_from, mapped_to"),
+        _query("user_ids", _TEXT, required=True, text="JSON array, or separated by commas"),
+    ),
+    "/api/2/annotations": _read("Always empty", _json(_object(("data",), data=_list({})), "none")),
+    "/api/3/annotations": _read("Always empty", _json(_object(("data",), data=_list({})), "none")),
+    "/api/3/cohorts": _read(
+        "Always empty", _json(_object(("cohorts",), cohorts=_list({})), "none")
+    ),
+}
+
+_JOBS = _json(_list({"$ref": "#/components/schemas/DeletionJob"}), "jobs")
+_DELETIONS: Json = {
+    "/api/2/deletions/users": {
+        **_read(
+            "Deletion jobs between two days, six months at most",
+            _JOBS,
+            _query("start_day", {"type": "string", "format": "date"}, required=True),
+            _query("end_day", {"type": "string", "format": "date"}, required=True),
+        ),
+        "post": {
+            "summary": "Delete users: all of their events and properties",
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": _object(
+                            amplitude_ids=_list(_INT),
+                            user_ids=_list({"type": ["string", "integer"]}),
+                            requester=_TEXT,
+                            ignore_invalid_id={"type": ["boolean", "string"]},
+                            delete_from_org={"type": ["boolean", "string"]},
+                            include_mapped_user_ids={"type": ["boolean", "string"]},
+                        )
+                    }
+                },
+            },
+            "responses": {"200": _JOBS, "413": _EITHER, **_READ_ANSWERS},
+        },
+    },
+    "/api/2/deletions/users/{amplitude_id}/{day}": {
+        "delete": {
+            "summary": "Take a user out of a job that has not begun",
+            "parameters": [
+                {"name": "amplitude_id", "in": "path", "required": True, "schema": _INT},
+                {
+                    "name": "day",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "string", "format": "date"},
+                },
+            ],
+            "responses": {
+                "200": _json({"type": "object"}, "who was taken out"),
+                "404": _EITHER,
+                **_READ_ANSWERS,
+            },
+        }
+    },
+}
+
+_HEALTH = _object(
+    ("status", "service", "version"), status=_TEXT, service=_TEXT, version=_TEXT, reason=_TEXT
+)
+_ADMIN: Json = {
+    "/healthz": {
+        "get": {
+            "summary": "Whether reads and writes work",
+            "security": [],
+            "responses": {"200": _json(_HEALTH, "they do"), "503": _json(_HEALTH, "the reason")},
+        }
+    },
+    "/metrics": {
+        "get": {
+            "summary": "Figures for Prometheus",
+            "security": [],
+            "responses": {"200": _text("figures"), "503": _EITHER},
+        }
+    },
+    "/openapi.json": {
+        "get": {
+            "summary": "This description",
+            "security": [],
+            "responses": {"200": _json({"type": "object"}, "OpenAPI 3.1")},
+        }
+    },
+}
+
+
+def description() -> Json:
+    """Return the description as JSON values."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Retrofill",
+            "version": __version__,
+            "description": "Event ingestion and read APIs as Amplitude's clients expect them."
+            " Not affiliated with Amplitude.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "security": [{"keys": []}],
+        "paths": {**_INGEST, **_READ, **_DELETIONS, **_ADMIN},
+        "components": {
+            "schemas": _SCHEMAS,
+            "securitySchemes": {
+                "keys": {
+                    "type": "http",
+                    "scheme": "basic",
+                    "description": "API key as the user, secret key as the password",
+                }
+            },
+        },
+    }

@@ -1,0 +1,229 @@
+"""The life of a server process: listen, open, serve, stop.
+
+The socket listens before the engine opens and until all is answered: a refused or reset connection loses events in real
+clients, a 503 does not (contract, clients 1.4 and 1.6). Under systemd's socket activation the socket even survives
+the restart. SIGTERM or SIGINT: take no new connection, answer what has been read, then close the engine (which commits
+and seals). A second signal ends the patience with clients, never the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+import structlog
+import uvloop
+from msgspec import Struct
+from starlette.routing import BaseRoute
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from retrofill.clock import Clock
+from retrofill.errors import InputError
+from retrofill.limits import CONNECTIONS_MAX, STOP_S_MAX
+from retrofill.server import log
+from retrofill.server.app import App
+from retrofill.server.connection import Connection, Shared
+from retrofill.server.ingest import Engine
+
+_logger = structlog.get_logger()
+
+_BACKLOG = 2048  # connections that the kernel keeps until we take them
+_FILES_SPARE = 256  # descriptors for the engine's own files
+_SETTLE_S = 0.1  # after SIGTERM: time for what is already on its way
+_STEP_S = 0.02  # how often a stop looks whether connections have ended
+_SYSTEMD_FIRST = 3  # the first descriptor that systemd passes
+
+
+class Opened(Struct, frozen=True):
+    """An open engine and the routes that read from it."""
+
+    engine: Engine
+    routes: Sequence[BaseRoute]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind and listen, or take the socket that systemd holds for us. port: 0 takes a free one.
+
+    Raises InputError if the address is taken or none of ours.
+    """
+    if _systemd_listens():
+        held = socket.socket(fileno=_SYSTEMD_FIRST)
+        held.settimeout(0)
+        return held
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as problem:
+        raise _unbound(host, port, problem) from problem
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError as problem:
+        listening.close()
+        raise _unbound(host, port, problem) from problem
+    listening.settimeout(0)
+    return listening
+
+
+def _systemd_listens() -> bool:
+    """Say whether systemd has bound the socket for us. Source: sd_listen_fds(3)."""
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return ours and os.environ.get("LISTEN_FDS") == "1"
+
+
+def _unbound(host: str, port: int, problem: OSError) -> InputError:
+    return InputError(
+        f"Cannot listen: {problem.strerror}",
+        where=f"{host} port {port}",
+        mend="Give another address with --host and --port (0 takes a free port)",
+    )
+
+
+def address(listening: socket.socket) -> str:
+    """Return the address as a URL."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    listening: socket.socket,
+    open_engine: Callable[[], Opened],
+    *,
+    clock: Clock,
+    ready: Callable[[Engine], None] = lambda _: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    open_engine: called in a thread; it may take seconds. ready: called once requests are taken.
+    Raises what open_engine raises, after the socket is closed.
+    """
+
+    async def life() -> None:
+        server = Server(listening, clock=clock)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        await server.run(open_engine, ready)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(life())
+
+
+class Server:
+    """One listening socket and the connections taken from it."""
+
+    def __init__(self, listening: socket.socket, *, clock: Clock) -> None:
+        self._socket = listening
+        self.app = App(clock=clock)
+        self.shared = Shared(most=_connections_max())
+        self._state = ServerState()
+        self._config = Config(
+            self.app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+        )
+        self._config.load()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.app.metrics.connections = lambda: len(self._state.connections)
+
+    async def run(self, open_engine: Callable[[], Opened], ready: Callable[[Engine], None]) -> None:
+        """Listen, open, serve, stop."""
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(
+            lambda: Connection(self._config, self._state, self.shared, loop),
+            sock=self._socket,
+            backlog=_BACKLOG,
+        )
+        sweeping = asyncio.create_task(self._sweep())
+        try:
+            opened = await asyncio.to_thread(open_engine)
+            try:
+                await opened.engine.start()
+                self.app.open(opened.engine, opened.routes)
+                ready(opened.engine)
+                await self._stop.wait()
+                _logger.info("stopping", connections=len(self._state.connections))
+                await self._drain(listener)
+            finally:
+                self.app.close()
+                await opened.engine.close()
+        finally:
+            listener.close()
+            for connection in list(self._connections()):
+                connection.end()
+            await self._gone(1.0)
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+            log.flush()
+        _logger.info("stopped")
+        log.flush()
+
+    def stop(self) -> None:
+        """Begin to stop; called again, wait for clients no longer."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def _drain(self, listener: asyncio.Server) -> None:
+        """Take no new connection and answer what is read. What has waited in the kernel until now is taken too."""
+        self.shared.stopping = True
+        self._socket_rests()
+        await asyncio.sleep(_SETTLE_S)
+        listener.close()
+        for connection in list(self._connections()):
+            if connection.idle:
+                connection.transport.close()
+        await self._gone(STOP_S_MAX)
+
+    def _socket_rests(self) -> None:
+        """Let the kernel take no more connections; one that tries now tries again by itself, or is refused later."""
+        if not _systemd_listens():  # what systemd holds goes on waiting for our successor
+            with contextlib.suppress(OSError):
+                self._socket.listen(0)
+
+    async def _gone(self, patience_s: float) -> None:
+        """Wait until every connection has ended, for a while."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience_s
+        while self._state.connections and loop.time() < until and not self._hurry.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), _STEP_S)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.shared.tick += 1
+            for connection in list(self._connections()):
+                connection.sweep()
+            log.flush()
+
+    def _connections(self) -> list[Connection]:
+        return [one for one in self._state.connections if isinstance(one, Connection)]
+
+
+def _connections_max() -> int:
+    """Return how many connections there may be at once: each needs a file descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + _FILES_SPARE
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+            soft = min(wanted, hard)
+    return max(1, min(CONNECTIONS_MAX, soft - _FILES_SPARE))
