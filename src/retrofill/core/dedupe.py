@@ -1,0 +1,442 @@
+"""Was this event seen before? Keys of events, and a table of fingerprints that answers for millions of them.
+
+A key is 16 bytes: a hash of what makes an event the same event (`key`, `triple`), zeros for an event that has nothing
+of the kind. Its first half is its fingerprint. `Fingerprints` holds fingerprint → number of the block with the event,
+12 bytes a slot, in two arrays with open addressing. The slot is the fingerprint scaled to the size of the table, so
+that fingerprints in rising order go to rising slots: a sorted run is read and placed from one end to the other, at a
+fifth of the price of random order, and so is a table that moves to a larger one. It moves a piece with each `add`,
+so that no request waits for all of it; meanwhile both are asked. Slots are never emptied: what is older than the
+window is passed over, and left behind at the next move.
+
+A fingerprint found is not yet a duplicate: the caller confirms the full key in that block. If it is not there
+(2^-64 for each pair of keys), `candidates` names all blocks that may hold it, so that not even then an event is lost.
+
+Blocks are kept as 31 bits, beside one bit for keys that never expire (an import's own); the newest block added makes
+them whole again. For a key that never expires and is older than 2^31 blocks that number is wrong: confirm it by key.
+
+Beyond `most` keys in memory the oldest blocks that key files hold (`filed`) are left out: `memory_from` says from
+which block on memory answers, and the key files answer for those before. Nothing is forgotten.
+
+Source: contract, events 6; decision 0005.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
+
+from retrofill.limits import FINGERPRINTS_IN_MEMORY
+
+KEY_BYTES = 16
+NO_KEY = bytes(KEY_BYTES)
+
+Keys = NDArray[np.uint64]  # shape (n, 2): fingerprint and second half of each key
+U64s = NDArray[np.uint64]
+U32s = NDArray[np.uint32]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Run = tuple[U64s, U32s]  # fingerprints in rising order, and what `slot_value` makes of their blocks
+
+_FOREVER = 1 << 31
+_LOW = _FOREVER - 1
+
+
+def key(project: int, device_id: str, insert_id: str, *, import_id: str = "") -> bytes:
+    """Return the key of one event. device_id: "" for `$groupidentify` and for the scope of a whole project.
+
+    import_id: for the key that counts within one import for ever. No two different arguments are hashed as one text.
+    """
+    scope = f"{project}:{len(import_id)}:{import_id}"
+    return xxh3_128_digest(f"{scope}{len(device_id)}:{device_id}{insert_id}".encode())
+
+
+def keys(
+    project: int,
+    device_ids: Sequence[str],
+    insert_ids: Sequence[str | None],
+    *,
+    import_id: str = "",
+) -> bytes:
+    """Return the keys of many events of one project, as `key` makes each; NO_KEY where there is no insert_id."""
+    scope = f"{project}:{len(import_id)}:{import_id}"
+    digest = xxh3_128_digest
+    return b"".join(
+        [
+            digest(f"{scope}{len(device)}:{device}{insert}".encode()) if insert else NO_KEY
+            for device, insert in zip(device_ids, insert_ids, strict=True)
+        ]
+    )
+
+
+def triple(project: int, device_id: str, event_id: int, time_ms: int) -> bytes:
+    """Return the key of an event without insert_id whose sender gave a counter, a time and a device."""
+    text = f"t{project}:{len(device_id)}:{device_id}{event_id}:{time_ms}"
+    return xxh3_128_digest(text.encode())
+
+
+def table_of(packed: bytes | Keys) -> Keys:
+    """Return packed keys as an array of shape (n, 2)."""
+    if isinstance(packed, bytes):
+        return np.frombuffer(packed, "<u8").reshape(-1, 2)
+    return packed.reshape(-1, 2)
+
+
+def first_of_each(packed: bytes | Keys) -> Bools:
+    """Say of each key whether it is the first of its kind in this list; true where there is no key."""
+    found = table_of(packed)
+    mask = np.ones(len(found), bool)
+    fingerprints = np.sort(found[:, 0][found[:, 0] != 0])
+    if not (fingerprints[1:] == fingerprints[:-1]).any():
+        return mask
+    seen: set[bytes] = set()
+    data = found.tobytes()
+    for index in range(len(found)):
+        one = data[index * KEY_BYTES : (index + 1) * KEY_BYTES]
+        if one in seen:
+            mask[index] = False
+        elif one != NO_KEY:
+            seen.add(one)
+    return mask
+
+
+def sorted_index(high: U64s, low: U64s, wanted: Keys) -> Ints:
+    """Return for each key its index in halves sorted by `high`, the last one if it stands there twice, -1 if nowhere."""
+    at = np.searchsorted(high, wanted[:, 0], side="right") - 1
+    found = np.full(len(wanted), -1, np.int64)
+    open_ = np.arange(len(wanted))
+    while True:
+        open_ = open_[at[open_] >= 0]
+        open_ = open_[high[at[open_]] == wanted[open_, 0]]
+        if not len(open_):
+            return found
+        same = low[at[open_]] == wanted[open_, 1]
+        found[open_[same]] = at[open_[same]]
+        open_ = open_[~same]
+        at[open_] -= 1
+
+
+def held(block_keys: bytes | Keys, wanted: bytes | Keys) -> Bools:
+    """Say of each wanted key whether it stands among the keys of a block: the confirmation of a fingerprint."""
+    block = table_of(block_keys)
+    block = block[np.argsort(block[:, 0], kind="stable")]
+    return sorted_index(block[:, 0], block[:, 1], table_of(wanted)) >= 0
+
+
+def slot_value(blocks: Ints, *, forever: Bools | bool) -> U32s:
+    """Return what a slot holds for blocks, and whether their keys never expire."""
+    return ((blocks & _LOW) | np.where(forever, _FOREVER, 0)).astype(np.uint32)
+
+
+# One window of slots is looked at together: at two thirds full, it nearly always has the answer.
+_WIDTH = 8
+_OFFSETS = np.arange(_WIDTH)
+_LOAD_MAX = 0.7
+_LOAD_PREPARE = 0.6
+_LOAD_BULK = 0.55
+_LOAD_NEW = 0.45
+_SLOTS_MIN = 1 << 12
+_SAMPLE = 1 << 13  # slots looked at to estimate how many of all are still wanted
+# Places of a bulk build are sorted as 16-bit numbers, which numpy does by radix, this many slots at a time.
+_PIECE_SLOTS = 60_000
+# A new table is touched a piece at a time before it is used: else the first keys would wait for all of its pages.
+_TOUCHED_MIN = 1 << 13
+# Slots moved with each key added: a move ends long before the new table is full.
+_MOVED_PER_KEY = 16
+_MOVED_MIN = 512
+
+
+class _Table:
+    """Fingerprints and their values. After the last home there is room for what probing pushes on."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.used = 0
+        self.fingerprints: U64s = np.zeros(size + 1024, np.uint64)
+        self.values: U32s = np.zeros(size + 1024, np.uint32)
+
+    @property
+    def load(self) -> float:
+        return self.used / self.size
+
+    def touch(self, first: int, last: int) -> None:
+        """Have the pages of some empty slots."""
+        self.fingerprints[first:last] = 0
+        self.values[first:last] = 0
+
+    def home(self, fingerprints: U64s) -> Ints:
+        scaled = (fingerprints >> np.uint64(32)) * np.uint64(self.size)
+        return (scaled >> np.uint64(32)).astype(np.int64)
+
+    def find(self, wanted: U64s, valid: _Valid, found: Ints) -> None:
+        """Write the block of each fingerprint that has a valid one into `found`. 0 finds nothing."""
+        pos = self.home(wanted)
+        here = self.fingerprints[pos]
+        open_ = np.flatnonzero((here != 0) & (wanted != 0))
+        hit = open_[here[open_] == wanted[open_]]
+        if len(hit):
+            self._take(hit, pos[hit], valid, found)
+        # Two passes: most are settled by their home slot, the others by the window after it.
+        rows = open_[found[open_] == 0]
+        at = pos[rows] + 1
+        while len(rows):
+            windows = at[:, None] + _OFFSETS
+            here = self.fingerprints[windows]
+            done = (here == 0).any(1)
+            hits = np.flatnonzero(here == wanted[rows, None])
+            if len(hits):
+                self._take(rows[hits // _WIDTH], windows.ravel()[hits], valid, found)
+                done |= found[rows] != 0
+            go_on = ~done
+            rows, at = rows[go_on], at[go_on] + _WIDTH
+
+    def _take(self, rows: Ints, slots: Ints, valid: _Valid, found: Ints) -> None:
+        blocks, good = valid.blocks(self.values[slots], rows)
+        found[rows[good]] = blocks[good]
+
+    def all_of(self, fingerprint: int) -> U32s:
+        """Return every value of one fingerprint."""
+        wanted = np.uint64(fingerprint)
+        at = int(self.home(np.array([wanted]))[0])
+        values = []
+        while self.fingerprints[at]:
+            if self.fingerprints[at] == wanted:
+                values.append(self.values[at])
+            at += 1
+        return np.array(values, np.uint32)
+
+    def place(self, runs: Sequence[Run]) -> None:
+        """Fill the empty table with sorted runs, from its first slot to its last."""
+        self.used = sum(len(run[0]) for run in runs)
+        pieces = self.size // _PIECE_SLOTS + 1
+        bounds = np.arange(1, pieces, dtype=np.uint64) * np.uint64(2**64 // pieces)
+        cuts = [[0, *np.searchsorted(run[0], bounds).tolist(), len(run[0])] for run in runs]
+        free = 0  # every slot before it may be taken
+        for piece in range(pieces):
+            parts = [slice(cut[piece], cut[piece + 1]) for cut in cuts]
+            fingerprints = np.concatenate(
+                [run[0][part] for run, part in zip(runs, parts, strict=True)]
+            )
+            if not len(fingerprints):
+                continue
+            values = np.concatenate([run[1][part] for run, part in zip(runs, parts, strict=True)])
+            at = self.home(fingerprints)
+            order = (at - at.min()).astype(np.uint16).argsort(kind="stable")
+            # In rising order each key goes to its home or to the slot after the one before it.
+            rank = np.arange(len(at))
+            at = at[order] - rank
+            at[0] = max(int(at[0]), free)
+            at = np.maximum.accumulate(at) + rank
+            free = int(at[-1]) + 1
+            self._reach(free)
+            self.fingerprints[at] = fingerprints[order]
+            self.values[at] = values[order]
+
+    def insert(self, fingerprints: U64s, values: U32s) -> None:
+        """Put fingerprints, none of them 0, into empty slots; one that is there already is there twice then."""
+        self.used += len(fingerprints)
+        at = self.home(fingerprints)
+        rest = self._put(at, self.fingerprints[at] == 0, fingerprints, values)
+        fingerprints, values, at = fingerprints[rest], values[rest], at[rest]
+        while len(at):
+            self._reach(int(at.max()))
+            empty = self.fingerprints[at[:, None] + _OFFSETS] == 0
+            first = empty.argmax(1)
+            has = empty[np.arange(len(at)), first]
+            at = np.where(has, at + first, at + _WIDTH)
+            rest = self._put(at, has, fingerprints, values)
+            fingerprints, values, at = fingerprints[rest], values[rest], at[rest]
+
+    def _put(self, at: Ints, may: Bools, fingerprints: U64s, values: U32s) -> Ints:
+        """Write where it may be written; return the indexes of those left, also because another took the slot."""
+        tried = np.flatnonzero(may)
+        slots, wanted = at[tried], fingerprints[tried]
+        self.fingerprints[slots] = wanted
+        won = self.fingerprints[slots] == wanted
+        self.values[slots[won]] = values[tried[won]]
+        left = np.ones(len(at), bool)
+        left[tried[won]] = False
+        return np.flatnonzero(left)
+
+    def _reach(self, slot: int) -> None:
+        """See to it that windows after this slot end inside the arrays, on an empty slot."""
+        if slot >= len(self.fingerprints) - 4 * _WIDTH:
+            more = slot - self.size + 4096
+            self.fingerprints = np.concatenate((self.fingerprints, np.zeros(more, np.uint64)))
+            self.values = np.concatenate((self.values, np.zeros(more, np.uint32)))
+
+
+class _Valid:
+    """Which values count: those that never expire, and those of `oldest` or a later block."""
+
+    def __init__(self, newest: int, oldest: int | Ints) -> None:
+        self._newest = newest
+        self._oldest = oldest
+
+    def blocks(self, values: U32s, rows: Ints | slice = slice(None)) -> tuple[Ints, Bools]:
+        """Return the block numbers of slot values, and whether each counts for its row."""
+        whole = values.astype(np.int64)
+        blocks = self._newest - ((self._newest - whole) & _LOW)
+        oldest = self._oldest if isinstance(self._oldest, int) else self._oldest[rows]
+        return blocks, (blocks >= oldest) | (whole >= _FOREVER)
+
+
+class Fingerprints:
+    """Fingerprint → block of every key of the window. Not for use by two threads at once.
+
+    most: keys held in memory. filed: the last block whose keys are in key files, set by the caller.
+    memory_from: keys of earlier blocks are in key files only.
+    """
+
+    def __init__(self, *, most: int = FINGERPRINTS_IN_MEMORY, memory_from: int = 1) -> None:
+        self.filed = 0
+        self.memory_from = memory_from
+        self._most = most
+        self._newest = 0
+        self._oldest = 0
+        self._table = _Table(_SLOTS_MIN)
+        self._old: _Table | None = None
+        self._moved = 0  # slots of the old table that have been moved
+        self._next: _Table | None = None
+        self._touched = 0  # slots of the next table that have been touched
+
+    @classmethod
+    def bulk(
+        cls,
+        runs: Sequence[Run],
+        *,
+        newest: int,
+        most: int = FINGERPRINTS_IN_MEMORY,
+        memory_from: int = 1,
+    ) -> Fingerprints:
+        """Build the table of a start from sorted runs, as key files hold them. newest: the last block of all."""
+        made = cls(most=most, memory_from=memory_from)
+        made._newest = newest
+        made._table = _Table(max(int(sum(len(run[0]) for run in runs) / _LOAD_BULK), _SLOTS_MIN))
+        made._table.place(runs)
+        return made
+
+    def __len__(self) -> int:
+        if self._old is None:
+            return self._table.used
+        left = 1 - self._moved / len(self._old.fingerprints)
+        return self._table.used + int(self._old.used * left)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the tables take."""
+        tables = [table for table in (self._table, self._old, self._next) if table is not None]
+        return sum(table.fingerprints.nbytes + table.values.nbytes for table in tables)
+
+    def split(self, packed: bytes | Keys, *, oldest_block: int | Ints) -> Ints:
+        """Return for each key the block that may hold it, 0 for a key not seen in `oldest_block` or later.
+
+        oldest_block: one for all keys, or one each. A key that never expires is found whatever its block.
+        """
+        wanted = np.ascontiguousarray(table_of(packed)[:, 0])
+        found = np.zeros(len(wanted), np.int64)
+        valid = _Valid(self._newest, oldest_block)
+        self._table.find(wanted, valid, found)
+        if self._old is not None:
+            rows = np.flatnonzero(found == 0)
+            if len(rows):
+                if not isinstance(oldest_block, int):
+                    valid = _Valid(self._newest, oldest_block[rows])
+                more = np.zeros(len(rows), np.int64)
+                self._old.find(wanted[rows], valid, more)
+                found[rows] = more
+        return found
+
+    def candidates(self, one: bytes, *, oldest_block: int) -> list[int]:
+        """Return every block that may hold this key, newest first: for a key that is not where `split` said."""
+        fingerprint = int(table_of(one)[0, 0])
+        values = self._table.all_of(fingerprint)
+        if self._old is not None:
+            values = np.concatenate((values, self._old.all_of(fingerprint)))
+        blocks, good = _Valid(self._newest, oldest_block).blocks(values)
+        return sorted({int(block) for block in blocks[good]}, reverse=True)
+
+    def add(
+        self,
+        packed: bytes | Keys,
+        block: int,
+        *,
+        oldest_block: int = 0,
+        forever: Bools | bool = False,
+    ) -> None:
+        """Add the keys of a block that is on disk; those without a key are passed over.
+
+        oldest_block: what is older is left behind when the table next moves. forever: keys that never expire.
+        """
+        assert block > 0
+        fingerprints = table_of(packed)[:, 0]
+        some = np.flatnonzero(fingerprints)
+        kept = forever if isinstance(forever, bool) else forever[some]
+        values = slot_value(np.full(len(some), block, np.int64), forever=kept)
+        self._newest = max(self._newest, block)
+        self._oldest = max(self._oldest, oldest_block)
+        self._table.insert(fingerprints[some], values)
+        if self._old is not None:
+            self._move(max(len(some) * _MOVED_PER_KEY, _MOVED_MIN))
+        elif self._table.load > _LOAD_PREPARE:
+            self._prepare(len(some))
+
+    def _prepare(self, added: int) -> None:
+        """Make the next table ready, in step with the keys that come; then begin to move."""
+        table = self._table
+        if self._next is None:
+            live = self._live_share(table) * table.used
+            if live > self._most:
+                self._leave_to_files(table, live)
+                live = self._live_share(table) * table.used
+            self._next, self._touched = _Table(max(int(live / _LOAD_NEW), _SLOTS_MIN)), 0
+        slots = len(self._next.fingerprints)
+        # Done four times before the table is full.
+        share = 4 * added / ((_LOAD_MAX - _LOAD_PREPARE) * table.size)
+        last = self._touched + max(int(share * slots), _TOUCHED_MIN)
+        self._next.touch(self._touched, last)
+        self._touched = last
+        if last >= slots or table.load > _LOAD_MAX:
+            self._old, self._moved = table, 0
+            self._table, self._next = self._next, None
+
+    def _move(self, slots: int) -> None:
+        old = self._old
+        assert old is not None
+        first, last = self._moved, min(self._moved + slots, len(old.fingerprints))
+        some = first + np.flatnonzero(old.fingerprints[first:last])
+        values = old.values[some]
+        live = self._live(values)
+        self._table.insert(old.fingerprints[some[live]], values[live])
+        self._moved = last
+        if last == len(old.fingerprints):
+            self._old = None
+        elif self._table.load > _LOAD_MAX:
+            # More came than was expected: the sample was wrong, or one call added very much.
+            self._move(len(old.fingerprints))
+
+    def _live(self, values: U32s) -> Bools:
+        blocks, good = _Valid(self._newest, self._oldest).blocks(values)
+        good &= blocks >= self.memory_from
+        return good
+
+    def _sample(self, table: _Table) -> U32s:
+        """Return the values of about _SAMPLE slots from all over the table."""
+        step = max(len(table.values) // _SAMPLE, 1)
+        values: U32s = table.values[::step][table.fingerprints[::step] != 0]
+        return values
+
+    def _live_share(self, table: _Table) -> float:
+        values = self._sample(table)
+        return float(np.mean(self._live(values))) if len(values) else 0.0
+
+    def _leave_to_files(self, table: _Table, live: float) -> None:
+        """Raise `memory_from` so that three quarters of what is allowed stay, as far as key files reach."""
+        values = self._sample(table)
+        values = values[self._live(values)]
+        blocks, _ = _Valid(self._newest, 0).blocks(values)
+        gone = 1 - 0.75 * self._most / live
+        cut = int(np.quantile(blocks, gone)) if len(blocks) else 1
+        self.memory_from = max(self.memory_from, min(cut, self.filed + 1))

@@ -1,0 +1,359 @@
+"""Key files: the dedupe keys of blocks that are in the lake, on disk, sorted.
+
+A file holds the keys of a range of blocks in rising order of their first half, as three arrays after a header: first
+halves, second halves, and what `dedupe.slot_value` makes of each block. So a start reads sorted runs for its table of
+fingerprints, and a key is found in a mapped file by a binary search on both halves. Files are written new, synced,
+renamed, and the folder synced; they are never changed. All of them can be made again from lake rows: a file that is
+missing or damaged is reported (`missing`, `damaged`), and its blocks are the caller's to write again.
+
+Small neighbours are merged, to bound the number of files. A merged file stands beside those it replaces for a moment;
+whatever lies inside another file's range is removed at the next start. The files in use are one tuple, replaced
+whole: one thread may write, merge and remove while others search.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import structlog
+import xxhash
+
+from retrofill.core.dedupe import (
+    Bools,
+    Ints,
+    Keys,
+    Run,
+    U32s,
+    U64s,
+    slot_value,
+    sorted_index,
+    table_of,
+)
+from retrofill.errors import CorruptError, Error, FullError, StoreError
+from retrofill.limits import KEY_FILE_KEYS_MAX, KEY_FILES_MERGED
+
+log = structlog.get_logger()
+
+_MAGIC = b"rf-keys\n"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIqqqq")  # magic, version, zero, first, last, keys, of them for ever
+_CHECKSUM = struct.Struct("<Q")  # over the header and the three arrays
+_START = 64
+_KEY_SIZE = 8 + 8 + 4
+_FOREVER = np.uint32(1 << 31)
+_LOW = (1 << 31) - 1
+
+
+class KeyFile:
+    """One key file, mapped into memory and checked. Raises CorruptError, StoreError if it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as problem:  # ValueError: an empty file cannot be mapped
+            raise _corrupt(path, f"It cannot be mapped: {problem}") from problem
+        if len(data) < _START:
+            raise _corrupt(path, f"It has {len(data)} bytes, not even a header")
+        magic, version, _, first, last, count, forever = _HEADER.unpack_from(data)
+        if magic != _MAGIC or version != _VERSION:
+            raise _corrupt(path, "It is no key file of this version")
+        if len(data) != _START + count * _KEY_SIZE:
+            raise _corrupt(path, f"It has {len(data):,} bytes, {count:,} keys need another number")
+        (expected,) = _CHECKSUM.unpack_from(data, _HEADER.size)
+        found = _checksum(data[: _HEADER.size], memoryview(data)[_START:])
+        if found != expected:
+            raise _corrupt(path, f"Its checksum is {found:016x}, expected {expected:016x}")
+        self.first: int = first
+        self.last: int = last
+        self.count: int = count
+        self.forever: int = forever
+        self.high: U64s = np.frombuffer(data, "<u8", count, _START)
+        self.low: U64s = np.frombuffer(data, "<u8", count, _START + 8 * count)
+        self.values: U32s = np.frombuffer(data, "<u4", count, _START + 16 * count)
+
+    def blocks(self, index: Ints | slice = slice(None)) -> Ints:
+        """Return the block numbers at these places."""
+        return self.first + ((self.values[index].astype(np.int64) - self.first) & _LOW)
+
+    def find(self, wanted: Keys) -> Ints:
+        """Return the last block that holds each key, 0 for none."""
+        index = sorted_index(self.high, self.low, wanted)
+        found = np.zeros(len(wanted), np.int64)
+        hit = np.flatnonzero(index >= 0)
+        found[hit] = self.blocks(index[hit])
+        return found
+
+
+def write(
+    folder: Path,
+    first: int,
+    last: int,
+    packed: bytes | Keys,
+    blocks: Ints,
+    *,
+    forever: Bools | bool = False,
+) -> Path:
+    """Write the keys of blocks first … last (both included); on disk when this returns.
+
+    packed, blocks, forever: one entry a key, in order of arrival; those without a key (zeros) are left out. A range
+    without keys gets a file too: it says so. Raises StoreError, FullError.
+    """
+    keys = table_of(packed)
+    assert len(keys) == len(blocks)
+    some = np.flatnonzero(keys.any(axis=1))
+    kept = forever if isinstance(forever, bool) else forever[some]
+    chosen = blocks[some]
+    assert not len(chosen) or first <= chosen.min() <= chosen.max() <= last
+    return _write(
+        folder, first, last, keys[some, 0], keys[some, 1], slot_value(chosen, forever=kept)
+    )
+
+
+class KeyFiles:
+    """The key files of one folder. damaged: files that were set aside because they could not be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged: list[Path] = []
+        self._files: tuple[KeyFile, ...] = ()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.new"):
+                left.unlink()
+            paths = sorted(folder.glob("keys-*.bin"))
+        except OSError as problem:
+            raise _store_error(problem, folder) from problem
+        for path in paths:
+            self._open(path)
+        self._remove_covered()
+
+    @property
+    def files(self) -> tuple[KeyFile, ...]:
+        """The files in order of their blocks."""
+        return self._files
+
+    @property
+    def count(self) -> int:
+        """How many keys all files hold."""
+        return sum(file.count for file in self._files)
+
+    @property
+    def last(self) -> int:
+        """The last block of all files, 0 if there is none."""
+        return max((file.last for file in self._files), default=0)
+
+    def missing(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the ranges of blocks within first … last that no file holds."""
+        gaps = []
+        for file in self._files:
+            if file.first > last:
+                break
+            if file.first > first:
+                gaps.append((first, file.first - 1))
+            first = max(first, file.last + 1)
+        if first <= last:
+            gaps.append((first, last))
+        return gaps
+
+    def write(
+        self,
+        first: int,
+        last: int,
+        packed: bytes | Keys,
+        blocks: Ints,
+        *,
+        forever: Bools | bool = False,
+    ) -> None:
+        """Write a file, as `write` does, and use it from now on."""
+        self.use(write(self.folder, first, last, packed, blocks, forever=forever))
+
+    def use(self, path: Path) -> None:
+        """Use a file that was written; it takes the place of any of the same range. Raises CorruptError."""
+        file = KeyFile(path)
+        others = [one for one in self._files if (one.first, one.last) != (file.first, file.last)]
+        self._files = _in_order([*others, file])
+
+    def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
+        """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.
+
+        A block outside of first … last can be the answer: files are asked whole.
+        """
+        wanted = table_of(packed)
+        found = np.zeros(len(wanted), np.int64)
+        open_ = np.flatnonzero(wanted.any(axis=1))
+        for file in reversed(self._files):
+            if not len(open_):
+                break
+            if file.last < first or (last is not None and file.first > last):
+                continue
+            found[open_] = file.find(wanted[open_])
+            open_ = open_[found[open_] == 0]
+        return found
+
+    def runs(self, from_block: int = 1) -> list[Run]:
+        """Return the sorted runs of every file with blocks of `from_block` or later, or with keys that never expire."""
+        return [
+            (file.high, file.values)
+            for file in self._files
+            if file.last >= from_block or file.forever
+        ]
+
+    def memory_from(self, most: int) -> int:
+        """Return the first block from which on the keys of all files are at most `most`."""
+        total, first = 0, self.last + 1
+        for file in reversed(self._files):
+            total += file.count
+            if total > most:
+                return first
+            first = file.first
+        return 1
+
+    def expire(self, oldest_block: int) -> int:
+        """Remove files of blocks before `oldest_block` without keys that never expire. Returns how many."""
+        gone = [file for file in self._files if file.last < oldest_block and not file.forever]
+        self._remove(gone)
+        return len(gone)
+
+    def merge(self, oldest_block: int = 1) -> bool:
+        """Make one file of KEY_FILES_MERGED small neighbours; what expired is left out. False if there are none."""
+        group = self._small_neighbours()
+        if not group:
+            return False
+        parts = [
+            np.flatnonzero((file.blocks() >= oldest_block) | (file.values >= _FOREVER))
+            for file in group
+        ]
+        pairs = list(zip(group, parts, strict=True))
+        path = _write(
+            self.folder,
+            group[0].first,
+            group[-1].last,
+            np.concatenate([file.high[part] for file, part in pairs]),
+            np.concatenate([file.low[part] for file, part in pairs]),
+            np.concatenate([file.values[part] for file, part in pairs]),
+        )
+        merged = KeyFile(path)
+        self._files = _in_order([merged, *(file for file in self._files if file not in group)])
+        self._unlink(group)
+        return True
+
+    def _small_neighbours(self) -> Sequence[KeyFile]:
+        group: list[KeyFile] = []
+        total = 0
+        for file in self._files:
+            joins = not group or group[-1].last + 1 == file.first
+            if file.count > KEY_FILE_KEYS_MAX // 4 or total + file.count > KEY_FILE_KEYS_MAX:
+                joins = False
+            if not joins:
+                group, total = [], 0
+            if file.count <= KEY_FILE_KEYS_MAX // 4:
+                group.append(file)
+                total += file.count
+            if len(group) == KEY_FILES_MERGED:
+                return group
+        return ()
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._files = _in_order([*self._files, KeyFile(path)])
+        except CorruptError as problem:
+            log.warning("key_file_damaged", reason=str(problem))
+            aside = path.with_suffix(".damaged")
+            try:
+                path.replace(aside)
+            except OSError as other:
+                raise _store_error(other, path) from other
+            self.damaged.append(aside)
+
+    def _remove_covered(self) -> None:
+        """Remove files that lie inside another's range: a merge was cut off before it could."""
+        covered: list[KeyFile] = []
+        for file in self._files:
+            if any(
+                other.first <= file.first and file.last <= other.last
+                for other in self._files
+                if other is not file and other not in covered
+            ):
+                covered.append(file)
+        self._remove(covered)
+
+    def _remove(self, gone: Iterable[KeyFile]) -> None:
+        gone = list(gone)
+        if gone:
+            self._files = tuple(file for file in self._files if file not in gone)
+            self._unlink(gone)
+
+    def _unlink(self, gone: Iterable[KeyFile]) -> None:
+        try:
+            for file in gone:
+                file.path.unlink(missing_ok=True)
+            _sync_folder(self.folder)
+        except OSError as problem:
+            raise _store_error(problem, self.folder) from problem
+
+
+def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U32s) -> Path:
+    order = np.argsort(
+        high, kind="stable"
+    )  # stable: of equal keys the one that came last stays last
+    body = b"".join(part[order].tobytes() for part in (high, low, values))
+    forever = int(np.count_nonzero(values >= _FOREVER))
+    header = _HEADER.pack(_MAGIC, _VERSION, 0, first, last, len(high), forever)
+    head = header + _CHECKSUM.pack(_checksum(header, body))
+    path = folder / f"keys-{first:012}-{last:012}.bin"
+    new = path.with_suffix(".new")
+    try:
+        with new.open("wb") as file:
+            file.write(head.ljust(_START, b"\0"))
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        _sync_folder(folder)
+    except OSError as problem:
+        raise _store_error(problem, new) from problem
+    return path
+
+
+def _in_order(files: Iterable[KeyFile]) -> tuple[KeyFile, ...]:
+    return tuple(sorted(files, key=lambda file: (file.first, file.last)))
+
+
+def _checksum(header: bytes, body: bytes | memoryview) -> int:
+    digest = xxhash.xxh3_64(header)
+    digest.update(body)
+    return digest.intdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _corrupt(path: Path, what: str) -> CorruptError:
+    return CorruptError(
+        f"A key file is damaged. {what}",
+        where=str(path),
+        mend="It is made again from the lake at the next start",
+    )
+
+
+def _store_error(problem: OSError, where: Path) -> Error:
+    if problem.errno == errno.ENOSPC:
+        return FullError("No room is left on the device", where=str(where), mend="Free some space")
+    return StoreError(
+        f"A key file could not be written or removed: {problem.strerror}",
+        where=str(where),
+        mend="Mend the disk and start the server again",
+    )
