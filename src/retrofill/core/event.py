@@ -29,6 +29,7 @@ from msgspec import Meta, Raw, Struct
 from retrofill.core import glance, mend, properties
 from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX, Limits
 
+ABSENT = Raw()  # this very object, or else it would be written out, as nothing
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 _T = TypeVar("_T")
@@ -53,7 +54,7 @@ class Event(Struct, gc=False, omit_defaults=True):
     device_id: str | None = None
     time: _Time | None = None
     insert_id: _Text | None = None
-    event_properties: Raw = Raw()
+    event_properties: Raw = ABSENT
     user_properties: dict[str, Any] | None = None
     groups: dict[str, Any] | None = None
     group_properties: dict[str, Any] | None = None
@@ -92,7 +93,7 @@ class Event(Struct, gc=False, omit_defaults=True):
     idfa: str | None = None
     adid: str | None = None
     partner_id: str | None = None
-    plan: Raw = Raw()
+    plan: Raw = ABSENT
     ingestion_metadata: IngestionMetadata | None = None
 
 
@@ -572,7 +573,7 @@ def _mend_objects(event: Event, rules: _Rules, notes: _Notes) -> None:
 def _mend_raw(raw: Raw) -> Raw:
     found = mend.object_(raw) if raw else None
     if found is None:
-        return Raw()
+        return ABSENT
     short = mend.cut(found)
     return raw if short is found else Raw(_encode(short))
 
@@ -598,4 +599,4 @@ def _mend_rest(event: Event) -> None:
         if said is not None and len(said) > STRING_CHARS_MAX:
             setattr(event, name, said[:STRING_CHARS_MAX])
     if event.plan and bytes(event.plan)[:1] != b"{":
-        event.plan = Raw()
+        event.plan = ABSENT

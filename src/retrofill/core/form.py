@@ -78,8 +78,13 @@ def open_json(path: str, body: bytes, *, size_max: int | None = None) -> Envelop
     fields: dict[str, str] = {}
     for name, raw in keys.items():
         said = mend.optional(mend.string, raw)
-        fields[name] = bytes(raw).decode() if said is None and raw != b"null" else said or ""
+        fields[name] = _json_text(raw) if said is None else said
     return open_form(path, fields)
+
+
+def _json_text(raw: Raw) -> str:
+    text = bytes(raw).decode()
+    return "" if text == "null" else text
 
 
 def _refusing(envelope: Envelope, refusal: Refusal) -> Envelope:
@@ -156,7 +161,7 @@ def _group_identify(item: _Item) -> dict[str, Any]:
 def _alias(item: _Item) -> dict[str, Any]:
     user_id = _text(item, "user_id")
     unmap = mend.optional(mend.truth, item.get("unmap", Raw()))
-    given = item.get("global_user_id", Raw(b"null")) != b"null"
+    given = bool(_json_text(item.get("global_user_id", Raw())))
     if bool(unmap) == given:
         raise _Misfit("invalid", "global_user_id", "either a global_user_id or unmap is needed")
     said = {"unmap": True} if unmap else {"global_user_id": _text(item, "global_user_id")}
