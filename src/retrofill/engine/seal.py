@@ -1,0 +1,329 @@
+"""Sealing and compaction: the CPU's part in a child process, the catalog's part here.
+
+Making rows out of blocks and writing Parquet holds the interpreter for seconds; in the server's process it would stop
+the commit loop. So a child reads the blocks from the hot store, writes the file, syncs it and says its path; only then
+does the server adopt it in the lake. A child owns nothing: kill it anywhere, and what it leaves is a file that no
+catalog names, which the next start removes. It dies with its parent (its standard input ends, and on Linux the kernel
+sees to it), and one that died is started again with the next task.
+
+A task is one line of JSON, so is its answer. Two children at most: one seals, one compacts, so that a long compaction
+never keeps blocks waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+import retrofill
+from retrofill.core.block import Block
+from retrofill.errors import CorruptError, FullError, StoreError
+from retrofill.hot.sqlite import Blocks
+from retrofill.lake import Lake, arrow, compact, parquet
+from retrofill.lake.arrow import MergeRow
+from retrofill.lake.compact import LakeFile
+from retrofill.lake.files import Files
+from retrofill.limits import SEAL_BYTES_MAX
+
+log = structlog.get_logger()
+
+_ANSWER_BYTES_MAX = 256 * 1024 * 1024  # a line of merges, about 100 bytes each
+_PR_SET_PDEATHSIG = 1
+_SEAL_NICE, _COMPACT_NICE = 5, 10
+_CHILD = "from retrofill.engine import seal; seal.main()"
+
+
+class SealTask(Struct, frozen=True, tag="seal"):
+    """Write blocks first … last of a hot store as one file; stop earlier if they are too large together."""
+
+    blocks: Path
+    first: int
+    last: int
+    file: Path
+
+
+class MergeTask(Struct, frozen=True, tag="merge"):
+    """Write some lake files as one."""
+
+    sources: list[LakeFile]
+    file: Path
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """A file is on disk; with no rows there is none. last: the last block in it."""
+
+    rows: int
+    file_bytes: int
+    last: int = 0
+    merges: list[MergeRow] = []
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The task could not be done."""
+
+    error: str
+    what: str
+    where: str = ""
+    mend: str = ""
+
+
+class SealResult(Struct, frozen=True):
+    """What sealing moved into the lake."""
+
+    files: int = 0
+    rows: int = 0
+    file_bytes: int = 0
+
+
+Task = SealTask | MergeTask
+_task = msgspec.json.Decoder(Task, dec_hook=lambda kind, value: kind(value)).decode
+_answer = msgspec.json.Decoder(Done | Failed).decode
+_encode = msgspec.json.Encoder(enc_hook=str).encode  # a Path
+_ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)}
+
+
+class Sealer:
+    """Moves committed blocks into the lake, and keeps the lake's files few. Belongs to one asyncio loop."""
+
+    def __init__(self, blocks: Path, lake: Lake) -> None:
+        self._blocks = blocks
+        self._lake = lake
+        self._sealing = _Child(_SEAL_NICE)
+        self._compacting = _Child(_COMPACT_NICE)
+        self._round: asyncio.Task[None] | None = None
+
+    async def seal(self, first: int, last: int) -> SealResult:
+        """Move blocks first … last into the lake, as one file or a few. They are adopted when this returns.
+
+        Raises StoreError, FullError or CorruptError; blocks adopted by then are in the lake, the others are where
+        they were.
+        """
+        result = SealResult()
+        while first <= last:
+            file = self._lake.new_file(first, last)
+            task = SealTask(self._blocks, first, last, file)
+            done = await self._sealing.ask(task)
+            await asyncio.to_thread(
+                self._lake.adopt, file if done.rows else None, block=done.last, merges=done.merges
+            )
+            first = done.last + 1
+            result = SealResult(
+                result.files + bool(done.rows),
+                result.rows + done.rows,
+                result.file_bytes + done.file_bytes,
+            )
+        return result
+
+    async def compact(self) -> None:
+        """Begin to merge what should be merged, in the background; nothing happens if that is under way.
+
+        Nothing is lost by a compaction that fails: it is told in the log and tried again with the next call.
+        """
+        if self._round is None or self._round.done():
+            self._round = asyncio.create_task(self._compact())
+
+    async def compacted(self) -> None:
+        """Wait until nothing is left to merge, or until it fails."""
+        if self._round is not None:
+            await self._round
+
+    async def close(self) -> None:
+        """Stop the children. A compaction under way is given up."""
+        if self._round is not None:
+            self._round.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._round
+        await self._sealing.stop()
+        await self._compacting.stop()
+
+    async def _compact(self) -> None:
+        try:
+            while await self._merge_some():
+                pass
+        except StoreError as problem:
+            log.warning("compaction_failed", reason=str(problem))
+
+    async def _merge_some(self) -> bool:
+        sources = compact.choose(await asyncio.to_thread(self._lake.event_files))
+        if not sources:
+            return False
+        file = self._lake.new_file(sources[0].first, sources[-1].last)
+        done = await self._compacting.ask(MergeTask(sources, file))
+        swapped = await asyncio.to_thread(self._lake.swap, sources, file if done.rows else None)
+        if not swapped and done.rows:
+            self._lake.files.remove(file)
+        log.info("compacted", files=len(sources), rows=done.rows, adopted=swapped)
+        return True
+
+
+class _Child:
+    """One child process, started when first needed and again when it has died. One task at a time."""
+
+    def __init__(self, nice: int) -> None:
+        self._nice = nice
+        self._process: asyncio.subprocess.Process | None = None
+        self._asking = asyncio.Lock()
+
+    async def ask(self, task: Task) -> Done:
+        """Have a task done, by a second child if the first one dies of it. Raises what the child raised."""
+        async with self._asking:
+            line = b""
+            for _ in range(2):
+                line = await self._exchange(task)
+                if line:
+                    break
+            else:
+                raise StoreError(
+                    "The process that writes lake files dies",
+                    where=str(task.file),
+                    mend="See whether the machine has memory left; blocks wait until it works",
+                )
+        answer: Done | Failed = _answer(line)
+        if isinstance(answer, Failed):
+            raise _ERRORS[answer.error](answer.what, where=answer.where, mend=answer.mend)
+        return answer
+
+    async def _exchange(self, task: Task) -> bytes:
+        """Send a task and return the answer's line, empty if the child died."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            process = self._process = await self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(_encode(task) + b"\n")
+            await process.stdin.drain()
+            line = await process.stdout.readline()
+        except ConnectionError:
+            line = b""
+        except asyncio.CancelledError:
+            # The answer would be taken for that of the next task.
+            await self.stop()
+            raise
+        if not line:
+            await self.stop()
+        return line
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        home = str(Path(retrofill.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            _CHILD,
+            str(os.getpid()),
+            str(self._nice),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # Memory given back is memory that the next seal has to ask for again.
+            env=os.environ | {"PYTHONPATH": path, "MIMALLOC_PURGE_DELAY": "-1"},
+            limit=_ANSWER_BYTES_MAX,
+        )
+
+    async def stop(self) -> None:
+        """End the child, at once: it owns nothing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+# In the child.
+
+
+def main() -> None:
+    """Do tasks from standard input until it ends. Arguments: the parent's process id, how nice to be."""
+    parent, nice = int(sys.argv[1]), int(sys.argv[2])
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends us
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(nice)
+    gc.disable()  # rows make no circles, and looking for them takes a fifth of the time
+    for line in sys.stdin.buffer:
+        sys.stdout.buffer.write(_encode(_tried(_task(line))) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def _tried(task: Task) -> Done | Failed:
+    try:
+        return seal_blocks(task) if isinstance(task, SealTask) else merge_files(task)
+    except Exception as problem:  # noqa: BLE001 - whatever it is, the server must hear of it
+        with contextlib.suppress(StoreError):
+            Files().remove(task.file)
+        if isinstance(problem, StoreError):
+            return Failed(type(problem).__name__, problem.what, problem.where, problem.mend)
+        return Failed(
+            CorruptError.__name__,
+            f"Making a lake file failed: {type(problem).__name__}: {problem}",
+            str(task.file),
+            "This is a mistake in the program: keep the data directory and report it",
+        )
+
+
+def seal_blocks(task: SealTask) -> Done:
+    """Write blocks as one sorted file; it is on disk when this returns.
+
+    Raises StoreError, CorruptError if a block is damaged or missing.
+    """
+    with contextlib.closing(Blocks(task.blocks)) as store:
+        blocks = _Taken(task, store.read(task.first, task.last))
+        written = parquet.write(task.file, parquet.in_order(blocks), Files())
+    return Done(written.rows, written.file_bytes, blocks.last, blocks.merges)
+
+
+class _Taken:
+    """The blocks of one file, as they pass by: the last one's number, and what merges they hold."""
+
+    def __init__(self, task: SealTask, found: Iterator[Block]) -> None:
+        self._task = task
+        self._found = found
+        self.last = task.first - 1
+        self.merges: list[MergeRow] = []
+
+    def __iter__(self) -> Iterator[Block]:
+        left_bytes = SEAL_BYTES_MAX
+        for block in self._found:
+            if block.number != self.last + 1:
+                break
+            self.last = block.number
+            self.merges += arrow.merges([block])
+            yield block
+            left_bytes -= sum(len(part.body) for part in block.parts) + sum(map(len, block.tables))
+            if left_bytes < 0:
+                return
+        if self.last < self._task.last:
+            raise CorruptError(
+                f"Block {self.last + 1:,} is missing",
+                where=str(self._task.blocks),
+                mend="Restore the data directory from a copy; do not write to it before",
+            )
+
+
+def merge_files(task: MergeTask) -> Done:
+    """Write lake files as one, without their deleted rows; it is on disk when this returns. Raises StoreError."""
+    sources = [parquet.read(source.path, source.deleted) for source in task.sources]
+    written = parquet.write(task.file, compact.merge(sources), Files())
+    return Done(written.rows, written.file_bytes)

@@ -1,0 +1,392 @@
+"""The lake: tables `events`, `merges` and `sealed` of a DuckLake, its catalog a DuckDB file, its rows Parquet files.
+
+One process owns the folder. Whoever writes takes one lock; readers never wait. A file of `events` is adopted together
+with the number of its last block (`sealed`) in one transaction, and its bytes and name are on disk before that
+transaction commits: a catalog that names a file is enough to read it. `merges` and `sealed` are small and stay inside
+the catalog, whose commit DuckDB syncs, so no small file is ever written without our sync. A deletion does write small
+files (places of deleted rows): they are synced between the statement and its commit.
+
+Readers pin a snapshot. Snapshots older than the oldest pin are forgotten after each commit, and with them the files
+that only they need. A file in the folder that the catalog does not name is what a crash left; opening removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Struct
+
+from retrofill.core.block import Kind
+from retrofill.errors import FullError, StoreError
+from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
+from retrofill.lake.compact import LakeFile
+from retrofill.lake.files import Files
+from retrofill.limits import (
+    LAKE_MEMORY_BYTES,
+    LAKE_MERGES_INLINE,
+    LAKE_SPILL_BYTES,
+    LAKE_THREADS,
+    MS_PER_DAY,
+    MS_PER_HOUR,
+)
+
+_TYPES = {
+    pa.uint8(): "UTINYINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float64(): "DOUBLE",
+    pa.string(): "VARCHAR",
+}
+_SEALED = pa.schema([("partition", pa.int32()), ("block", pa.int64())])
+_TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED}
+_CATALOG = "__ducklake_metadata_lake"
+_PIN = """
+SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
+"""
+_FETCH_ROWS = 20_000
+# What decides whether an event is a duplicate, with its place.
+_DEDUPE_COLUMNS = (
+    "project",
+    "block",
+    "row",
+    "kind",
+    "path",
+    "user_id",
+    "device_id",
+    "insert_id",
+    "event_id",
+    "client_event_time",
+    "import_id",
+)
+
+Steps = list[tuple[int, dict[str, int]]]  # (hour since the epoch, id → rows), oldest first
+
+
+class Snapshot(Struct, frozen=True):
+    """The lake at one moment. cursor: a DuckDB connection inside its transaction, tables `lake.events`, `lake.merges`.
+
+    sealed: the last block that is in this snapshot; everything up to it is.
+    """
+
+    cursor: duckdb.DuckDBPyConnection
+    sealed: int
+
+
+class Lake:
+    """One lake folder. Every method may be called from any thread; every one raises StoreError if the disk fails."""
+
+    def __init__(self, folder: Path, files: Files, db: duckdb.DuckDBPyConnection) -> None:
+        self.folder = folder
+        self.files = files
+        self._db = db
+        self._writing = threading.Lock()
+        self._pinning = threading.Lock()
+        self._pins: Counter[int] = Counter()
+        self._synced: set[Path] = set()
+
+    @classmethod
+    def open(cls, folder: Path, files: Files | None = None) -> Lake:
+        """Open the lake in a folder, made if missing; what a crash left there is removed."""
+        files = files or Files()
+        files.make_folder(folder / "files" / "main" / "events")
+        with _told(folder):
+            lake = cls(folder, files, _connect(folder))
+            lake._make_tables()
+            lake._tidy()
+            lake._remove_unnamed()
+        for made in (folder / "files" / "main", folder / "files", folder, folder.parent):
+            files.sync_folder(made)
+        return lake
+
+    def close(self) -> None:
+        """Close the catalog. No reader may be left."""
+        self._db.close()
+
+    # Reading.
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Pin the lake as it is now, for one reader in one thread."""
+        cursor = self._db.cursor()
+        try:
+            with _told(self.folder), self._pinning:
+                cursor.execute("BEGIN TRANSACTION READ ONLY")
+                sealed, number = cursor.execute(_PIN).fetchall()[0]
+                self._pins[number] += 1
+            try:
+                yield Snapshot(cursor, sealed or 0)
+            finally:
+                with self._pinning:
+                    self._pins[number] -= 1
+                    if not self._pins[number]:
+                        del self._pins[number]
+        finally:
+            with contextlib.suppress(duckdb.Error):
+                cursor.rollback()
+            cursor.close()
+
+    def sealed(self) -> int:
+        """Return the number of the last block in the lake, 0 if there is none."""
+        with self.snapshot() as snapshot:
+            return snapshot.sealed
+
+    def event_files(self) -> list[LakeFile]:
+        """Return the files of table `events`, in order of their blocks."""
+        with self.snapshot() as snapshot, _told(self.folder):
+            return self._event_files(snapshot.cursor)
+
+    def dedupe_rows(self, first: int, last: int) -> Iterator[pa.RecordBatch]:
+        """Yield what decides about duplicates of the events in blocks first … last, in order of position.
+
+        Columns: project, block, row, kind, path, user_id, device_id, insert_id, event_id, client_event_time,
+        import_id.
+        """
+        columns = ", ".join(f'"{name}"' for name in _DEDUPE_COLUMNS)
+        with self.snapshot() as snapshot, _told(self.folder):
+            yield from snapshot.cursor.execute(
+                f'SELECT {columns} FROM lake.events WHERE "block" BETWEEN ? AND ? ORDER BY "block", "row"',  # noqa: S608 - column names of ours
+                [first, last],
+            ).to_arrow_reader(_FETCH_ROWS)
+
+    def quota_rows(self, project: int, now_ms: int) -> tuple[Steps, Steps]:
+        """Return the events stored in the last day by hour of server time, of each device and of each user."""
+        with self.snapshot() as snapshot, _told(self.folder):
+            devices, users = (
+                _steps(snapshot.cursor, name, project, now_ms) for name in ("device_id", "user_id")
+            )
+        return devices, users
+
+    # Writing.
+
+    def new_file(self, first: int, last: int) -> Path:
+        """Return the path for a new file of `events` that will hold rows of blocks first … last."""
+        name = f"{first:012}-{last:012}-{secrets.token_hex(4)}.parquet"
+        return self.folder / "files" / "main" / "events" / name
+
+    def adopt(self, file: Path | None, *, block: int, merges: Sequence[MergeRow]) -> None:
+        """Take blocks up to `block` into the lake: a file made at `new_file`, on disk already, None if it has no rows."""
+        sides = zip(*merges, strict=True) if merges else ()
+        rows = [pa.array(side, field.type) for side, field in zip(sides, MERGES, strict=False)]
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            if file is not None:
+                cursor.execute("CALL ducklake_add_data_files('lake', 'events', ?)", [str(file)])
+            if rows:
+                cursor.register("new_merges", pa.Table.from_arrays(rows, schema=MERGES))
+                cursor.execute("INSERT INTO lake.merges SELECT * FROM new_merges")
+            cursor.execute("INSERT INTO lake.sealed VALUES (0, ?)", [block])
+
+        self._commit(change)
+
+    def swap(self, old: Sequence[LakeFile], new: Path | None) -> bool:
+        """Put one file, on disk already, in the place of others. False if they changed since they were listed."""
+        swapped = False
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            nonlocal swapped
+            now = self._event_files(cursor)
+            swapped = all(file in now for file in old)
+            if not swapped:
+                return
+            # Every row of each file goes, so DuckLake drops the files themselves and writes nothing.
+            names = [str(file.path) for file in old]
+            cursor.execute("DELETE FROM lake.events WHERE filename IN (SELECT unnest(?))", [names])
+            if new is not None:
+                cursor.execute("CALL ducklake_add_data_files('lake', 'events', ?)", [str(new)])
+
+        self._commit(change)
+        return swapped
+
+    def delete(self, project: int, amplitude_ids: Sequence[int]) -> int:
+        """Delete every row of some people in one transaction. Returns how many there were."""
+        gone = 0
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            nonlocal gone
+            people = [project, list(amplitude_ids)]
+            gone = cursor.execute(
+                "DELETE FROM lake.events WHERE project = ? AND amplitude_id IN (SELECT unnest(?))",
+                people,
+            ).fetchall()[0][0]
+            cursor.execute(
+                "DELETE FROM lake.merges WHERE project = ? "
+                "AND (absorbed IN (SELECT unnest($2)) OR surviving IN (SELECT unnest($2)))",
+                people,
+            )
+
+        self._commit(change)
+        return gone
+
+    def _commit(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+        """Make one change in one transaction; files that its statements wrote are on disk before it commits."""
+        with self._writing, _told(self.folder), contextlib.closing(self._db.cursor()) as cursor:
+            cursor.execute("BEGIN TRANSACTION")
+            try:
+                change(cursor)
+                self._sync_written()
+                self.files.committing(self.folder)
+                cursor.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(duckdb.Error):
+                    cursor.execute("ROLLBACK")
+                raise
+            self._tidy()
+
+    def _sync_written(self) -> None:
+        """Sync what DuckLake itself wrote for the transaction under way: the places of deleted rows."""
+        listed = self.files.list(self._data)
+        written = {path for path in listed if path.name.startswith("ducklake-")} - self._synced
+        for path in sorted(written):
+            self.files.sync_file(path)
+        for folder in {path.parent for path in written}:
+            self.files.sync_folder(folder)
+        self._synced = written | self._synced.intersection(listed)
+
+    def _tidy(self) -> None:
+        """Forget snapshots that no reader holds, and remove the files that only they needed."""
+        with self._pinning:
+            current = _one(self._db, "SELECT id FROM ducklake_current_snapshot('lake')")
+            oldest = min(self._pins, default=current)
+        old = self._db.execute(
+            "SELECT snapshot_id FROM ducklake_snapshots('lake') WHERE snapshot_id < ?", [oldest]
+        ).fetchall()
+        if old:
+            versions = [number for (number,) in old]
+            _one(
+                self._db,
+                "SELECT count(*) FROM ducklake_expire_snapshots('lake', versions => ?)",
+                [versions],
+            )
+            _one(
+                self._db,
+                "SELECT count(*) FROM ducklake_cleanup_old_files('lake', cleanup_all => true)",
+            )
+
+    # Opening.
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / "files"
+
+    def _make_tables(self) -> None:
+        """Make what is missing of the three tables, all in one transaction."""
+        self._db.execute("BEGIN TRANSACTION")
+        for name, schema in _TABLES.items():
+            fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
+        self._db.execute("COMMIT")
+        for name in ("merges", "sealed"):
+            self._db.execute(
+                f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{name}')"
+            )
+
+    def _remove_unnamed(self) -> None:
+        """Remove files that the catalog does not name: what a crash left between writing and adopting."""
+        named = {
+            Path(path).name
+            for table in ("data_file", "delete_file", "files_scheduled_for_deletion")
+            for (path,) in self._db.execute(
+                f"SELECT path FROM {_CATALOG}.ducklake_{table}"  # noqa: S608 - table names of ours
+            ).fetchall()
+        }
+        for path in self.files.list(self._data):
+            if path.name in named:
+                self._synced.add(path)
+            else:
+                self.files.remove(path)
+
+    def _event_files(self, cursor: duckdb.DuckDBPyConnection) -> list[LakeFile]:
+        rows = cursor.execute(
+            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
+        ).fetchall()
+        return sorted(
+            (_lake_file(Path(data), deleted and Path(deleted)) for data, deleted in rows),
+            key=lambda file: file.first,
+        )
+
+
+def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
+    """Open DuckDB within its bounds, with the extension from our own packages, and attach the catalog."""
+    db = duckdb.connect(
+        config={
+            "memory_limit": f"{LAKE_MEMORY_BYTES}B",
+            "threads": LAKE_THREADS,
+            "temp_directory": str(folder / "spill"),
+            "max_temp_directory_size": f"{LAKE_SPILL_BYTES}B",
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+        }
+    )
+    extension = resources("duckdb_extension_ducklake").joinpath(
+        "extensions", f"v{duckdb.__version__}", "ducklake.duckdb_extension"
+    )
+    db.execute(f"LOAD {_text(str(extension))}")
+    # Paths in the catalog are relative: a folder that was moved or restored elsewhere opens as it is.
+    db.execute(
+        f"ATTACH {_text(f'ducklake:{folder}/catalog.duckdb')} AS lake "
+        f"(DATA_PATH {_text(f'{folder}/files')}, OVERRIDE_DATA_PATH true, DATA_INLINING_ROW_LIMIT 0)"
+    )
+    return db
+
+
+def _lake_file(path: Path, deleted: Path | None) -> LakeFile:
+    first, last, _ = path.stem.split("-")
+    return LakeFile(path, pq.read_metadata(path).num_rows, int(first), int(last), deleted)
+
+
+def _steps(
+    cursor: duckdb.DuckDBPyConnection, name: str, project: int, now_ms: int
+) -> list[tuple[int, dict[str, int]]]:
+    steps: dict[int, dict[str, int]] = {}
+    cursor.execute(
+        f"SELECT server_upload_time // {MS_PER_HOUR} AS hour, {name}, count(*) FROM lake.events "  # noqa: S608 - names of ours
+        f"WHERE project = ? AND kind = {int(Kind.EVENT)} AND server_upload_time > ? AND {name} <> '' "
+        "GROUP BY ALL ORDER BY hour",
+        [project, now_ms - MS_PER_DAY],
+    )
+    while rows := cursor.fetchmany(_FETCH_ROWS):
+        for hour, one, count in rows:
+            steps.setdefault(hour, {})[one] = count
+    return list(steps.items())
+
+
+def _one(cursor: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> Any:  # noqa: ANN401 - whatever the statement gives
+    found = cursor.execute(statement, list(values)).fetchone()
+    assert found is not None
+    return found[0]
+
+
+def _text(value: str) -> str:
+    quoted = value.replace("'", "''")
+    return f"'{quoted}'"
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say in our words what DuckDB could not do."""
+    try:
+        yield
+    except duckdb.Error as problem:
+        text = str(problem)
+        if "No space left" in text:
+            raise FullError(
+                "No room is left on the device",
+                where=str(folder),
+                mend="Free some space; nothing that was acknowledged is lost",
+            ) from problem
+        raise StoreError(
+            f"The lake failed: {text}",
+            where=str(folder),
+            mend="Mend the disk and start the server again; it recovers by itself",
+        ) from problem

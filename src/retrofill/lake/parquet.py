@@ -1,0 +1,139 @@
+"""Lake files: Parquet, sorted by (amplitude_id, block, row), on disk before anybody names them.
+
+Encodings were chosen by measurement on realistic events (bench: `bench/seal.py`): sorting brings a person's rows
+together, so ids and snapshots shrink to almost nothing as differences from the row before; small vocabularies are
+dictionaries; an `insert_id` is random and stays what it is. Row groups are small, so that one person's rows are found
+by their statistics and little else is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Struct
+
+from retrofill.core.block import Block
+from retrofill.core.row import Vocabulary
+from retrofill.errors import StoreError
+from retrofill.lake import arrow
+from retrofill.lake.arrow import FILE, SCHEMA
+from retrofill.lake.files import Files, store_error
+from retrofill.limits import LAKE_GROUP_ROWS
+
+# Each text differs little from the one before it, as the rows of one person stand together.
+_LIKE_BEFORE = ("user_id", "device_id", "user_properties")
+# Every text is another one.
+_ALL_DIFFERENT = ("insert_id", "event_properties", "sent")
+_INTEGERS = tuple(field.name for field in SCHEMA if pa.types.is_integer(field.type))
+_VOCABULARIES = [
+    field.name
+    for field in SCHEMA
+    if field.type == pa.string() and field.name not in (*_LIKE_BEFORE, *_ALL_DIFFERENT)
+]
+_READ_ROWS = LAKE_GROUP_ROWS // 4  # at a time, from each of the files that are merged
+_WORDS_MAX = 1000  # of a dictionary that is written as it is
+_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": _VOCABULARIES,
+    "column_encoding": {
+        **dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
+        **dict.fromkeys(_LIKE_BEFORE, "DELTA_BYTE_ARRAY"),
+    },
+}
+
+
+class Written(Struct, frozen=True):
+    """A lake file on disk."""
+
+    rows: int
+    file_bytes: int
+
+
+def write(path: Path, tables: Iterable[pa.Table], files: Files) -> Written:
+    """Write a lake file from tables already in order; it and its name are on disk when this returns.
+
+    With no rows no file is left. Raises StoreError; then the file, if there, is nobody's and may be removed.
+    """
+    rows = 0
+    try:
+        with pq.ParquetWriter(path, FILE, **_OPTIONS) as writer:
+            for table in tables:
+                # Groups of one size, none of a few rows left over.
+                groups = -(-table.num_rows // LAKE_GROUP_ROWS)
+                writer.write_table(table, row_group_size=-(-table.num_rows // max(groups, 1)) or 1)
+                rows += table.num_rows
+    except OSError as problem:
+        raise store_error(problem, path) from problem
+    if not rows:
+        files.remove(path)
+        return Written(0, 0)
+    files.sync_file(path)
+    files.sync_folder(path.parent)
+    return Written(rows, path.stat().st_size)
+
+
+def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
+    """Yield the rows of blocks sorted by (amplitude_id, block, row), as they go into a file, one row group at a time."""
+    vocabulary = Vocabulary()
+    table = arrow.narrow(blocks, vocabulary)
+    values = arrow.shown(vocabulary)
+    # The rows stand in order of position already.
+    order = np.argsort(table["amplitude_id"].to_numpy(), kind="stable")
+    for first in range(0, len(order), LAKE_GROUP_ROWS):
+        some = table.take(pa.array(order[first : first + LAKE_GROUP_ROWS]))
+        yield _small(arrow.widen(some, values))
+
+
+def _small(table: pa.Table) -> pa.Table:
+    """Return rows whose dictionaries hold little that is not in them: a file repeats them for each row group."""
+    for index, field in enumerate(table.schema):
+        column = table.column(index)
+        if pa.types.is_dictionary(field.type) and any(
+            len(chunk.dictionary) > _WORDS_MAX for chunk in column.chunks
+        ):
+            again = column.cast(field.type.value_type).combine_chunks().dictionary_encode()
+            table = table.set_column(index, field, again)
+    return table
+
+
+def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
+    """Yield a lake file's rows in order, some thousands at a time, without those that its delete file names.
+
+    Raises StoreError if a file cannot be read.
+    """
+    try:
+        gone = _deleted(deleted)
+        first = 0
+        with pq.ParquetFile(path) as opened:
+            for batch in opened.iter_batches(_READ_ROWS):
+                table = pa.Table.from_batches([batch])
+                yield table if gone is None else _without(table, gone, first)
+                first += len(batch)
+    except OSError as problem:
+        raise store_error(problem, path) from problem
+    except pa.ArrowException as problem:
+        raise StoreError(
+            f"A lake file cannot be read: {problem}",
+            where=str(path),
+            mend="Restore the data directory from a copy",
+        ) from problem
+
+
+def _deleted(path: Path | None) -> np.ndarray[Any, Any] | None:
+    if path is None:
+        return None
+    places = pq.read_table(path, columns=["pos"])["pos"].to_numpy()
+    return np.asarray(places)
+
+
+def _without(table: pa.Table, gone: np.ndarray[Any, Any], first: int) -> pa.Table:
+    keep = np.ones(table.num_rows, bool)
+    here = gone[(gone >= first) & (gone < first + table.num_rows)]
+    keep[here - first] = False
+    return table.filter(pa.array(keep))
