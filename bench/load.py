@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from events import bodies, lines, templates
 
 TIMEOUT_S = 60
+PAUSE_S = 0.05  # after a 503
+GIVE_UP_S = 20  # without a 200
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Load:
             self._poll.register(connection.socket, select.EPOLLIN)
             self._idle.append(connection)
         cpu = time.process_time()
-        self._started = time.perf_counter()
+        self._started = self._heard = time.perf_counter()
         self._serve(self._requests(bodies(made, order.requests)))
         seconds = time.perf_counter() - self._started
         return self._result(seconds, time.process_time() - cpu)
@@ -149,7 +151,10 @@ class Load:
             wait = TIMEOUT_S
             if upcoming is not None and self._idle:
                 wait = max(0.0, due - now)
-            for number, event in self._poll.poll(wait):
+            ready = self._poll.poll(wait)
+            if not ready and wait == TIMEOUT_S:
+                raise TimeoutError(f"No answer for {TIMEOUT_S} s")
+            for number, event in ready:
                 self._react(self._connections[number], event)
 
     def _begin(self, connection: Connection, request: bytes, due: float) -> None:
@@ -167,11 +172,13 @@ class Load:
     def _answered(self, connection: Connection, status: int, body: bytes) -> None:
         self._statuses[str(status)] += 1
         now = time.perf_counter()
-        if status == 503:  # it asks for a moment: the same request again
+        if status == 503 and now - self._heard < GIVE_UP_S:  # it asks for a moment: once more
+            time.sleep(PAUSE_S)
             self._begin(connection, connection.request, connection.due)
             return
         if status != 200 or json.loads(body).get("code") != 200:
             raise RuntimeError(f"Answer {status}: {body[:500].decode(errors='replace')}")
+        self._heard = now
         self._latencies.append(now - connection.due)
         self._seconds[int(now - self._started)] += self._order.events_per_request
         self._idle.append(connection)
