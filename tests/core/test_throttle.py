@@ -77,9 +77,7 @@ def test_what_was_refused_weighs_nothing() -> None:
 def test_device_and_user_are_both_counted_and_every_index_of_either_is_listed() -> None:
     rates = Rates()
     accepted(rates, ["a"] * 600 + ["b"] * 600, ["u"] * 300 + [None] * 900)
-    refused = accepted(
-        rates, ["a"] * 301 + ["c"] * 301 + ["b"] * 300, [None] * 301 + ["u"] * 601
-    )
+    refused = accepted(rates, ["a"] * 301 + ["c"] * 301 + ["b"] * 300, [None] * 301 + ["u"] * 601)
     assert refused is not None
     assert (refused.devices, refused.users) == ({"a": 31}, {"u": 31})
     assert refused.events == list(range(902))
@@ -153,7 +151,9 @@ def test_rates_agree_with_a_model_that_remembers_every_event(seed: int) -> None:
             assert found is not None
             assert [found.devices, found.users] == over
             assert found.events == [
-                index for index in range(size) if devices[index] in over[0] or users[index] in over[1]
+                index
+                for index in range(size)
+                if devices[index] in over[0] or users[index] in over[1]
             ]
             assert 1 <= found.retry_after_s <= WINDOW_S
 

@@ -211,7 +211,7 @@ class _Table:
         """Fill the empty table with sorted runs, from its first slot to its last."""
         self.used = sum(len(run[0]) for run in runs)
         pieces = self.size // _PIECE_SLOTS + 1
-        bounds = np.arange(1, pieces, dtype=np.uint64) * np.uint64(2**64 // pieces)
+        bounds = np.array([piece * 2**64 // pieces for piece in range(1, pieces)], np.uint64)
         cuts = [[0, *np.searchsorted(run[0], bounds).tolist(), len(run[0])] for run in runs]
         free = 0  # every slot before it may be taken
         for piece in range(pieces):
@@ -319,6 +319,7 @@ class Fingerprints:
         return made
 
     def __len__(self) -> int:
+        """About how many keys are held: while the table moves, what is left of the old one is estimated."""
         if self._old is None:
             return self._table.used
         left = 1 - self._moved / len(self._old.fingerprints)
@@ -377,6 +378,8 @@ class Fingerprints:
         values = slot_value(np.full(len(some), block, np.int64), forever=kept)
         self._newest = max(self._newest, block)
         self._oldest = max(self._oldest, oldest_block)
+        if self._table.used + len(some) > _LOAD_MAX * self._table.size:
+            self._rebuild(len(some))
         self._table.insert(fingerprints[some], values)
         if self._old is not None:
             self._move(max(len(some) * _MOVED_PER_KEY, _MOVED_MIN))
@@ -413,9 +416,19 @@ class Fingerprints:
         self._moved = last
         if last == len(old.fingerprints):
             self._old = None
-        elif self._table.load > _LOAD_MAX:
-            # More came than was expected: the sample was wrong, or one call added very much.
-            self._move(len(old.fingerprints))
+
+    def _rebuild(self, added: int) -> None:
+        """Move at once: one call adds more than the table has room for, or more was live than the sample said."""
+        self._end_move()
+        old = self._table
+        live = self._live_share(old) * old.used
+        self._old, self._moved, self._next = old, 0, None
+        self._table = _Table(max(int((live + added) / _LOAD_NEW), _SLOTS_MIN))
+        self._end_move()
+
+    def _end_move(self) -> None:
+        while self._old is not None:
+            self._move(_PIECE_SLOTS)
 
     def _live(self, values: U32s) -> Bools:
         blocks, good = _Valid(self._newest, self._oldest).blocks(values)
