@@ -10,12 +10,12 @@ import duckdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.lake.blocks import START_MS, World, block_of
 
 from retrofill.core import row
 from retrofill.core.block import COLUMNS, Block, Kind
 from retrofill.core.identity import derived_device
 from retrofill.lake import arrow
-from tests.lake.blocks import START_MS, World, block_of
 
 PERSON = {"user_id": "user-1", "device_id": "device-1"}
 

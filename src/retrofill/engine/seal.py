@@ -29,7 +29,7 @@ from msgspec import Struct
 import retrofill
 from retrofill.core.block import Block
 from retrofill.errors import CorruptError, FullError, StoreError
-from retrofill.hot.sqlite import Blocks
+from retrofill.hot.sqlite import read_blocks
 from retrofill.lake import Lake, arrow, compact, parquet
 from retrofill.lake.arrow import MergeRow
 from retrofill.lake.compact import LakeFile
@@ -288,9 +288,8 @@ def seal_blocks(task: SealTask) -> Done:
 
     Raises StoreError, CorruptError if a block is damaged or missing.
     """
-    with contextlib.closing(Blocks(task.blocks)) as store:
-        blocks = _Taken(task, store.read(task.first, task.last))
-        written = parquet.write(task.file, parquet.in_order(blocks), Files())
+    blocks = _Taken(task, read_blocks(task.blocks, task.first, task.last))
+    written = parquet.write(task.file, parquet.in_order(blocks), Files())
     return Done(written.rows, written.file_bytes, blocks.last, blocks.merges)
 
 

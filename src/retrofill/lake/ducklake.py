@@ -362,9 +362,8 @@ def _steps(
 
 
 def _one(cursor: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> Any:  # noqa: ANN401 - whatever the statement gives
-    found = cursor.execute(statement, list(values)).fetchone()
-    assert found is not None
-    return found[0]
+    # All of it: a statement whose rows are not fetched to the end has not committed.
+    return cursor.execute(statement, list(values)).fetchall()[0][0]
 
 
 def _text(value: str) -> str:
