@@ -65,7 +65,21 @@ DEFAULT_LIBRARY = {
     "/groupidentify": "http/1.0",
     "/usermap": "http/1.0",
 }
-_KINDS = {"$identify": Kind.IDENTIFY, "$groupidentify": Kind.GROUP_IDENTIFY}
+# Plain numbers: reaching a member through its enum costs more than the rest of a step in the hot loop.
+_EVENT, _IDENTIFY, _GROUP_IDENTIFY, _ALIAS, _DROPPED = (
+    int(kind)
+    for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DROPPED)
+)
+_SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE = (
+    int(flag) for flag in (Flag.SKIP, Flag.FIRST_EVENT, Flag.UPDATE_DROPPED, Flag.REVENUE)
+)
+_kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
+
+# Column values that were said before, each kept once: whoever says the same again is recognised by identity, without
+# touching the strings that were kept for the person. Emptied at its bound; only speed depends on it.
+_said_before: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
+
+_SAID_MAX = 65_536
 
 _encode = msgspec.json.Encoder().encode
 _NO_TABLE = -1
@@ -224,10 +238,12 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     skew = skew_ms(batch.received_ms, client_upload_ms)
     remote = batch.remote
     library = DEFAULT_LIBRARY.get(batch.path, "http/2.0")
-    may_earn = b'"$revenue"' in batch.body or b'"$price"' in batch.body
+    may_earn = b"$" in batch.body
     own_columns: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
     aliases = batch.path == "/usermap"
     row = len(columns.kind) - 1
+    if len(_said_before) > _SAID_MAX:
+        _said_before.clear()
 
     for event, is_dropped in zip(batch.events, dropped, strict=True):
         row += 1
@@ -237,15 +253,15 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             add_person(0)
             add_time(event_time)
             add_created(-1)
-            add_kind(Kind.DROPPED)
+            add_kind(_DROPPED)
             add_flags(0)
             add_table(_NO_TABLE)
             continue
         user, device = event.user_id, event.device_id
-        kind = Kind.ALIAS if aliases else _KINDS.get(event.event_type, Kind.EVENT)
+        kind = _ALIAS if aliases else _kind_of(event.event_type, _EVENT)
         flags = 0
 
-        if kind is Kind.ALIAS:
+        if kind == _ALIAS:
             _alias(event, change)
             who = Person(users.get(user or "", 0) or new_users.get(user or "", 0))
             user = device = None
@@ -254,11 +270,13 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         else:
             # Identity. Nearly every event is of a person known by both ids.
             amplitude_id = new_devices.get(device) or devices[device]  # type: ignore[arg-type,index]
-            user_person = (
-                (new_users.get(user) or users[user]) if user is not None else amplitude_id
-            )
             found = new_people.get(amplitude_id) or people.get(amplitude_id)
-            if found is None or user_person != amplitude_id or found.merged_into:
+            if (
+                found is None
+                or (user is not None and found.user_id != user)
+                or found.merged_into
+            ):
+                user_person = 0 if user is None else new_users.get(user) or users[user]
                 if found is not None and found.merged_into:
                     amplitude_id, found = _follow(found, people, new_people)
                 if user is not None and user_person and user_person != amplitude_id:
@@ -268,7 +286,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     device_person=amplitude_id,
                     device_owner=found.user_id if found else None,
                     user=user,
-                    user_person=user_person if user is not None else 0,
+                    user_person=user_person,
                     fresh=fresh,
                 )
                 amplitude_id = resolution.amplitude_id
@@ -292,44 +310,45 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                 new_people[amplitude_id] = found
             who = found
 
-        if kind is Kind.GROUP_IDENTIFY:
+        if kind == _GROUP_IDENTIFY:
             _group_identify(event, known, change)
 
         # The property table.
-        skip = event.skip_user_properties_sync and kind is Kind.EVENT
+        skip = event.skip_user_properties_sync and kind == _EVENT
         sent = event.user_properties
         said = _said(event)
         if said[14] == "$remote":
             said = (*said[:14], remote, *said[15:])
+        said = _said_before.setdefault(said, said)
         event_groups = event.groups
         shown = b""
         if skip:
-            flags |= Flag.SKIP
+            flags |= _SKIP
             table = properties.apply({}, sent) if sent else {}
             own = own_columns.get(said)
             if own is None:
                 own = own_columns[said] = _columns(NO_COLUMNS, said, library)
             shown = _show(table, own, event_groups, {}, known, change)
-        elif kind is Kind.EVENT or kind is Kind.IDENTIFY:
+        elif kind == _EVENT or kind == _IDENTIFY:
             before = who
             table = properties.apply(who.properties, sent) if sent else who.properties
             built_in = who.columns
-            if said != who.sent or (said[15] is None and built_in[_LIBRARY] != library):
+            if said is not who.sent or (said[15] is None and built_in[_LIBRARY] != library):
                 built_in = _started(_columns(built_in, said, library))
             if (
                 event.price is not None
                 or event.revenue is not None
                 or (may_earn and _is_revenue(event))
             ):
-                flags |= Flag.REVENUE
-                if built_in[_PAYING] is None and kind is Kind.EVENT:
+                flags |= _REVENUE
+                if built_in[_PAYING] is None and kind == _EVENT:
                     built_in = (*built_in[:_PAYING], "true", *built_in[_PAYING + 1 :])
             groups = who.groups
-            if kind is Kind.IDENTIFY and event_groups:
+            if kind == _IDENTIFY and event_groups:
                 groups = _join(groups, event_groups)
             updates = who.updates
             if sent and updates_max and not UpdateWindow.allowed(updates, server_upload_ms, updates_max):
-                flags |= Flag.UPDATE_DROPPED
+                flags |= _UPDATE_DROPPED
                 shown = _show(table, built_in, event_groups, groups, known, change)
             else:
                 if sent and updates_max:
@@ -354,9 +373,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     )
                 elif updates is not who.updates:
                     who = _replaced(who, updates=updates)
-            if kind is Kind.EVENT and not (0 <= who.first_seen_ms <= event_time):
+            if kind == _EVENT and not (0 <= who.first_seen_ms <= event_time):
                 if who.first_seen_ms < 0:
-                    flags |= Flag.FIRST_EVENT
+                    flags |= _FIRST_EVENT
                 who = _replaced(who, first_seen_ms=event_time)
             if not shown:
                 if event_groups or groups:
@@ -371,9 +390,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         else:
             shown = _show({}, _columns(NO_COLUMNS, said, library), event_groups, {}, known, change)
 
-        if kind is Kind.EVENT and skip and not (0 <= who.first_seen_ms <= event_time):
+        if kind == _EVENT and skip and not (0 <= who.first_seen_ms <= event_time):
             if who.first_seen_ms < 0:
-                flags |= Flag.FIRST_EVENT
+                flags |= _FIRST_EVENT
             who = _replaced(who, first_seen_ms=event_time)
             new_people[who.amplitude_id] = who
 
@@ -409,7 +428,7 @@ def _is_revenue(event: Event) -> bool:
     if not raw:
         return False
     text = bytes(raw)
-    return b'"$revenue"' in text or b'"$price"' in text
+    return b"$" in text and (b'"$revenue"' in text or b'"$price"' in text)
 
 
 def _columns(

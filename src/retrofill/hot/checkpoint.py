@@ -82,7 +82,7 @@ class Checkpoint:
         assert table in ("devices", "users")
         return dict(
             self._reader.execute(
-                f"SELECT id, amplitude_id FROM json_each(?) JOIN {table} ON project = ? AND id = value",  # noqa: S608 - one of two words
+                f"SELECT {table}.id, amplitude_id FROM json_each(?) JOIN {table} ON project = ? AND {table}.id = value",  # noqa: S608 - one of two words
                 (json.dumps(list(ids)), project),
             )
         )

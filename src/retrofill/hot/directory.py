@@ -57,5 +57,7 @@ class Directory:
         return self.root / "lake"
 
     def close(self) -> None:
-        """Give the directory up."""
-        os.close(self._lock)
+        """Give the directory up; again is nothing."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1

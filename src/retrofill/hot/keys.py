@@ -3,8 +3,9 @@
 A file holds the keys of a range of blocks in rising order of their first half, as three arrays after a header: first
 halves, second halves, and what `dedupe.slot_value` makes of each block. So a start reads sorted runs for its table of
 fingerprints, and a key is found in a mapped file by a binary search on both halves. Files are written new, synced,
-renamed, and the folder synced; they are never changed. All of them can be made again from lake rows: a file that is
-missing or damaged is reported (`missing`, `damaged`), and its blocks are the caller's to write again.
+renamed, and the folder synced; they are never changed. All of them can be made again from lake rows: `missing` names
+the blocks of files that are missing or damaged, and these are the caller's to write again. A damaged file is set aside
+under another name until its blocks are written, so that a start that is cut off does not lose sight of them.
 
 Small neighbours are merged, to bound the number of files. A merged file stands beside those it replaces for a moment;
 whatever lies inside another file's range is removed at the next start. The files in use are one tuple, replaced
@@ -45,6 +46,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sIIqqqq")  # magic, version, zero, first, last, keys, of them for ever
 _CHECKSUM = struct.Struct("<Q")  # over the header and the three arrays
 _START = 64
+_NAMES = "keys-" + "-".join(["[0-9]" * 12 + "*"] * 2)
 _KEY_SIZE = 8 + 8 + 4
 _FOREVER = np.uint32(1 << 31)
 _LOW = (1 << 31) - 1
@@ -118,7 +120,10 @@ def write(
 
 
 class KeyFiles:
-    """The key files of one folder. damaged: files that were set aside because they could not be read."""
+    """The key files of one folder. damaged: files that were set aside, until their blocks are written again.
+
+    Raises StoreError if the folder cannot be read or written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,9 +131,10 @@ class KeyFiles:
         self._files: tuple[KeyFile, ...] = ()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.new"):
+            for left in folder.glob(f"{_NAMES}.new"):
                 left.unlink()
-            paths = sorted(folder.glob("keys-*.bin"))
+            self.damaged = sorted(folder.glob(f"{_NAMES}.damaged"))
+            paths = sorted(folder.glob(f"{_NAMES}.bin"))
         except OSError as problem:
             raise _store_error(problem, folder) from problem
         for path in paths:
@@ -151,7 +157,15 @@ class KeyFiles:
         return max((file.last for file in self._files), default=0)
 
     def missing(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Return the ranges of blocks within first … last that no file holds."""
+        """Return the ranges of blocks that no file holds: within first … last, and of damaged files of any age."""
+        gaps: list[tuple[int, int]] = []
+        done = 0
+        for start, end in sorted([(first, last), *map(_range_of, self.damaged)]):
+            gaps += self._gaps(max(start, done + 1), end)
+            done = max(done, end)
+        return gaps
+
+    def _gaps(self, first: int, last: int) -> list[tuple[int, int]]:
         gaps = []
         for file in self._files:
             if file.first > last:
@@ -180,6 +194,10 @@ class KeyFiles:
         file = KeyFile(path)
         others = [one for one in self._files if (one.first, one.last) != (file.first, file.last)]
         self._files = _in_order([*others, file])
+        whole = [path for path in self.damaged if not self._gaps(*_range_of(path))]
+        if whole:
+            self.damaged = [path for path in self.damaged if path not in whole]
+            self._unlink(whole)
 
     def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
         """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.
@@ -242,7 +260,7 @@ class KeyFiles:
         )
         merged = KeyFile(path)
         self._files = _in_order([merged, *(file for file in self._files if file not in group)])
-        self._unlink(group)
+        self._unlink([file.path for file in group])
         return True
 
     def _small_neighbours(self) -> Sequence[KeyFile]:
@@ -289,12 +307,12 @@ class KeyFiles:
         gone = list(gone)
         if gone:
             self._files = tuple(file for file in self._files if file not in gone)
-            self._unlink(gone)
+            self._unlink([file.path for file in gone])
 
-    def _unlink(self, gone: Iterable[KeyFile]) -> None:
+    def _unlink(self, gone: Iterable[Path]) -> None:
         try:
-            for file in gone:
-                file.path.unlink(missing_ok=True)
+            for path in gone:
+                path.unlink(missing_ok=True)
             _sync_folder(self.folder)
         except OSError as problem:
             raise _store_error(problem, self.folder) from problem
@@ -308,7 +326,7 @@ def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U
     forever = int(np.count_nonzero(values >= _FOREVER))
     header = _HEADER.pack(_MAGIC, _VERSION, 0, first, last, len(high), forever)
     head = header + _CHECKSUM.pack(_checksum(header, body))
-    path = folder / f"keys-{first:012}-{last:012}.bin"
+    path = folder / _name(first, last)
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
@@ -321,6 +339,15 @@ def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U
     except OSError as problem:
         raise _store_error(problem, new) from problem
     return path
+
+
+def _name(first: int, last: int) -> str:
+    return f"keys-{first:012}-{last:012}.bin"
+
+
+def _range_of(path: Path) -> tuple[int, int]:
+    _, first, last = path.stem.split("-")
+    return int(first), int(last)
 
 
 def _in_order(files: Iterable[KeyFile]) -> tuple[KeyFile, ...]:

@@ -80,19 +80,8 @@ class Blocks:
         return list(self._writer.execute("SELECT number, rows FROM blocks ORDER BY number"))
 
     def read(self, first: int, last: int) -> Iterator[Block]:
-        """Yield blocks first..last (both included) in order. Raises CorruptError naming a damaged block."""
-        reader = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
-        try:
-            for number in range(first, last + 1):
-                row = reader.execute(
-                    "SELECT checksum, blob FROM blocks WHERE number = ?", (number,)
-                ).fetchone()
-                if row is not None:
-                    yield _open(row[0], row[1], number, self.path)
-        except sqlite3.Error as problem:
-            raise store_error(problem, self.path) from problem
-        finally:
-            reader.close()
+        """Yield blocks first … last in order, see `read_blocks`."""
+        return read_blocks(self.path, first, last)
 
     def delete(self, first: int, last: int) -> None:
         """Delete blocks first..last in one small transaction."""
@@ -108,6 +97,27 @@ class Blocks:
     def close(self) -> None:
         """Close the writer; the WAL is folded into the file."""
         self._writer.close()
+
+
+def read_blocks(path: Path, first: int, last: int) -> Iterator[Block]:
+    """Yield the blocks first … last (both included) that are held, in order, on a connection of their own.
+
+    Raises CorruptError naming a damaged block, StoreError if the file cannot be read.
+    """
+    reader = None
+    try:
+        reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        for number in range(first, last + 1):
+            row = reader.execute(
+                "SELECT checksum, blob FROM blocks WHERE number = ?", (number,)
+            ).fetchone()
+            if row is not None:
+                yield _open(row[0], row[1], number, path)
+    except sqlite3.Error as problem:
+        raise store_error(problem, path) from problem
+    finally:
+        if reader is not None:
+            reader.close()
 
 
 class Projects:

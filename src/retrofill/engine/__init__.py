@@ -1,0 +1,1 @@
+"""What is done with events: committed, sealed, recovered, queried, exported, deleted."""

@@ -1,0 +1,531 @@
+"""The commit loop: requests in, one block at a time onto the disk, answers out.
+
+Everything here runs on one asyncio loop, so the state needs no lock. A task takes what waits (group commit), asks the
+core what it means, writes one row in a thread while the loop goes on receiving, and only then lets memory know and
+answers. The order of effects stands in `_commit`, top to bottom. After a failed write nobody knows what is on disk:
+the engine refuses all work from then on, and opening it anew is the ordinary way back.
+
+In the background blocks become lake files (`seal`), the state is saved (`checkpoint`), and blocks that both have are
+deleted in small steps once no reader may still need them. Opening reads both and folds the blocks after the
+checkpoint again: ordinary start and crash are one path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import numpy as np
+import structlog
+from msgspec import Struct
+
+from retrofill.clock import Clock
+from retrofill.config import Project, Settings
+from retrofill.core import block as block_codec
+from retrofill.core import fold
+from retrofill.core.block import Block, Kind
+from retrofill.core.event import Batch, Refusal
+from retrofill.core.fold import Folded
+from retrofill.core.person import Person
+from retrofill.core.throttle import Accepted, Silenced, Throttled
+from retrofill.engine.admission import Admission, ProjectSettings
+from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
+from retrofill.engine.enrich import Enricher
+from retrofill.engine.recover import batches_of, fill_devices, refold
+from retrofill.engine.seal import Sealer
+from retrofill.engine.state import State
+from retrofill.errors import BusyError, CorruptError, Error, StoreError
+from retrofill.hot.checkpoint import Checkpoint
+from retrofill.hot.directory import Directory
+from retrofill.hot.sqlite import Blocks
+from retrofill.lake import Lake
+from retrofill.queue import Queue
+from retrofill.limits import (
+    BLOCK_EVENTS_MAX,
+    CHECKPOINT_AGE_MS,
+    CHECKPOINT_EVENTS,
+    CLOCK_BACK_MS,
+    DELETE_BLOCKS_STEP,
+    MS_PER_S,
+    SEAL_AGE_MS,
+    SEAL_EVENTS,
+    SEAL_LAG_EVENTS_MAX,
+    Limits,
+)
+
+log = structlog.get_logger()
+
+Outcome = Accepted | Throttled | Silenced | Refusal
+
+
+class Unsealed(Struct, frozen=True):
+    """A committed block that is not in the lake yet."""
+
+    number: int
+    rows: int
+    server_upload_ms: int
+
+
+class Figures(Struct):
+    """What the engine has done since it was opened, for metrics and health."""
+
+    blocks: int = 0
+    events: int = 0
+    duplicates: int = 0
+    merges: int = 0
+    commit_s: float = 0.0
+    seals: int = 0
+    sealed_events: int = 0
+    checkpoints: int = 0
+
+
+class Engine:
+    """One data directory at work. Use `Engine.open`, then `start` on the loop, then `ingest`, then `close`."""
+
+    def __init__(self, settings: Settings, clock: Clock, directory: Directory) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._directory = directory
+        self.blocks = Blocks(directory.blocks)
+        self.projects_store = self.blocks.projects()
+        self._checkpoint = Checkpoint(directory.checkpoint)
+        self.lake = Lake.open(directory.lake)
+        self.state = State(self._checkpoint)
+        self.duplicates = Duplicates(directory.keys)
+        self.figures = Figures()
+        self.unsealed: deque[Unsealed] = deque()
+        self._unsealed_events = 0
+        self._since_checkpoint = 0
+        self._checkpoint_ms = clock.now_ms()
+        self._projects: dict[str, Project] = {}
+        self._admissions: dict[int, Admission] = {}
+        self._enricher = Enricher(settings.geoip)
+        self._queue: Queue[Outcome] = Queue()
+        self._forgetting: deque[tuple[tuple[tuple[int, int], ...], asyncio.Future[None]]] = deque()
+        self._pins: Counter[int] = Counter()
+        self._deleted_to = 0
+        self._problem: str | None = None
+        self._closing = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._sealer = Sealer(self.blocks.path, self.lake)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    def open(cls, settings: Settings, *, clock: Clock) -> Engine:
+        """Open a data directory, recover what a crash left, and be ready.
+
+        Raises BusyError if another process has it, StoreError if it cannot be read.
+        """
+        directory = Directory(settings.data)
+        try:
+            engine = cls(settings, clock, directory)
+            engine._recover()
+        except BaseException:
+            directory.close()
+            raise
+        return engine
+
+    def _recover(self) -> None:
+        sealed = self.lake.sealed()
+        numbers = self.blocks.numbers()
+        for project in self.projects_store.all():
+            self.add_project(project)
+        self.duplicates.open(
+            sealed=sealed,
+            oldest_block=self._oldest_block(),
+            rows=self.lake.dedupe_rows,
+            limits=self.limits,
+        )
+        checkpointed = self.state.block
+        for number, admission in self._admissions.items():
+            if admission.limits.daily_quota:
+                admission.load_quota(*self.lake.quota_rows(number, self._clock.now_ms()))
+        last = numbers[-1][0] if numbers else max(sealed, checkpointed)
+        for block in self.blocks.read(min(sealed, checkpointed) + 1, last):
+            batches = batches_of(block)
+            if block.number > checkpointed:
+                refold(self.state, block, batches, limits=self._limits_of)
+            if block.number > sealed:
+                self._remember(block)
+                self._count_stored(block, batches)
+                self._add_keys(block, batches)
+        if self.state.block < sealed:
+            raise CorruptError(
+                f"The lake holds block {sealed:,}, the state ends at {self.state.block:,}",
+                where=str(self._directory.root),
+                mend="Blocks are missing from hot.sqlite: restore it from a copy",
+            )
+        self._deleted_to = (numbers[0][0] - 1) if numbers else self.state.block
+
+    def _dedupe_window_ms(self) -> int:
+        windows = [admission.limits.dedupe_window_ms for admission in self._admissions.values()]
+        return max(windows, default=Limits().dedupe_window_ms)
+
+    # Projects.
+
+    def add_project(self, project: Project) -> None:
+        """Serve a project from now on."""
+        self._projects[project.api_key] = project
+        stored = self.projects_store.settings(project.number)
+        settings = (
+            msgspec.json.decode(stored, type=ProjectSettings) if stored else ProjectSettings()
+        )
+        self._admissions[project.number] = Admission(
+            project.number, settings, profile=self._settings.limits, state=self.state
+        )
+
+    def project(self, api_key: str) -> Project | None:
+        """Return the project of an API key, which is a name and no secret; None if there is none."""
+        return self._projects.get(api_key)
+
+    def all_projects(self) -> list[Project]:
+        """Return every project of this installation."""
+        return list(self._projects.values())
+
+    def limits(self, number: int) -> Limits:
+        """Return the limits of a project."""
+        return self._admissions[number].limits
+
+    @property
+    def _limits_of(self) -> dict[int, Limits]:
+        return {number: admission.limits for number, admission in self._admissions.items()}
+
+    def settings(self, number: int) -> ProjectSettings:
+        """Return what the operator set for a project."""
+        return self._admissions[number].settings
+
+    def set_settings(self, number: int, settings: ProjectSettings) -> None:
+        """Store what the operator sets for a project; it holds from the next request on. Raises InputError."""
+        self._admissions[number].change(settings)
+        self.projects_store.set_settings(number, msgspec.json.encode(settings))
+
+    # Life.
+
+    async def start(self) -> None:
+        """Begin to commit and to work in the background."""
+        self._wake = asyncio.Event()
+        for run in (self._commit_loop, self._background_loop):
+            self._tasks.append(asyncio.create_task(self._guarded(run)))
+
+    async def close(self) -> None:
+        """Answer what waits, commit, seal, save and give the directory up."""
+        self._closing = True
+        if self._tasks:
+            self._wake.set()
+            await asyncio.gather(*self._tasks)
+        try:
+            if self._problem is None:
+                await self.seal()
+                await self.checkpoint()
+                await self._delete_blocks()
+        finally:
+            await self._release()
+
+    def problem(self) -> str | None:
+        """Say why reads and writes do not work, or None."""
+        if self._problem is not None:
+            return self._problem
+        behind = self.state.server_upload_ms - self._clock.now_ms()
+        if behind > CLOCK_BACK_MS:
+            return f"The clock is {behind // MS_PER_S} s behind the last stored event; set it right"
+        return None
+
+    async def abandon(self) -> None:
+        """Let go of everything as a crash would: nothing is committed, sealed or saved any more. For tests."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._release()
+
+    async def _release(self) -> None:
+        await self._sealer.close()
+        self._writer.shutdown()
+        self.lake.close()
+        self._checkpoint.close()
+        self.blocks.close()
+        self._directory.close()
+
+    async def _guarded(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await run()
+        except Error as problem:
+            self._fail(problem)
+        except Exception as problem:
+            self._fail(problem)
+            raise
+
+    def _fail(self, problem: BaseException) -> None:
+        """Refuse all work from now on: nobody knows what is on disk until it is opened anew."""
+        if self._problem is None:
+            self._problem = str(problem)
+            log.error("engine_stopped", reason=str(problem))
+        self._queue.fail(StoreError(str(problem)))
+
+    # Ingest.
+
+    async def ingest(self, batch: Batch) -> Outcome:
+        """Take one request; return once it is on disk and visible, or say why it is refused.
+
+        Raises BusyError when a queue is at its bound, StoreError when the disk fails: nothing of it is stored then
+        (after a failed sync: nobody is told that it is).
+        """
+        if self._problem is not None:
+            raise StoreError("The store has failed", mend="Start the server again")
+        if self._closing:
+            raise BusyError("The server is stopping", mend="Send the request again")
+        if self._unsealed_events > SEAL_LAG_EVENTS_MAX:
+            raise BusyError("Sealing has to catch up", mend="Send the request again later")
+        self._enricher.enrich(batch)
+        fill_devices(batch)
+        future = self._queue.put(batch)
+        self._wake.set()
+        return await future
+
+    async def _commit_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._forgetting:
+                forgotten, done = self._forgetting.popleft()
+                await self._commit([], forgotten=forgotten)
+                done.set_result(None)
+            while self._queue:
+                await self._commit(self._take())
+            if self._closing:
+                return
+
+    def _take(self) -> list[tuple[Batch, asyncio.Future[Outcome]]]:
+        """Take the requests of the next block; those refused are answered here and not in it."""
+        now_ms = self._clock.now_ms()
+        taken: list[tuple[Batch, asyncio.Future[Outcome]]] = []
+        events = 0
+        while self._queue and events < BLOCK_EVENTS_MAX:
+            batch = self._queue.first()
+            admission = self._admissions[batch.project]
+            verdict = admission.admit(batch, now_ms=now_ms)
+            near = verdict is None and admission.near_quota(batch, now_ms=now_ms)
+            if near:
+                if taken:  # near its quota a request is judged alone, once the others are counted
+                    break
+                dropped = self._dropped([batch], now_ms)[1]
+                verdict = admission.over_quota(batch, dropped, now_ms=now_ms)
+            _, future = self._queue.take()
+            if verdict is not None:
+                if not future.done():
+                    future.set_result(verdict)
+                continue
+            admission.count(batch, now_ms=now_ms)
+            taken.append((batch, future))
+            events += len(batch.events)
+            if near:
+                break
+        return taken
+
+    def _dropped(self, batches: list[Batch], now_ms: int) -> tuple[bytes, bytearray]:
+        """Return the dedupe keys of these events and which of them are duplicates."""
+        limits = [self._admissions[batch.project].limits for batch in batches]
+        keyed = keys_of(batches, limits)
+        oldest = np.repeat(
+            [self.state.oldest_block(now_ms - one.dedupe_window_ms) for one in limits],
+            [len(batch.events) for batch in batches],
+        )
+        return keyed.packed, self.duplicates.split(keyed, oldest)
+
+    def _oldest_block(self) -> int:
+        return self.state.oldest_block(self._clock.now_ms() - self._dedupe_window_ms())
+
+    def _add_keys(self, block: Block, batches: list[Batch]) -> None:
+        imports = b""
+        if any(b'"retrofill"' in batch.body for batch in batches):
+            imports = keys_of(batches, [self.limits(batch.project) for batch in batches]).imports
+        self.duplicates.add(
+            Keyed(block.keys, imports),
+            block.kind,
+            block.number,
+            oldest_block=self._oldest_block(),
+        )
+
+    def fold(
+        self, batches: list[Batch], *, now_ms: int, forgotten: tuple[tuple[int, int], ...] = ()
+    ) -> Folded:
+        """Say what the next block is and changes; nothing is written and nothing known yet."""
+        server_upload_ms = max(now_ms, self.state.server_upload_ms)
+        keys, dropped = self._dropped(batches, server_upload_ms)
+        return fold.fold(
+            batches,
+            self.state.known(batches),
+            number=self.state.block + 1,
+            server_upload_ms=server_upload_ms,
+            fresh=self.state.fresh,
+            limits=self._limits_of,
+            dropped=dropped,
+            keys=keys,
+            forgotten=forgotten,
+        )
+
+    async def _commit(
+        self,
+        taken: list[tuple[Batch, asyncio.Future[Outcome]]],
+        *,
+        forgotten: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        if not taken and not forgotten:
+            return
+        batches = [batch for batch, _ in taken]
+        try:
+            folded = self.fold(batches, now_ms=self._clock.now_ms(), forgotten=forgotten)
+            await asyncio.get_running_loop().run_in_executor(
+                self._writer, self._append, folded.block
+            )
+        except BaseException as problem:
+            failure = problem if isinstance(problem, Error) else StoreError(repr(problem))
+            for _, future in taken:
+                if not future.done():
+                    future.set_exception(failure)
+            raise
+        self.applied(folded, batches)
+        server_upload_ms = folded.block.server_upload_ms
+        for batch, future in taken:
+            if not future.done():  # a client that hung up waits no more
+                future.set_result(Accepted(len(batch.events), server_upload_ms))
+
+    def _append(self, block: Block) -> None:
+        self.blocks.append(block.number, block.rows, block_codec.encode(block))
+
+    def applied(self, folded: Folded, batches: list[Batch]) -> None:
+        """Let memory know what is on disk now."""
+        block = folded.block
+        self.state.apply(folded)
+        self._add_keys(block, batches)
+        self._count_stored(block, batches)
+        self._remember(block)
+        figures = self.figures
+        figures.blocks += 1
+        figures.events += block.rows
+        figures.duplicates += block.kind.count(Kind.DROPPED)
+        figures.merges += len(block.merges)
+        self._since_checkpoint += block.rows
+
+    def _count_stored(self, block: Block, batches: list[Batch]) -> None:
+        first = 0
+        for batch in batches:
+            rows = len(batch.events)
+            self._admissions[batch.project].count_stored(
+                batch, block.kind[first : first + rows], now_ms=block.server_upload_ms
+            )
+            first += rows
+
+    def _remember(self, block: Block) -> None:
+        self.unsealed.append(Unsealed(block.number, block.rows, block.server_upload_ms))
+        self._unsealed_events += block.rows
+
+    # Background.
+
+    async def _background_loop(self) -> None:
+        while not self._closing:
+            now_ms = self._clock.now_ms()
+            if self._seal_is_due(now_ms):
+                await self.seal()
+            if self._since_checkpoint >= CHECKPOINT_EVENTS or (
+                self._since_checkpoint and now_ms - self._checkpoint_ms >= CHECKPOINT_AGE_MS
+            ):
+                await self.checkpoint()
+            await self._delete_blocks()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._until_due(), 1.0)
+
+    def _seal_is_due(self, now_ms: int) -> bool:
+        return bool(self.unsealed) and (
+            self._unsealed_events >= SEAL_EVENTS
+            or now_ms - self.unsealed[0].server_upload_ms >= SEAL_AGE_MS
+        )
+
+    async def _until_due(self) -> None:
+        while not (
+            self._closing
+            or self._unsealed_events >= SEAL_EVENTS
+            or self._since_checkpoint >= CHECKPOINT_EVENTS
+        ):
+            await asyncio.sleep(0.05)
+
+    async def seal(self) -> None:
+        """Move every block committed so far into the lake."""
+        if not self.unsealed:
+            return
+        first, last = self.unsealed[0].number, self.unsealed[-1].number
+        await self._sealer.seal(first, last)
+        sealed_events = 0
+        while self.unsealed and self.unsealed[0].number <= last:
+            sealed_events += self.unsealed.popleft().rows
+        self._unsealed_events -= sealed_events
+        self.figures.seals += 1
+        self.figures.sealed_events += sealed_events
+        await asyncio.to_thread(
+            self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
+        )
+        self.duplicates.filed(first, last, oldest_block=self._oldest_block())
+        log.info("sealed", first=first, last=last, events=sealed_events)
+        await self._sealer.compact()
+
+    async def checkpoint(self) -> None:
+        """Save the state exactly as of the last applied block."""
+        if self.state.block == self.state.saved_block:
+            return
+        meta, changed, times = self.state.capture()
+        self._since_checkpoint = 0
+        self._checkpoint_ms = self._clock.now_ms()
+        after_ms = self._checkpoint_ms - self._dedupe_window_ms() - 2 * MS_PER_S
+        await asyncio.to_thread(
+            self._checkpoint.save, meta, changed, block_times=times, times_after_ms=after_ms
+        )
+        self.state.saved(meta, times_after_ms=after_ms)
+        self.figures.checkpoints += 1
+
+    async def _delete_blocks(self) -> None:
+        """Delete blocks that lake, key files and checkpoint have and no reader needs, a few at a time."""
+        sealed = self.unsealed[0].number - 1 if self.unsealed else self.state.block
+        last = min(sealed, self.state.saved_block, *self._pins)
+        loop = asyncio.get_running_loop()
+        while self._deleted_to < last:
+            step = min(self._deleted_to + DELETE_BLOCKS_STEP, last)
+            await loop.run_in_executor(self._writer, self.blocks.delete, self._deleted_to + 1, step)
+            self._deleted_to = step
+
+    # Readers.
+
+    @contextlib.contextmanager
+    def pin(self, sealed: int) -> Iterator[None]:
+        """Keep every block after `sealed` while a reader may need it."""
+        self._pins[sealed] += 1
+        try:
+            yield
+        finally:
+            self._pins[sealed] -= 1
+            if not self._pins[sealed]:
+                del self._pins[sealed]
+
+    def last_block(self) -> int:
+        """Return the number of the last block that was acknowledged."""
+        return self.state.block
+
+    def person(self, project: int, amplitude_id: int) -> Person | None:
+        """Return a person's state as of the last acknowledged block. May be called from any thread."""
+        return self.state.project(project).people.get(amplitude_id)
+
+    def aliases(self, project: int) -> dict[str, str]:
+        """Return user_id → global_user_id of a project."""
+        return self.state.project(project).aliases
+
+    async def forget(self, project: int, amplitude_ids: list[int]) -> None:
+        """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
+        self._wake.set()
+        await done
+        await self.seal()
+        await asyncio.to_thread(self.lake.delete, project, amplitude_ids)

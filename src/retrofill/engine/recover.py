@@ -1,0 +1,67 @@
+"""Folding a stored block again: recovery, and the proof that state is nothing but a fold of what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from retrofill.core import fold, identity
+from retrofill.core.block import Block, Kind
+from retrofill.core.event import Batch, decode
+from retrofill.engine.state import State
+from retrofill.errors import CorruptError
+from retrofill.limits import Limits
+
+
+def fill_devices(batch: Batch) -> None:
+    """Give every event its device_id: one derived from the user where none was sent, "" where there is neither."""
+    derived = identity.derived_device
+    for event in batch.events:
+        if event.device_id is None:
+            event.device_id = derived(event.user_id) if event.user_id is not None else ""
+
+
+def batches_of(block: Block) -> list[Batch]:
+    """Return the requests of a block as they were folded."""
+    batches = []
+    for part in block.parts:
+        batch = Batch(
+            part.project,
+            part.path,
+            part.body,
+            decode(part.body),
+            len(part.body),
+            part.received_ms,
+            part.client_upload_ms,
+            part.remote,
+        )
+        fill_devices(batch)
+        batches.append(batch)
+    return batches
+
+
+def refold(
+    state: State, block: Block, batches: list[Batch], *, limits: Mapping[int, Limits]
+) -> None:
+    """Fold the next block again and take what it changes.
+
+    Raises CorruptError if the fold does not decide what the block says was decided.
+    """
+    folded = fold.fold(
+        batches,
+        state.known(batches),
+        number=block.number,
+        server_upload_ms=block.server_upload_ms,
+        fresh=state.fresh,
+        limits=limits,
+        dropped=[kind == Kind.DROPPED for kind in block.kind],
+        keys=block.keys,
+        forgotten=block.forgotten,
+        partition=block.partition,
+    )
+    if block.number != state.block + 1 or folded.block != block:
+        raise CorruptError(
+            f"Block {block.number:,} does not fold to what it says",
+            where=f"after block {state.block:,}",
+            mend="Open the directory once with the version that wrote it, and stop it in good order",
+        )
+    state.apply(folded)

@@ -1,0 +1,253 @@
+"""What the engine knows of every project's people, in memory in front of the checkpoint.
+
+Each kind of value (device ids, user ids, people, groups) lies on a `Shelf`: what changed since the last checkpoint is
+kept for certain, what is clean is kept up to a bound and read back from the checkpoint when it is wanted again. A
+block first brings everything its ids name onto the shelves (`known`), is folded over that without changing it, and is
+laid on the shelves (`apply`) once it is on disk: memory never knows more than the disk.
+
+`capture` takes the changes between two blocks; values are never changed in place, so references are enough, and the
+next block may be folded while the old values are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from retrofill.core.event import Batch
+from retrofill.core.fold import Changes, Folded, Group, Known
+from retrofill.core.person import Person
+from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
+from retrofill.limits import IDS_IN_MEMORY, MS_PER_S, PEOPLE_IN_MEMORY
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Shelf(Generic[K, V]):
+    """Values by key: all that changed since the last checkpoint, and the clean ones used last.
+
+    Clean values live in two generations: what is used moves to `young`; when that is full it becomes `old` and what
+    was old is forgotten. `absent` stands for a key that the checkpoint does not have.
+    """
+
+    def __init__(
+        self, load: Callable[[Iterable[K]], dict[K, V]], *, absent: V | None, bound: int
+    ) -> None:
+        self._load = load
+        self._absent = absent
+        self._bound = bound
+        self.young: dict[K, V] = {}
+        self._old: dict[K, V] = {}
+        self._changed: dict[K, V] = {}
+        self._saving: dict[K, V] = {}
+
+    def want(self, keys: Iterable[K]) -> None:
+        """Bring the values of these keys into `young`."""
+        young = self.young
+        missing = {key for key in keys if key not in young}
+        if not missing:
+            return
+        unknown = []
+        for key in missing:
+            value = self._held(key)
+            if value is None:
+                unknown.append(key)
+            else:
+                young[key] = value
+        if unknown:
+            loaded = self._load(unknown)
+            if self._absent is not None:
+                young.update(dict.fromkeys(unknown, self._absent))
+            young.update(loaded)
+
+    def get(self, key: K) -> V | None:
+        """Return one value wherever it is, the checkpoint included; None if nowhere. For readers in any thread."""
+        value = self.young.get(key) or self._held(key)
+        return value if value is not None else self._load([key]).get(key)
+
+    def _held(self, key: K) -> V | None:
+        for place in (self._changed, self._saving, self._old):
+            value = place.get(key)
+            if value is not None:
+                return value
+        return None
+
+    def lay(self, changed: Mapping[K, V]) -> None:
+        """Take new values."""
+        self.young.update(changed)
+        self._changed.update(changed)
+
+    def rest(self) -> None:
+        """Between two blocks: keep the clean ones within their bound."""
+        if len(self.young) > self._bound:
+            self._old, self.young = self.young, {}
+
+    def capture(self) -> dict[K, V]:
+        """Return what changed since the last capture; it stays held until `saved`."""
+        self._saving, self._changed = self._changed, {}
+        return self._saving
+
+    def saved(self) -> None:
+        """The captured values are in the checkpoint."""
+        self._saving = {}
+
+
+class ProjectState:
+    """The people of one project."""
+
+    def __init__(self, project: int, checkpoint: Checkpoint) -> None:
+        self.devices: Shelf[str, int] = Shelf(
+            lambda ids: checkpoint.ids("devices", project, ids), absent=0, bound=IDS_IN_MEMORY
+        )
+        self.users: Shelf[str, int] = Shelf(
+            lambda ids: checkpoint.ids("users", project, ids), absent=0, bound=IDS_IN_MEMORY
+        )
+        self.people: Shelf[int, Person] = Shelf(
+            checkpoint.people, absent=None, bound=PEOPLE_IN_MEMORY
+        )
+        self.groups: Shelf[Group, dict[str, Any]] = Shelf(
+            lambda keys: checkpoint.groups(project, keys), absent={}, bound=IDS_IN_MEMORY
+        )
+        self.aliases: dict[str, str] = checkpoint.aliases(project)
+        self._aliases_changed: dict[str, str] = {}
+
+    def known(self, batches: Iterable[Batch]) -> Known:
+        """Bring everything that these batches name into memory, complete for the fold."""
+        self.rest()
+        events = [event for batch in batches for event in batch.events]
+        devices = {event.device_id for event in events if event.device_id}
+        users = {event.user_id for event in events if event.user_id is not None}
+        self.devices.want(devices)  # type: ignore[arg-type] # None was left out above
+        self.users.want(users)  # type: ignore[arg-type]
+        device_of, user_of = self.devices.young, self.users.young
+        named = {device_of[device] for device in devices}  # type: ignore[index]
+        named.update(user_of[user] for user in users)  # type: ignore[index]
+        named.discard(0)
+        people = self.people.young
+        self.people.want(named)
+        survivors = {people[one].merged_into for one in named}
+        self.people.want(one for one in survivors if one > 0)
+        groups = {
+            (group_type, value)
+            for event in events
+            if event.groups
+            for group_type, values in event.groups.items()
+            for value in (values if isinstance(values, list) else [values])
+        }
+        for one in (*named, *survivors):
+            if one > 0 and people[one].groups:
+                groups.update(
+                    (group_type, value)
+                    for group_type, values in people[one].groups.items()
+                    for value in values
+                )
+        self.groups.want(groups)
+        return Known(device_of, user_of, people, self.groups.young)
+
+    def rest(self) -> None:
+        """Keep what is clean within its bounds."""
+        self.devices.rest()
+        self.users.rest()
+        self.people.rest()
+        self.groups.rest()
+
+    def apply(self, changes: Changes) -> None:
+        """Take what a block changed, after it is on disk."""
+        self.devices.lay(changes.devices)
+        self.users.lay(changes.users)
+        self.people.lay(changes.people)
+        self.groups.lay(changes.groups)
+        for user, to in changes.aliases.items():
+            self._aliases_changed[user] = to
+            if to:
+                self.aliases[user] = to
+            else:
+                self.aliases.pop(user, None)
+
+    def capture(self) -> Changed:
+        """Return what changed since the last checkpoint."""
+        aliases, self._aliases_changed = self._aliases_changed, {}
+        return Changed(
+            self.devices.capture(),
+            self.users.capture(),
+            self.people.capture(),
+            self.groups.capture(),
+            aliases,
+        )
+
+    def saved(self) -> None:
+        """What was captured is in the checkpoint."""
+        for shelf in (self.devices, self.users, self.people, self.groups):
+            shelf.saved()  # type: ignore[attr-defined] # shelves of four types
+
+
+class State:
+    """The state of every project, exactly as of the last applied block."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        meta = checkpoint.meta()
+        self.saved_block = meta.block
+        self.block = meta.block
+        self.server_upload_ms = meta.server_upload_ms
+        self.fresh = meta.fresh
+        self.projects: dict[int, ProjectState] = {}
+        self.block_times = checkpoint.block_times()
+        self._times_saved = len(self.block_times)
+
+    def project(self, number: int) -> ProjectState:
+        """Return the state of a project, empty at first."""
+        state = self.projects.get(number)
+        if state is None:
+            state = self.projects[number] = ProjectState(number, self._checkpoint)
+        return state
+
+    def known(self, batches: list[Batch]) -> dict[int, Known]:
+        """Everything the fold of these batches may read, by project."""
+        by_project: dict[int, list[Batch]] = {}
+        for batch in batches:
+            by_project.setdefault(batch.project, []).append(batch)
+        return {number: self.project(number).known(theirs) for number, theirs in by_project.items()}
+
+    def apply(self, folded: Folded) -> None:
+        """Take what a block changed, after it is on disk."""
+        for number, changes in folded.changes.items():
+            self.project(number).apply(changes)
+        block = folded.block
+        self.block = block.number
+        self.server_upload_ms = block.server_upload_ms
+        self.fresh = folded.fresh
+        if not self.block_times or (block.server_upload_ms >= self.block_times[-1][1] + MS_PER_S):
+            self.block_times.append((block.number, block.server_upload_ms))
+
+    def oldest_block(self, after_ms: int) -> int:
+        """Return the first block committed after this time.
+
+        Times are kept once a second, so among blocks of one second some count for up to a second longer.
+        """
+        times = self.block_times
+        low, high = 0, len(times)
+        while low < high:
+            middle = (low + high) // 2
+            if times[middle][1] <= after_ms:
+                low = middle + 1
+            else:
+                high = middle
+        return times[low - 1][0] + 1 if low else 1
+
+    def capture(self) -> tuple[Meta, dict[int, Changed], list[tuple[int, int]]]:
+        """Take what the next checkpoint must write, between two blocks."""
+        meta = Meta(self.block, self.server_upload_ms, self.fresh)
+        times = self.block_times[self._times_saved :]
+        self._times_saved = len(self.block_times)
+        return meta, {number: state.capture() for number, state in self.projects.items()}, times
+
+    def saved(self, meta: Meta, *, times_after_ms: int) -> None:
+        """What was captured is on disk; times before `times_after_ms` are no longer wanted."""
+        self.saved_block = meta.block
+        for state in self.projects.values():
+            state.saved()
+        gone = sum(1 for _, ms in self.block_times if ms < times_after_ms)
+        del self.block_times[:gone]
+        self._times_saved -= gone

@@ -1,0 +1,143 @@
+"""The simplest server that could be right: lists and dicts, one event after another, nothing remembered twice.
+
+It shares no code with the engine. It knows the rules of the contract for what the stateful test sends, and nothing of
+blocks, lakes, caches or time spent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+WEEK_MS = 7 * 24 * 3_600_000
+
+
+@dataclass
+class Someone:
+    """One person: the owner's user_id, the table, the earliest event."""
+
+    owner: str | None = None
+    table: dict[str, Any] = field(default_factory=dict)
+    platform: str | None = None
+    first_seen_ms: int | None = None
+    changed_ms: int = -1
+    absorbed_by: int | None = None
+
+
+@dataclass
+class Row:
+    """What a reader must find of one stored event."""
+
+    insert_id: str | None
+    event_type: str
+    person: int
+    user_id: str | None
+    properties: dict[str, Any]
+    platform: str | None
+    time_ms: int
+
+
+class Model:
+    """One project."""
+
+    def __init__(self) -> None:
+        self.people: list[Someone] = []
+        self.device_of: dict[str, int] = {}
+        self.user_of: dict[str, int] = {}
+        self.aliases: dict[str, str] = {}
+        self.rows: list[Row] = []
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def survivor(self, person: int) -> int:
+        """Follow a merge."""
+        into = self.people[person].absorbed_by
+        return person if into is None else into
+
+    def take(self, event: dict[str, Any], *, now_ms: int) -> None:
+        """Take one accepted event."""
+        user, device = event.get("user_id"), event.get("device_id") or f"of {event.get('user_id')}"
+        insert_id = event.get("insert_id")
+        if insert_id is not None:
+            before = self.seen.get((device, insert_id))
+            if before is not None and now_ms - before < WEEK_MS:
+                return
+            self.seen[device, insert_id] = now_ms
+        who = self._who(user, device)
+        someone = self.people[who]
+        sent = event.get("user_properties") or {}
+        platform = event.get("platform")
+        identify = event["event_type"] == "$identify"
+        if event.get("$skip_user_properties_sync") and not identify:
+            table, shown_platform = changed({}, sent), platform
+        else:
+            table = changed(someone.table, sent)
+            shown_platform = platform if platform is not None else someone.platform
+            if (table, shown_platform) != (someone.table, someone.platform):
+                someone.changed_ms = now_ms
+            someone.table, someone.platform = table, shown_platform
+        if identify:
+            return
+        time_ms = event.get("time", now_ms)
+        if someone.first_seen_ms is None or time_ms < someone.first_seen_ms:
+            someone.first_seen_ms = time_ms
+        self.rows.append(
+            Row(insert_id, event["event_type"], who, user, dict(table), shown_platform, time_ms)
+        )
+
+    def _new(self, owner: str | None) -> int:
+        self.people.append(Someone(owner))
+        return len(self.people) - 1
+
+    def _who(self, user: str | None, device: str) -> int:
+        there = self.device_of.get(device)
+        if there is not None:
+            there = self.survivor(there)
+        if user is None:
+            who = self._new(None) if there is None else there
+        elif user in self.user_of:
+            who = self.user_of[user]
+            if there is not None and there != who and self.people[there].owner is None:
+                self._merge(there, who)
+        elif there is not None and self.people[there].owner is None:
+            who = there
+            self.people[who].owner = user
+        else:
+            who = self._new(user)
+        if user is not None:
+            self.user_of[user] = who
+        self.device_of[device] = who
+        return who
+
+    def _merge(self, absorbed: int, surviving: int) -> None:
+        one, other = self.people[surviving], self.people[absorbed]
+        older, newer = (other, one) if one.changed_ms > other.changed_ms else (one, other)
+        one.table = {**older.table, **newer.table}
+        one.platform = newer.platform if newer.platform is not None else older.platform
+        one.changed_ms = max(one.changed_ms, other.changed_ms)
+        seen = [t for t in (one.first_seen_ms, other.first_seen_ms) if t is not None]
+        one.first_seen_ms = min(seen, default=None)
+        other.absorbed_by = surviving
+
+    def uniques(self) -> int:
+        """How many people have a counted event."""
+        return len({self.survivor(row.person) for row in self.rows})
+
+
+def changed(table: dict[str, Any], sent: dict[str, Any]) -> dict[str, Any]:
+    """The table after the operations that the test sends: plain, $set, $setOnce, $add, $append, $unset, $clearAll."""
+    after = dict(table)
+    if "$clearAll" in sent:
+        after.clear()
+    for name in sent.get("$unset", {}):
+        after.pop(name, None)
+    after.update({name: value for name, value in sent.items() if not name.startswith("$")})
+    after.update(sent.get("$set", {}))
+    for name, value in sent.get("$setOnce", {}).items():
+        after.setdefault(name, value)
+    for name, value in sent.get("$add", {}).items():
+        now = after.get(name, 0)
+        after[name] = (now if isinstance(now, int) else 0) + value
+    for name, value in sent.get("$append", {}).items():
+        now = after.get(name, [])
+        after[name] = [*(now if isinstance(now, list) else [now]), value]
+    return after

@@ -1,0 +1,241 @@
+"""The real engine beside the simplest model, under random commands.
+
+One directory lives through sends, repeats, clock steps, seals, checkpoints, restarts and crashes. After each step every
+row, snapshot, state, first-seen time and count that the engine shows equals the model's; at the end the whole history
+folds to the very state that the engine holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from retrofill.config import Settings
+from retrofill.core import event as events
+from retrofill.core.block import COLUMNS, Kind
+from retrofill.core.event import Batch
+from retrofill.core.throttle import Accepted, Throttled
+from retrofill.engine.ingest import Engine
+from retrofill.lake import arrow
+from retrofill.limits import PROFILES
+from stateful.model import Model
+
+pytestmark = pytest.mark.slow
+
+START_MS = 1_700_000_000_000
+DAY_MS = 24 * 3_600_000
+PLATFORM = COLUMNS.index("platform")
+
+devices = st.sampled_from(["phone-1", "phone-2", "kiosk-9", None])
+users = st.sampled_from(["ann-111", "bob-222", "eve-333", None])
+values = st.one_of(st.integers(-5, 5), st.sampled_from(["a", "b"]))
+names = st.sampled_from(["color", "plan", "count"])
+plain = st.dictionaries(names, values, max_size=2)
+operations = st.fixed_dictionaries(
+    {},
+    optional={
+        "$set": plain,
+        "$setOnce": plain,
+        "$add": st.dictionaries(names, st.integers(-3, 3), max_size=2),
+        "$append": plain,
+        "$unset": st.dictionaries(names, st.just("-"), max_size=1),
+    },
+)
+properties = st.one_of(st.none(), plain, operations, st.just({"$clearAll": "-"}))
+
+
+class FakeClock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.ms = START_MS
+
+    def now_ms(self) -> int:
+        return self.ms
+
+
+class EngineBesideModel(RuleBasedStateMachine):
+    """One directory, one project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="retrofill-stateful-"))
+        self.clock = FakeClock()
+        self.model = Model()
+        self.loop = asyncio.new_event_loop()
+        self.sent: list[dict[str, Any]] = []
+        self.number = 0
+        self.open()
+
+    def open(self) -> None:
+        self.engine = Engine.open(
+            Settings(data=self.folder, limits="none"), clock=self.clock
+        )
+        if not self.engine.all_projects():
+            self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))
+        self.loop.run_until_complete(self.engine.start())
+
+    def teardown(self) -> None:
+        self.loop.run_until_complete(self.engine.close())
+        self.loop.close()
+        shutil.rmtree(self.folder)
+
+    # Commands.
+
+    def send(self, wire: list[dict[str, Any]], path: str) -> None:
+        body = msgspec.json.encode({"api_key": "key", "events": wire})
+        envelope = events.open_envelope(body)
+        assert isinstance(envelope, events.Envelope)
+        batch = events.parse(
+            envelope,
+            project=1,
+            path=path,
+            limits=PROFILES["none"],
+            received_ms=self.clock.ms,
+            remote=None,
+            payload_bytes=len(body),
+        )
+        assert isinstance(batch, Batch), batch
+        outcome = self.loop.run_until_complete(self.engine.ingest(batch))
+        assert isinstance(outcome, Accepted)
+        for one in wire:
+            self.model.take(one, now_ms=outcome.server_upload_ms)
+        self.sent += wire
+
+    @rule(
+        who=st.lists(st.tuples(devices, users), min_size=1, max_size=4),
+        sent=properties,
+        skip=st.booleans(),
+        identify=st.booleans(),
+        platform=st.sampled_from(["iOS", "Web", None]),
+        back_ms=st.integers(0, 400 * DAY_MS),
+        path=st.sampled_from(["/batch", "/2/httpapi"]),
+    )
+    def track(self, who, sent, skip, identify, platform, back_ms, path) -> None:  # type: ignore[no-untyped-def]
+        wire = []
+        for device, user in who:
+            if device is None and user is None:
+                continue
+            self.number += 1
+            wire.append(
+                {
+                    "event_type": "$identify" if identify else "View",
+                    "device_id": device,
+                    "user_id": user,
+                    "insert_id": f"i{self.number}",
+                    "time": self.clock.ms - back_ms,
+                    "user_properties": sent,
+                    "$skip_user_properties_sync": skip,
+                    "platform": platform,
+                }
+            )
+        if wire:
+            self.send(wire, path)
+
+    @rule(index=st.integers(0, 1000), count=st.integers(1, 5))
+    def repeat(self, index: int, count: int) -> None:
+        again = self.sent[index % max(len(self.sent), 1) :][:count]
+        if again:
+            self.send(again, "/batch")
+
+    @rule(step_ms=st.sampled_from([1, 1000, 3_600_000, 8 * DAY_MS, -60_000]))
+    def wait(self, step_ms: int) -> None:
+        self.clock.ms += step_ms
+
+    @rule()
+    def seal(self) -> None:
+        self.loop.run_until_complete(self.engine.seal())
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.loop.run_until_complete(self.engine.checkpoint())
+
+    @rule()
+    def restart(self) -> None:
+        self.loop.run_until_complete(self.engine.close())
+        self.open()
+
+    @rule()
+    def crash(self) -> None:
+        self.loop.run_until_complete(self.engine.abandon())
+        self.open()
+
+    # What must hold.
+
+    def rows(self) -> list[dict[str, Any]]:
+        with self.engine.lake.snapshot() as snapshot:
+            lake = snapshot.cursor.execute("SELECT * FROM lake.events").to_arrow_table().to_pylist()
+            blocks = list(self.engine.blocks.read(snapshot.sealed + 1, self.engine.last_block()))
+        lake += arrow.table(blocks).to_pylist() if blocks else []
+        return sorted(lake, key=lambda row: (row["block"], row["row"]))
+
+    @invariant()
+    def rows_equal_the_model(self) -> None:
+        found = [row for row in self.rows() if row["kind"] == Kind.EVENT]
+        assert [
+            (row["insert_id"], row["user_id"], row["platform"], row["event_time"]) for row in found
+        ] == [(row.insert_id, row.user_id, row.platform, row.time_ms) for row in self.model.rows]
+        assert [msgspec.json.decode(row["user_properties"]) for row in found] == [
+            row.properties for row in self.model.rows
+        ]
+        numbers: dict[int, int] = {}
+        for row, expected in zip(found, self.model.rows, strict=True):
+            assert numbers.setdefault(expected.person, row["amplitude_id"]) == row["amplitude_id"]
+        assert len(set(numbers.values())) == len(numbers)
+
+    @invariant()
+    def states_equal_the_model(self) -> None:
+        state = self.engine.state.project(1)
+        for user, number in self.model.user_of.items():
+            known = state.users.get(user)
+            assert known is not None
+            person = state.people.get(known)
+            someone = self.model.people[number]
+            assert person is not None
+            assert person.user_id == user
+            assert person.properties == someone.table
+            assert person.columns[PLATFORM] == someone.platform
+            expected = -1 if someone.first_seen_ms is None else someone.first_seen_ms
+            assert person.first_seen_ms == expected
+
+
+class Canary(EngineBesideModel):
+    """The same with a fault planted in the model, to show that the alarm rings."""
+
+    @rule()
+    def forget_a_row(self) -> None:
+        del self.model.rows[-1:]
+
+
+TestEngine = EngineBesideModel.TestCase
+TestEngine.settings = settings(
+    max_examples=12,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_the_alarm_rings() -> None:
+    from hypothesis.stateful import run_state_machine_as_test  # noqa: PLC0415 - only here
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            Canary,
+            settings=settings(
+                max_examples=20, stateful_step_count=10, deadline=None, database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+assert Throttled
