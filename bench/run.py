@@ -241,9 +241,11 @@ def limit_sync(report: Report, folder: Path) -> None:
 
 def row_large(report: Report, server: Server, events: int, *, idle_cpu_s: float) -> Server:
     """Send much at 1000 a request, then stop in good order, so that every event is sealed; start again."""
-    seals = server.metric("retrofill_seals_total")
+    seals, sealed = (
+        server.metric(f"retrofill_{name}_total") for name in ("seals", "sealed_events")
+    )
     result = large(server, events)
-    waiting = server.metric("retrofill_unsealed_events")
+    waiting = events - server.metric("retrofill_sealed_events_total") + sealed
     seals = server.metric("retrofill_seals_total") - seals
     cpu_s = server.cpu_s() + server.stop() - idle_cpu_s
     said = (
