@@ -20,7 +20,8 @@ Source of every rule: contract "Event JSON"; the order of checks is its section 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
+from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -327,28 +328,55 @@ def parse(
         return Refusal("too_large")
     if envelope.refusal:
         return envelope.refusal
-    events, body = envelope.events, envelope.body
     rules = _rules(envelope, path, limits)
-    raws: list[Raw] = []
+    notes = _Notes()
+    events: Sequence[Event | None] | None = envelope.events
     if events is None:
         raws = mend.optional(_split, Raw(envelope.raw)) or read_odd(envelope.raw, _split) or []
-    count = len(raws if events is None else events)
+        count = len(raws)
+    else:
+        count = len(events)
     if not count:
         return Refusal("missing_field", "events")
     if count > events_max(path, limits):
         return Refusal("too_large")
-    ids_good = events is not None and _good_ids(events, rules)
-    rest_good = events is not None and _good_values(body, events)
-    if not (ids_good and rest_good):
-        faults: list[Fault] = []
-        events = list(_mended(events or raws, rules, faults, ids_only=rest_good))
-        if faults:
-            return Refusal("faults", faults=tuple(faults))
-        body = encode(events)
-    assert events, "a batch holds an event"
+    if events is None:
+        events = [_read(raw, index, notes) for index, raw in enumerate(raws)]
+    body = _mended(envelope, events, rules, notes)
+    if notes.faults:
+        return Refusal("faults", faults=notes.all())
     return Batch(
-        project, path, body, events, payload_bytes, received_ms, envelope.client_upload_ms, remote
+        project,
+        path,
+        body,
+        cast("list[Event]", events),  # one that is no object is a fault
+        payload_bytes,
+        received_ms,
+        envelope.client_upload_ms,
+        remote,
     )
+
+
+def _mended(
+    envelope: Envelope, events: Sequence[Event | None], rules: _Rules, notes: _Notes
+) -> bytes:
+    """Mend events in place, as far as a glance does not find all of them good, and return the body that they are."""
+    doubts = _Doubts()
+    if not notes.faults:  # otherwise nothing is stored, but everything that is wrong is said
+        good = cast("list[Event]", events)
+        text = envelope.body or envelope.raw
+        doubts = _Doubts(
+            ids=not _good_ids(good, rules),
+            objects=rules.operations_only or not _good_objects(text, good),
+            strings=not glance.strings(text),
+        )
+    if envelope.events is not None and not (doubts.ids or doubts.objects or doubts.strings):
+        return envelope.body
+    for index, event in enumerate(events):
+        if event is not None:
+            notes.index = index
+            _mend(event, doubts, rules, notes)
+    return b"" if notes.faults else encode(cast("list[Event]", events))
 
 
 def events_max(path: str, limits: Limits) -> int:
@@ -386,8 +414,8 @@ def _good_ids(events: list[Event], rules: _Rules) -> bool:
     return glance.ids(known, length_min=rules.id_length_min)
 
 
-def _good_values(body: bytes, events: list[Event]) -> bool:
-    """Say whether all texts are short, no object is too deep or holds a number out of range, and groups are in order."""
+def _good_objects(body: bytes, events: list[Event]) -> bool:
+    """Say whether no object is too deep or holds a number out of range, and groups and plans are in order."""
     sent = [event.user_properties for event in events if event.user_properties]
     raws = [event.event_properties for event in events if event.event_properties]
     plans = [event.plan for event in events if event.plan]
@@ -399,10 +427,9 @@ def _good_values(body: bytes, events: list[Event]) -> bool:
     except (OverflowError, RecursionError):
         return False
     objects: tuple[Sized, ...] = (events, sent, raws, plans, groups, grouped, sources)
-    spare = glance.openings(body) - 2 - sum(map(len, objects))
+    spare = glance.openings(body) - 1 - sum(map(len, objects))
     return (
-        glance.strings(body)
-        and all(plan[:1] == b"{" for plan in set(map(bytes, plans)))
+        all(plan[:1] == b"{" for plan in set(map(bytes, plans)))
         and glance.groups(groups)
         and not (spare >= DEPTH_MAX and mend.too_deep(*sent, *grouped))
         and (not raws or glance.raws(raws, spare=spare))
@@ -412,53 +439,64 @@ def _good_values(body: bytes, events: list[Event]) -> bool:
 # The careful way: one event at a time, every fault noted.
 
 
-class _Notes:
-    """Collects the faults of one event."""
+class _Doubts(Struct, frozen=True):
+    """What a glance does not find good in every event."""
 
-    def __init__(self, index: int, faults: list[Fault]) -> None:
-        self.index, self.faults, self.first = index, faults, len(faults)
+    ids: bool = True
+    objects: bool = True
+    strings: bool = True
+
+
+class _Notes:
+    """Collects the faults of a batch. index: of the event that is looked at."""
+
+    def __init__(self) -> None:
+        self.faults: dict[int, list[Fault]] = {}
+        self.index = 0
 
     def add(self, kind: _Kind, field: str, reason: str) -> None:
-        self.faults.append(Fault(self.index, field, kind, reason))
+        self.faults.setdefault(self.index, []).append(Fault(self.index, field, kind, reason))
 
     def name(self, *fields: str) -> bool:
-        """Say whether one of the fields has a fault."""
-        return any(fault.field in fields for fault in self.faults[self.first :])
+        """Say whether one of the fields of this event has a fault."""
+        return any(fault.field in fields for fault in self.faults.get(self.index, ()))
+
+    def all(self) -> tuple[Fault, ...]:
+        """Return all faults in order of events."""
+        return tuple(chain.from_iterable(self.faults[index] for index in sorted(self.faults)))
 
 
-def _mended(
-    found: Sequence[Raw | Event], rules: _Rules, faults: list[Fault], *, ids_only: bool
-) -> Iterator[Event]:
-    for index, one in enumerate(found):
-        notes = _Notes(index, faults)
-        event = one if isinstance(one, Event) else _read(one, notes)
-        if event is not None:
-            _mend_type(event, rules, notes)
-            _mend_ids(event, rules, notes)
-            if not ids_only:
-                _mend_objects(event, rules, notes)
-                _mend_rest(event)
-            yield event
+def _mend(event: Event, doubts: _Doubts, rules: _Rules, notes: _Notes) -> None:
+    _mend_type(event, rules, notes)
+    if doubts.ids:
+        _mend_ids(event, rules, notes)
+    if doubts.objects:
+        _mend_objects(event, rules, notes)
+    if doubts.strings:
+        _cut_strings(event)
 
 
-def _read(raw: Raw, notes: _Notes) -> Event | None:
-    """Read an event of which some value is not of its type."""
+def _read(raw: Raw, index: int, notes: _Notes) -> Event | None:
+    """Read an event of which some value may not be of its type."""
     try:
         return _decode_event(raw)
     except (ValueError, RecursionError):
         keys = mend.optional(_decode_keys, raw)
+    notes.index = index
     if keys is None:
         notes.add("not_object", "event", "the event is no object")
         return None
-    said: dict[str, Any] = {"event_type": ""}
-    for key, (attribute, read, needed) in _READERS.items():
-        if key in keys:
-            try:
-                said[attribute] = read(keys[key])
-            except (ValueError, RecursionError) as problem:
-                if needed:
-                    notes.add("invalid", key, str(problem))
-    return Event(**said)
+    event = Event("")
+    for key, said in keys.items():
+        if key not in _READERS:
+            continue
+        attribute, read, needed = _READERS[key]
+        try:
+            setattr(event, attribute, read(said))
+        except (ValueError, RecursionError) as problem:
+            if needed:
+                notes.add("invalid", key, str(problem))
+    return event
 
 
 def _read_type(raw: Raw) -> str:
@@ -466,6 +504,10 @@ def _read_type(raw: Raw) -> str:
     if found is None or type(found) is str:
         return found or ""
     raise ValueError("no text")
+
+
+def _read_insert_id(raw: Raw) -> str | None:
+    return mend.string(raw) or None
 
 
 def _read_time(raw: Raw) -> int | None:
@@ -483,8 +525,9 @@ def _read_metadata(raw: Raw) -> IngestionMetadata | None:
 
 
 _METADATA = ("source_name", "source_version")
-# Kept to STRING_CHARS_MAX, as the property values that they become.
+# Kept to STRING_CHARS_MAX, like the property values that most of them become.
 _CUT = (
+    *("event_type", "user_id", "device_id"),
     *("platform", "os_name", "os_version", "device_brand", "device_manufacturer", "device_model"),
     *("carrier", "country", "region", "city", "dma", "language", "app_version", "version_name"),
     *("ip", "library", "start_version", "paying", "product_id", "revenue_type", "currency"),
@@ -496,6 +539,7 @@ _READERS_OF: dict[str, tuple[Callable[[Raw], Any], bool]] = {
     "user_id": (mend.identifier, True),
     "device_id": (mend.identifier, True),
     "time": (_read_time, True),
+    "insert_id": (_read_insert_id, True),
     "event_properties": (Raw, True),
     "user_properties": (mend.object_, True),
     "groups": (mend.object_, True),
@@ -523,7 +567,6 @@ def _mend_type(event: Event, rules: _Rules, notes: _Notes) -> None:
             notes.add("missing", "event_type", "absent or empty")
     elif rules.strict and event.event_type in RESERVED:
         notes.add("invalid", "event_type", "reserved")
-    event.event_type = event.event_type[:STRING_CHARS_MAX]
 
 
 def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
@@ -536,7 +579,7 @@ def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
         said = (said or "").lstrip(" ")[:STRING_CHARS_MAX]
         if field == "device_id" and said == glance.ZERO_DEVICE:
             zero = True
-        elif said.lower() in glance.FORBIDDEN_IDS:
+        elif said in glance.FORBIDDEN_IDS:
             notes.add("invalid", field, "stands for no id")
         elif said and len(said) < rules.id_length_min:
             short.append(field)
@@ -556,47 +599,52 @@ def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
 
 
 def _mend_objects(event: Event, rules: _Rules, notes: _Notes) -> None:
-    for field, mended in _OBJECTS:
+    for field, mended, absent in _OBJECTS:
         said = getattr(event, field)
-        try:
-            setattr(event, field, mended(said) if said is not None else None)
-        except ValueError as problem:
-            notes.add("invalid", field, str(problem))
-    if (
-        rules.operations_only
-        and event.user_properties
-        and properties.unknown(event.user_properties)
-    ):
+        if said:
+            try:
+                setattr(event, field, mended(said))
+            except ValueError as problem:
+                setattr(event, field, absent)
+                notes.add("invalid", field, str(problem))
+    if event.plan and bytes(event.plan)[:1] != b"{":
+        event.plan = ABSENT
+    sent = event.user_properties
+    if rules.operations_only and sent and properties.unknown(sent):
         notes.add("invalid", "user_properties", "an operation that does not exist")
 
 
-def _mend_raw(raw: Raw) -> Raw:
-    found = mend.object_(raw) if raw else None
-    if found is None:
-        return ABSENT
-    short = mend.cut(found)
-    return raw if short is found else Raw(_encode(short))
+def _check_raw(raw: Raw) -> Raw:
+    return ABSENT if mend.object_(raw) is None else raw
 
 
-def _mend_properties(found: dict[str, Any]) -> dict[str, Any]:
+def _check_properties(found: dict[str, Any]) -> dict[str, Any]:
     if mend.too_deep(found):
         raise ValueError(f"more than {DEPTH_MAX} levels")
     return mend.held(found)  # type: ignore[no-any-return]  # an object stays one
 
 
-_OBJECTS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-    ("event_properties", _mend_raw),
-    ("user_properties", _mend_properties),
-    ("groups", mend.groups),
-    ("group_properties", _mend_properties),
+_OBJECTS: tuple[tuple[str, Callable[[Any], Any], Raw | None], ...] = (
+    ("event_properties", _check_raw, ABSENT),
+    ("user_properties", _check_properties, None),
+    ("groups", mend.groups, None),
+    ("group_properties", _check_properties, None),
 )
 
 
-def _mend_rest(event: Event) -> None:
-    event.insert_id = event.insert_id or None
+def _cut_strings(event: Event) -> None:
+    """Cut what is too long. All objects have passed `_mend_objects` or a glance."""
+    raw = event.event_properties
+    if len(raw) > STRING_CHARS_MAX:
+        found = mend.value(raw)
+        short = mend.cut(found)
+        if short is not found:
+            event.event_properties = Raw(_encode(short))
+    for name in ("user_properties", "groups", "group_properties"):
+        said = getattr(event, name)
+        if said:
+            setattr(event, name, mend.cut(said))
     for name in _CUT:
-        said: str | None = getattr(event, name)
+        said = getattr(event, name)
         if said is not None and len(said) > STRING_CHARS_MAX:
             setattr(event, name, said[:STRING_CHARS_MAX])
-    if event.plan and bytes(event.plan)[:1] != b"{":
-        event.plan = ABSENT

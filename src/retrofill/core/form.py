@@ -173,7 +173,7 @@ def _text(item: _Item, field: str) -> str:
     said = (said or "").lstrip(" ")[:STRING_CHARS_MAX]
     if not said:
         raise _Misfit("missing", field, "absent, empty or no text")
-    if field.endswith("user_id") and said.lower() in FORBIDDEN_IDS:
+    if field.endswith("user_id") and said in FORBIDDEN_IDS:
         raise _Misfit("invalid", field, "stands for no id")
     return said
 

@@ -16,33 +16,23 @@ from msgspec import Raw
 from retrofill.core import mend
 from retrofill.limits import DEPTH_MAX, GROUP_TYPES_MAX, STRING_CHARS_MAX
 
-# Ids that are the mark of a mistake, in whatever case. Source: contract, events 4, "forbidden values".
-FORBIDDEN_IDS = frozenset(
-    {
-        "anonymous",
-        "nil",
-        "none",
-        "null",
-        "n/a",
-        "na",
-        "undefined",
-        "unknown",
-        "00000000-0000-0000-0000-000000000000",
-        "{}",
-        "lmy47d",
-        "0",
-        "-1",
-    }
+# Ids that are the mark of a mistake. Source: contract, events 4, "forbidden values".
+_FORBIDDEN = (
+    *("anonymous", "nil", "none", "null", "n/a", "na", "undefined", "unknown"),
+    *("00000000-0000-0000-0000-000000000000", "{}", "lmy47d", "0", "-1"),
 )
 ZERO_DEVICE = "00000000-0000-0000-0000-000000000000"
-# Every spelling of them, some 1,800: so a whole batch's ids are compared at once, without lowering each.
-_FORBIDDEN_SPELLINGS = frozenset(
+# They in upper, lower and mixed case, some 1,800: so a whole batch is compared at once, without lowering each.
+FORBIDDEN_IDS = frozenset(
     "".join(letters)
-    for word in FORBIDDEN_IDS
+    for word in _FORBIDDEN
     for letters in product(*({letter, letter.upper()} for letter in word))
 )
 
 _FEW = 24  # as many property objects are decoded sooner than summed up
+_LONG = 16 * 1024  # from here on a body is faster looked at whole than in steps
+_BLOCK = STRING_CHARS_MAX // 2
+_QUOTE = 0x22
 _ESCAPED_QUOTES_MAX = 64  # passed over before a string is taken for a long one
 _OPEN = 0x7B  # { and, its bit 0x20 set, [
 _BACKSLASH = 0x5C
@@ -55,7 +45,7 @@ def ids(known: set[str], *, length_min: int) -> bool:
     return (
         min(known) >= "!"  # none is empty or begins with a space
         and min(map(len, known)) >= length_min
-        and known.isdisjoint(_FORBIDDEN_SPELLINGS)
+        and known.isdisjoint(FORBIDDEN_IDS)
     )
 
 
@@ -65,6 +55,8 @@ def strings(body: bytes) -> bool:
     Goes from quote to quote in the longest steps that a short string allows. A quote after a backslash may be inside a
     string and does not count.
     """
+    if len(body) > _LONG and _strings_shorter(body):
+        return True
     step = STRING_CHARS_MAX + 2
     last = len(body) - step
     at = body.find(b'"')
@@ -80,6 +72,16 @@ def strings(body: bytes) -> bool:
             return False
         at = end
     return True
+
+
+def _strings_shorter(body: bytes) -> bool:
+    """Say whether there is a quote outside of strings in every block of half of STRING_CHARS_MAX bytes."""
+    text = np.frombuffer(body, np.uint8)
+    quotes = text == _QUOTE
+    if b"\\" in body:
+        quotes[1:] &= text[:-1] != _BACKSLASH
+    blocks = quotes[: len(text) // _BLOCK * _BLOCK].view(np.uint64).reshape(-1, _BLOCK // 8)
+    return bool((np.bitwise_or.reduce(blocks, axis=1) != 0).all())
 
 
 def groups(sent: Sequence[dict[str, Any]]) -> bool:
@@ -105,8 +107,8 @@ def raws(sent: Sequence[Raw], *, spare: int) -> bool:
 
     spare: how many objects and arrays the body holds beyond those every event must have.
     """
-    read = mend.object_ if spare >= DEPTH_MAX else mend.value
     if len(sent) <= _FEW:
+        read = mend.object_ if spare >= DEPTH_MAX else mend.value
         return all(type(mend.optional(read, raw)) is dict for raw in sent)
     text = np.frombuffer(b"".join(sent), np.uint8)
     sizes = np.fromiter(map(len, sent), np.int64, len(sent))
@@ -116,14 +118,14 @@ def raws(sent: Sequence[Raw], *, spare: int) -> bool:
     low = text | 0x20
     if spare >= DEPTH_MAX:
         openings = np.add.reduceat(low == _OPEN, ends - sizes, dtype=np.int32)
-        doubts = np.flatnonzero(openings > DEPTH_MAX).tolist()
-    else:
-        doubts = []
+        deep = np.flatnonzero(openings > DEPTH_MAX).tolist()
+        if any(mend.optional(mend.object_, sent[index]) is None for index in deep):
+            return False
     # A number out of range has an exponent of three digits, or 200 digits in a row, six of them at every 32nd place.
     digit = text - _ZERO < _TEN  # unsigned: what is below 0 is far above 9
     exponent = (low[1:-3] == _E) & digit[:-4] & digit[3:-1] & digit[4:]
     some = digit[::32]
     run = some[5:] & some[4:-1] & some[3:-2] & some[2:-3] & some[1:-4] & some[:-5]
-    for places in (np.flatnonzero(exponent), np.flatnonzero(run) * 32):
-        doubts += np.searchsorted(ends, places, side="right").tolist()
-    return all(type(mend.optional(read, sent[index])) is dict for index in set(doubts))
+    places = np.concatenate((np.flatnonzero(exponent), np.flatnonzero(run) * 32))
+    doubts = set(np.searchsorted(ends, places, side="right").tolist())
+    return all(mend.optional(mend.value, sent[index]) is not None for index in doubts)

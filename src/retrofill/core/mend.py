@@ -37,6 +37,7 @@ _CUT_DEPTH = 64
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = re.compile(r"-?\d{1,15}", re.ASCII)
+_TEXT_OR_MISFIT = (b'"', b"[", b"{", b"n")  # text, null, and what cannot be text
 _INTEGER = re.compile(rb"-?\d+")
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
 _ESCAPE = re.compile(
@@ -113,7 +114,7 @@ def value(raw: bytes | msgspec.Raw) -> Json:
 def identifier(raw: bytes | msgspec.Raw) -> str | None:
     """Read an id: text, or a whole number as its digits, null as None. Raises ValueError for the rest."""
     data = bytes(raw)
-    if _INTEGER.fullmatch(data):
+    if data[:1] != b'"' and _INTEGER.fullmatch(data):
         return "0" if data == b"-0" else data[:STRING_CHARS_MAX].decode()
     found = value(data)
     if found is None or type(found) is str:
@@ -124,7 +125,7 @@ def identifier(raw: bytes | msgspec.Raw) -> str | None:
 def string(raw: bytes | msgspec.Raw) -> str | None:
     """Read an optional text: a number or a truth value as its own text, null as None. Raises ValueError for the rest."""
     data = bytes(raw)
-    if data[:1] in b'[{"n' or _INTEGER.fullmatch(data):
+    if data[:1] in _TEXT_OR_MISFIT or _INTEGER.fullmatch(data):
         return identifier(data)
     return data[:STRING_CHARS_MAX].decode()
 
@@ -189,7 +190,10 @@ def cut(found: Json) -> Json:
 
 
 def held(found: Json) -> Json:
-    """Do as `cut`, and make floats of whole numbers beyond 64 bits. Raises ValueError if one is too large for that."""
+    """Return a value with whole numbers beyond 64 bits made floats; itself if it has none.
+
+    Raises ValueError if one is too large for that.
+    """
     return _mapped(found, _held)
 
 
@@ -200,7 +204,7 @@ def _short(leaf: Json) -> Json:
 def _held(leaf: Json) -> Json:
     if type(leaf) is int and not _INT_MIN <= leaf <= _INT_MAX:
         return _float(leaf)
-    return _short(leaf)
+    return leaf
 
 
 def _mapped(found: Json, mended: Callable[[Json], Json]) -> Json:
