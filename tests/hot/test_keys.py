@@ -122,6 +122,22 @@ def test_a_file_cut_short_is_found(tmp_path: Path, size: int) -> None:
     assert KeyFiles(tmp_path).missing(1, 10) == [(1, 10)]
 
 
+def test_a_damaged_file_older_than_what_is_asked_for_is_named_until_it_is_written(
+    tmp_path: Path,
+) -> None:
+    written = fill(KeyFiles(tmp_path), 3)
+    path = tmp_path / "keys-000000000011-000000000020.bin"
+    path.write_bytes(b"damaged")
+    for _ in range(2):  # a start that is cut off before it has written the file
+        files = KeyFiles(tmp_path)
+        assert files.missing(25, 35) == [(11, 20), (31, 35)]
+        assert files.missing(15, 30) == [(11, 20)]
+    files.write(11, 20, written[14], np.full(200, 14))
+    assert (files.damaged, files.missing(25, 30)) == ([], [])
+    assert {one.suffix for one in tmp_path.iterdir()} == {".bin"}
+    assert KeyFiles(tmp_path).missing(25, 30) == []
+
+
 def test_a_file_half_written_is_removed(tmp_path: Path) -> None:
     left = tmp_path / "keys-000000000001-000000000010.new"
     left.write_bytes(b"half")

@@ -140,6 +140,7 @@ class KeyFiles:
         for path in paths:
             self._open(path)
         self._remove_covered()
+        self._forget_mended()
 
     @property
     def files(self) -> tuple[KeyFile, ...]:
@@ -194,10 +195,7 @@ class KeyFiles:
         file = KeyFile(path)
         others = [one for one in self._files if (one.first, one.last) != (file.first, file.last)]
         self._files = _in_order([*others, file])
-        whole = [path for path in self.damaged if not self._gaps(*_range_of(path))]
-        if whole:
-            self.damaged = [path for path in self.damaged if path not in whole]
-            self._unlink(whole)
+        self._forget_mended()
 
     def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
         """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.
@@ -302,6 +300,12 @@ class KeyFiles:
             ):
                 covered.append(file)
         self._remove(covered)
+
+    def _forget_mended(self) -> None:
+        mended = [path for path in self.damaged if not self._gaps(*_range_of(path))]
+        if mended:
+            self.damaged = [path for path in self.damaged if path not in mended]
+            self._unlink(mended)
 
     def _remove(self, gone: Iterable[KeyFile]) -> None:
         gone = list(gone)
