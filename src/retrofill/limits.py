@@ -91,6 +91,8 @@ DELETE_BLOCKS_STEP = 8  # sealed blocks removed in one small transaction
 PEOPLE_IN_MEMORY = 200_000  # clean people kept beside those not yet checkpointed
 IDS_IN_MEMORY = 500_000  # device and user ids kept, of each kind
 FINGERPRINTS_IN_MEMORY = 100_000_000  # dedupe keys in memory, 17 to 27 bytes each; older ones: key files
+KEY_FILES_MERGED = 10  # small neighbouring key files that become one
+KEY_FILE_KEYS_MAX = 4_000_000  # keys of a merged file, 20 bytes each; a file over a quarter of it is not small
 QUOTA_IDS_MAX = 2_000_000  # ids counted for the daily quota
 RATE_IDS_MAX = 1_000_000  # ids counted for the 30 s rates
 
@@ -115,6 +117,7 @@ READ_IDLE_S = 60  # a client that takes nothing of its answer for this long is c
 LINGER_S = 3  # a refused client may go on sending this long before it is cut off
 RETRY_AFTER_S = 1  # what a 503 asks for: clients give up after 7 s (contract, clients 1.6)
 CONNECTIONS_MAX = 4096  # at once; one more is answered 503
+CHORES_S = 60  # how often a server looks for due deletions
 STOP_S_MAX = 20  # requests under way may take this long after SIGTERM
 EXPORT_DAYS_MAX = 365  # contract, read 2
 CLOCK_BACK_MS = MS_PER_HOUR  # a clock this far behind the last stored event shows in health
