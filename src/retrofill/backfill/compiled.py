@@ -103,6 +103,15 @@ class _Value(Struct):
     windowed: bool = False
     type_name: str = ""
 
+    @property
+    def safe(self) -> bool:
+        """Whether no row can fail: the column goes on as it is."""
+        return self.bare is not None and self.field.kind in {"text", "value"}
+
+    def result(self, number: int) -> str:
+        """Return SQL for the value that came out."""
+        return f"t{number}" if self.safe else f"t{number}.v"
+
 
 class _Compiler:
     def __init__(
@@ -122,8 +131,8 @@ class _Compiler:
     def compile(self) -> Compiled:
         values = [self._value(field) for field in self.told.fields]
         kept = self._kept(self._where())
-        for value in values:
-            self._describe(value, kept)
+        for number, value in enumerate(values):
+            self._describe(value, number, kept)
         return Compiled(self._query(values, kept), tuple(value.field for value in values))
 
     # Parsing: expressions to SQL over the frame's columns.
@@ -232,10 +241,12 @@ class _Compiler:
         assert row is not None
         return f"({str(row[0]).removeprefix('SELECT ')})"
 
-    def _describe(self, value: _Value, kept: str) -> None:
+    def _describe(self, value: _Value, number: int, kept: str) -> None:
         field = value.field
         try:
             value.type_name = self._type(value.sql, kept)
+            whole = f"SELECT *, {value.sql} AS w{number} FROM ({kept})"  # noqa: S608
+            self._type(self._tried(value, number), whole if value.windowed else kept)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
         if value.field.kind == "millis" and value.type_name == "BOOLEAN":
@@ -275,17 +286,18 @@ class _Compiler:
         sql = f"SELECT *{windows} FROM ({kept})"  # noqa: S608  # here and below: SQL of our own making
         for layer in layers:
             sql = f"SELECT *, {layer} FROM ({sql})"  # noqa: S608
-        return f"SELECT {self._output()} FROM ({sql})"  # noqa: S608
+        return f"SELECT {self._output(values)} FROM ({sql})"  # noqa: S608
 
     def _tried(self, value: _Value, number: int) -> str:
-        """Return SQL for {v: …}, NULL where the row's value does not fit.
+        """Return SQL for {v: …}, NULL where the row's value does not fit; just for v where it always does.
 
         v is the plain value of the fields that the stage itself looks at, else the piece of JSON.
         """
         field = value.field
         own = field.path[0] in _OWN
-        if value.bare is not None and field.kind in {"text", "value"}:
-            return f"{{'v': {self._passed(value, value.bare, own=own)}}}"
+        if value.safe:
+            assert value.bare is not None
+            return self._passed(value, value.bare, own=own)
         sql = f"w{number}" if value.windowed else value.sql
         if own and field.kind == "text":
             if value.type_name == "JSON":
@@ -307,16 +319,22 @@ class _Compiler:
         return f"{quoted} ELSE CAST(to_json(j{number}) AS VARCHAR) END"
 
     def _own(self, values: list[_Value]) -> str:
-        at = {value.field.name: number for number, value in enumerate(values)}
-        parts = []
-        for name in ("event_type", "user_id", "device_id", "insert_id"):
-            text = f"t{at[name]}.v" if name in at else "CAST(NULL AS VARCHAR)"
-            if name.endswith("r_id") or name == "device_id":
-                text = f"ltrim({text}, ' ')"
-            if name != "insert_id":
-                text = f"CASE WHEN strlen({text}) > {STRING_CHARS_MAX} THEN left({text}, {STRING_CHARS_MAX}) ELSE {text} END"
-            parts.append(f"{text} AS {name}_")
-        return ", ".join([*parts, f"t{at['time']}.v AS time_"])
+        at = {value.field.name: value.result(number) for number, value in enumerate(values)}
+        parts = [
+            f"{self._cut(at.get(name, 'CAST(NULL AS VARCHAR)'), name)} AS {name}_"
+            for name in ("event_type", "user_id", "device_id", "insert_id")
+        ]
+        return ", ".join([*parts, f"{at['time']} AS time_"])
+
+    def _cut(self, text: str, name: str) -> str:
+        """Return SQL for the text as the core would take it: ids without leading spaces, nothing too long."""
+        if name == "insert_id":
+            return text
+        if name != "event_type":
+            text = f"CASE WHEN starts_with({text}, ' ') THEN ltrim({text}, ' ') ELSE {text} END"
+        # strlen counts bytes, hence looks at nothing.
+        long = f"strlen({text}) > {STRING_CHARS_MAX}"
+        return f"CASE WHEN {long} THEN left({text}, {STRING_CHARS_MAX}) ELSE {text} END"
 
     def _troubles(self) -> str:
         user = self._trouble("user_id_", USER_SHORT, USER_FORBIDDEN)
@@ -324,11 +342,14 @@ class _Compiler:
         return f"{user} AS user_trouble, {device} AS device_trouble"
 
     def _trouble(self, name: str, short: int, forbidden: int) -> str:
-        words = ", ".join(literal(word) for word in sorted(FORBIDDEN_IDS))
+        listed = {word.lower() for word in FORBIDDEN_IDS}
+        words = ", ".join(literal(word) for word in sorted(listed))
+        sizes = ", ".join(str(size) for size in sorted({len(word) for word in listed}))
+        size_min = self.id_length_min
         return (
             f"CASE WHEN {name} IS NULL OR {name} = '' THEN 0 "
-            f"WHEN length({name}) <= 36 AND lower({name}) IN ({words}) THEN {forbidden} "
-            f"WHEN length({name}) < {self.id_length_min} THEN {short} ELSE 0 END"
+            f"WHEN strlen({name}) IN ({sizes}) AND lower({name}) IN ({words}) THEN {forbidden} "
+            f"WHEN strlen({name}) < {4 * size_min} AND length({name}) < {size_min} THEN {short} ELSE 0 END"
         )
 
     def _usable(self) -> str:
@@ -338,7 +359,7 @@ class _Compiler:
         )
 
     def _verdict(self, values: list[_Value]) -> str:
-        fails = " ".join(f"WHEN t{at} IS NULL THEN {at}" for at in range(len(values)))
+        fails = " ".join(f"WHEN t{at} IS NULL THEN {at}" for at, one in enumerate(values) if not one.safe)
         return (
             f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful THEN {WHERE} {fails} "
             f"WHEN event_type_ IS NULL OR event_type_ = '' THEN {NO_TYPE} "
@@ -349,21 +370,30 @@ class _Compiler:
         )
 
     def _body(self, values: list[_Value]) -> str:
+        bare = {value.field.name: value.bare for value in values}
         pieces = [
-            (("event_type",), "CAST(to_json(event_type_) AS VARCHAR)"),
-            (("user_id",), "CAST(to_json(user_id) AS VARCHAR)"),
-            (("device_id",), "CAST(to_json(device_id) AS VARCHAR)"),
-            (("time",), "CAST(time_ AS VARCHAR)"),
+            ((name,), self._requoted(f"{name}{'_' if name == 'event_type' else ''}", bare.get(name)))
+            for name in ("event_type", "user_id", "device_id")
         ]
+        pieces.append((("time",), "CAST(time_ AS VARCHAR)"))
         pieces += [
-            (value.field.path, f"t{at}.v")
+            (value.field.path, value.result(at))
             for at, value in enumerate(values)
             if value.field.path[0] not in _OWN
         ]
         return mapping.assemble(pieces)
 
-    def _output(self) -> str:
+    def _requoted(self, text: str, column: int | None) -> str:
+        """Return SQL for the text as JSON. Where the source's JSON is the text and two quotes, that will do."""
+        json = f"CAST(to_json({text}) AS VARCHAR)"
+        if column is None or self.columns.style != "json":
+            return json
+        return f"CASE WHEN strlen(j{column}) = strlen({text}) + 2 THEN j{column} ELSE {json} END"
+
+    def _output(self, values: list[_Value]) -> str:
+        insert = next((value.bare for value in values if value.field.name == "insert_id"), None)
         shown = self.columns.values() if self.columns.used else "'{}'"
+        sent = self._requoted("nullif(insert_id_, '')", insert)
         key = "hash(coalesce(device_id, concat('user ', user_id)), insert_id_)"
         columns = {
             "file": "file",
@@ -379,7 +409,7 @@ class _Compiler:
             "user_node": "CASE WHEN user_id IS NULL THEN 0 ELSE CAST(hash(user_id) >> 1 AS BIGINT) END",
             "device_node": "CASE WHEN device_id IS NULL THEN 0 ELSE CAST(hash(device_id, 1) >> 1 AS BIGINT) END",
             "key": f"CASE WHEN nullif(insert_id_, '') IS NULL THEN 0 ELSE CAST({key} >> 1 AS BIGINT) END",
-            "insert_id": "coalesce(CAST(to_json(nullif(insert_id_, '')) AS VARCHAR), md5(body))",
+            "insert_id": f"coalesce({sent}, md5(body))",
             "body": "body",
         }
         return ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
