@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from core.history import DAY_ONE_MS, History, event, shown
+from tests.core.history import DAY_ONE_MS, History, event, shown
 from retrofill.core.block import Flag, Kind
 from retrofill.limits import Limits
 

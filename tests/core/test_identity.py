@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.history import History, event
+from tests.core.history import History, event
 
 # (device_id, user_id, person). Persons are numbered as they first appear.
 SCENARIOS = {

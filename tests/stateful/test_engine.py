@@ -25,9 +25,10 @@ from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted, Throttled
 from retrofill.engine.ingest import Engine
+from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.lake import arrow
 from retrofill.limits import PROFILES
-from stateful.model import Model
+from tests.stateful.model import Model
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +64,16 @@ class FakeClock:
         return self.ms
 
 
+class SealerInside(Sealer):
+    """Seals in this process: a child for each of a thousand restarts would take all the time."""
+
+    async def seal(self, first: int, last: int) -> SealResult:
+        file = self._lake.new_file(first, last)
+        done = seal_blocks(SealTask(self._blocks, first, last, file))
+        self._lake.adopt(file if done.rows else None, block=done.last, merges=done.merges)
+        return SealResult(bool(done.rows), done.rows, done.file_bytes)
+
+
 class EngineBesideModel(RuleBasedStateMachine):
     """One directory, one project."""
 
@@ -78,7 +89,7 @@ class EngineBesideModel(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.engine = Engine.open(
-            Settings(data=self.folder, limits="none"), clock=self.clock
+            Settings(data=self.folder, limits="none"), clock=self.clock, sealer=SealerInside
         )
         if not self.engine.all_projects():
             self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -82,12 +84,23 @@ class Figures(Struct):
     seals: int = 0
     sealed_events: int = 0
     checkpoints: int = 0
+    last_seal_ms: int = 0
+    last_checkpoint_ms: int = 0
+    unsealed_events: int = 0
+    waiting_requests: int = 0
+    waiting_bytes: int = 0
 
 
 class Engine:
     """One data directory at work. Use `Engine.open`, then `start` on the loop, then `ingest`, then `close`."""
 
-    def __init__(self, settings: Settings, clock: Clock, directory: Directory) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        directory: Directory,
+        sealer: Callable[[Path, Lake], Sealer],
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._directory = directory
@@ -97,7 +110,7 @@ class Engine:
         self.lake = Lake.open(directory.lake)
         self.state = State(self._checkpoint)
         self.duplicates = Duplicates(directory.keys)
-        self.figures = Figures()
+        self._figures = Figures()
         self.unsealed: deque[Unsealed] = deque()
         self._unsealed_events = 0
         self._since_checkpoint = 0
@@ -112,18 +125,21 @@ class Engine:
         self._problem: str | None = None
         self._closing = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._sealer = Sealer(self.blocks.path, self.lake)
+        self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    def open(cls, settings: Settings, *, clock: Clock) -> Engine:
+    def open(
+        cls, settings: Settings, *, clock: Clock, sealer: Callable[[Path, Lake], Sealer] = Sealer
+    ) -> Engine:
         """Open a data directory, recover what a crash left, and be ready.
 
+        sealer: who moves blocks into the lake; a child process unless a test brings its own.
         Raises BusyError if another process has it, StoreError if it cannot be read.
         """
         directory = Directory(settings.data)
         try:
-            engine = cls(settings, clock, directory)
+            engine = cls(settings, clock, directory, sealer)
             engine._recover()
         except BaseException:
             directory.close()
@@ -225,6 +241,14 @@ class Engine:
                 await self._delete_blocks()
         finally:
             await self._release()
+
+    @property
+    def figures(self) -> Figures:
+        """What the engine has done, and what waits now."""
+        self._figures.unsealed_events = self._unsealed_events
+        self._figures.waiting_requests = len(self._queue)
+        self._figures.waiting_bytes = self._queue.waiting_bytes
+        return self._figures
 
     def problem(self) -> str | None:
         """Say why reads and writes do not work, or None."""
@@ -379,9 +403,11 @@ class Engine:
         batches = [batch for batch, _ in taken]
         try:
             folded = self.fold(batches, now_ms=self._clock.now_ms(), forgotten=forgotten)
+            began = time.perf_counter()
             await asyncio.get_running_loop().run_in_executor(
                 self._writer, self._append, folded.block
             )
+            self._figures.commit_s += time.perf_counter() - began
         except BaseException as problem:
             failure = problem if isinstance(problem, Error) else StoreError(repr(problem))
             for _, future in taken:
@@ -404,7 +430,7 @@ class Engine:
         self._add_keys(block, batches)
         self._count_stored(block, batches)
         self._remember(block)
-        figures = self.figures
+        figures = self._figures
         figures.blocks += 1
         figures.events += block.rows
         figures.duplicates += block.kind.count(Kind.DROPPED)
@@ -463,8 +489,9 @@ class Engine:
         while self.unsealed and self.unsealed[0].number <= last:
             sealed_events += self.unsealed.popleft().rows
         self._unsealed_events -= sealed_events
-        self.figures.seals += 1
-        self.figures.sealed_events += sealed_events
+        self._figures.seals += 1
+        self._figures.sealed_events += sealed_events
+        self._figures.last_seal_ms = self._clock.now_ms()
         await asyncio.to_thread(
             self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
         )
@@ -484,7 +511,8 @@ class Engine:
             self._checkpoint.save, meta, changed, block_times=times, times_after_ms=after_ms
         )
         self.state.saved(meta, times_after_ms=after_ms)
-        self.figures.checkpoints += 1
+        self._figures.checkpoints += 1
+        self._figures.last_checkpoint_ms = self._checkpoint_ms
 
     async def _delete_blocks(self) -> None:
         """Delete blocks that lake, key files and checkpoint have and no reader needs, a few at a time."""
