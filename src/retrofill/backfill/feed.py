@@ -357,7 +357,7 @@ class Feed:
     def _needs_stretches(self, block: Block, runs: list[tuple[int, int]]) -> set[int]:
         """Which runs belong to people who could reach a limit of their own, or who share an id."""
         rates = self.rates
-        if not rates.by_id:
+        if not (runs and rates.by_id):
             return set()
         people = [int(block.people[start]) for start, _ in runs]
         totals: dict[int, int] = {}
@@ -553,6 +553,18 @@ class Feed:
             first = cut.block.first + cut.start
             for start, stop in self._by_group(cut.block.set, first, first + cut.count):
                 found += self._stretches_of(cut.block.set, start, stop)
+        return found
+
+    def stretches_before(self, cut: Cut) -> list[Stretch]:
+        """Whose rows stand before a cut and are of the same person, one who is safe: at most `safe_rows` of them."""
+        person = int(cut.block.people[cut.start])
+        last = cut.span.first
+        found: list[Stretch] = []
+        for start, stop in self._by_group(cut.block.set, max(0, last - self.rates.safe_rows), last):
+            people = self._rows_of(cut.block.set, start, stop).column("person").to_numpy()
+            mine = np.flatnonzero(people == person)
+            if len(mine):
+                found += self._stretches_of(cut.block.set, start + int(mine[0]), stop)
         return found
 
     def _by_group(self, number: int, first: int, last: int) -> Iterator[tuple[int, int]]:

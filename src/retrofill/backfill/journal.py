@@ -241,12 +241,6 @@ class Journal:
         dead = self._db.execute("SELECT set_number, row FROM dead").fetchall()
         return Rows((row[0] for row in blobs), dead)
 
-    def last_sent_ms(self) -> int:
-        """When the latest request left; 0 if none did."""
-        return self._one(
-            "SELECT coalesce(max(max(sent_ms, coalesce(answered_ms, 0))), 0) FROM requests"
-        )
-
     def arrivals(self, since_hour: int) -> list[tuple[str, str, int, int]]:
         """(kind, name, hour, count) of what counted against daily quotas since an hour of the epoch."""
         return self._db.execute(
@@ -291,7 +285,7 @@ class Journal:
                 mend="Free some space or mend the disk, then run the same line again",
             ) from self._failed
         if self._thread is None:
-            self._committed(self._commit(*self._noted()))
+            self.kick()
             return
         if self._waiter is None:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -303,10 +297,15 @@ class Journal:
         """Begin a commit soon, if there is anything to commit."""
         if self._busy or not (self._sent or self._finals or self._dead or self._rows or self._waiter):
             return
+        if self._thread is None:
+            self._committed(self._commit(*self._noted()))
+            return
         self._busy = True
-        loop = asyncio.get_running_loop()
         gap = self._last + COMMIT_GAP_S - time.monotonic()
-        loop.call_later(gap, self._start) if gap > 0 else self._start()
+        if gap > 0:
+            asyncio.get_running_loop().call_later(gap, self._start)
+        else:
+            self._start()
 
     def _start(self) -> None:
         self._last = time.monotonic()

@@ -38,6 +38,8 @@ BLIND_THROTTLES = 3  # ours: so many 429 without names in a row, and it is the w
 FORBIDDEN_MAX = 5  # ours: 401, 403, 404 … so often before anything was ever taken, and the destination is wrong
 LONE_REFUSED_MAX = 50  # ours: so many lone events refused without a reason before anything was ever taken
 MEMORY_MARGIN_S = 3600.0  # ours: a destination's memory is trusted this much less than it promises
+GROW_AFTER = 32  # ours: so many full requests taken after a 413, and larger ones are tried again
+GROW_BY = 1.25
 READY_ROWS = 8192  # ours: rows kept ready to go
 LOADED_BYTES = 96 * 1024 * 1024  # ours: text in memory
 SHELVE_S = 60.0  # ours: a lane that sleeps longer gives its place to another
@@ -170,12 +172,13 @@ class Sender:
         self._blind = 0
         self._forbidden = 0
         self._lone_refused = 0
-        self._body_max = profile.body_bytes
+        self._fitted = 0  # full requests taken since the last 413
         self._ended: asyncio.Event | None = None
         self._events_of: dict[int, int] = {}
         self._ever_taken = False
         self.schedule = Schedule(profile.rates)
         self.schedule.left = feed.left
+        self._full = self.schedule.request_events
         self.progress = Progress(total=feed.left)
         journal.on_taken = self._synced
 
@@ -216,11 +219,11 @@ class Sender:
     # Making requests
 
     def _recall(self) -> None:
-        """Take over what earlier runs did to the limits: a second's pause, and daily quotas."""
+        """Take over what earlier runs did to the limits: of the last second nobody knows, so it must pass; and quotas."""
         now = self._clock.now()
-        last = self._journal.last_sent_ms() / 1000
-        if last and self._profile.rates != type(self._profile.rates)():
-            self._paused_until = min(last, now) + 1.01
+        rates = self._profile.rates
+        if self._journal.next_id > 1 and (rates.events_per_s or rates.requests_per_s or rates.by_id):
+            self._paused_until = now + 1.01
         if self._profile.rates.quota_per_day:
             for kind, name, hour, count in self._journal.arrivals(int(now // HOUR_S) - 23):
                 kind_: Kind = "device" if kind == "device" else "user"
@@ -382,15 +385,16 @@ class Sender:
 
     def _too_large(self, flight: Flight) -> bool:
         size = len(self._head) + len(TAIL) + sum(len(text) + 1 for text in flight.texts)
-        return size > self._body_max and flight.request.events > 1
+        return size > self._profile.body_bytes and flight.request.events > 1
 
     async def _answered(self, flight: Flight, wire: Wire) -> Judgement | None:
         """Send a request until an answer decides. None: the run stops, or nobody may send it any more."""
         body = self._body(flight)
         while True:
             flight.tries += 1
-            at = self._clock.now()
-            judgement = judge(await wire.post(body), flight.request.events, self._clock.now())
+            at = flight.sent = self._clock.now()
+            answer = await wire.post(body)
+            judgement = judge(answer, flight.request.events, self._clock.now())
             if judgement.verdict not in {"again", "forbidden"}:
                 self._measure(self._clock.now() - at)
                 return judgement
@@ -471,13 +475,9 @@ class Sender:
             case "throttled":
                 self._settle_throttled(flight, judgement)
             case "large":
-                self._body_max = max(1024, min(self._body_max, self._size(flight) * 3 // 4))
                 self._settle_large(flight)
             case _:
                 self._settle_refused(flight, judgement)
-
-    def _size(self, flight: Flight) -> int:
-        return sum(len(text) + 1 for text in flight.texts)
 
     def _close(self, flight: Flight, status: int, server_upload_ms: int = 0) -> None:
         since = flight.uncertain_since
@@ -504,8 +504,7 @@ class Sender:
         self.progress.problem = ""
         self._ever_taken = True
         self._blind = self._lone_refused = 0
-        if self._body_max < self._profile.body_bytes:
-            self._body_max = min(self._profile.body_bytes, self._body_max + self._body_max // 50)
+        self._grow(flight.request.events)
         for piece in flight.request.pieces:
             piece.work.cap = 0
             piece.work.alone = False
@@ -549,7 +548,9 @@ class Sender:
     def _count_arrived(self, cuts: list[Cut], at: float) -> None:
         if not self.schedule.rates.by_id:
             return
-        for stretch in self._feed.stretches(cuts):
+        # What went before of the first one's rows may have arrived just now as well.
+        before = self._feed.stretches_before(cuts[0])
+        for stretch in [*before, *self._feed.stretches(cuts)]:
             for kind, name in _ids(stretch):
                 self.schedule.arrived(kind, name, stretch.count, at)
 
@@ -575,7 +576,21 @@ class Sender:
 
     def _settle_large(self, flight: Flight) -> None:
         self._close(flight, 413)
+        events = flight.request.events
+        if not any(piece.work.cap for piece in flight.request.pieces):
+            self.schedule.request_events = max(1, min(self.schedule.request_events, events // 2))
+            self._fitted = 0
         self._halve(flight, "Payload too large")
+
+    def _grow(self, events: int) -> None:
+        """After a 413 requests are smaller; try larger ones again when the smaller were taken for a while."""
+        now = self.schedule.request_events
+        if now == self._full or events < now:
+            return
+        self._fitted += 1
+        if self._fitted >= GROW_AFTER:
+            self._fitted = 0
+            self.schedule.request_events = min(self._full, math.ceil(now * GROW_BY))
 
     def _settle_refused(self, flight: Flight, judgement: Judgement) -> None:
         refusal = judgement.refusal

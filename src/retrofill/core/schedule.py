@@ -245,7 +245,7 @@ class Request:
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
-        self.charges: list[tuple[Meter, int]] = []
+        self.charges: dict[Meter, int] = {}
         self.events = 0
 
 
@@ -375,11 +375,11 @@ class Schedule:
     def again(self, request: Request, now: float) -> float:
         """Count the same request once more: 0 if it may go now, else when to ask again."""
         waits = [f.free_at(now, n) for f, n in self._flows(request)]
-        waits += [m.free_at(now, n) for m, n in request.charges if m.room(now) < n]
+        waits += [m.free_at(now, n) for m, n in request.charges.items() if m.room(now) < n]
         later = max(waits, default=0.0)
         if later > now:
             return later
-        for meter, count in request.charges:
+        for meter, count in request.charges.items():
             meter.add(now, count)
         self._count(request, now)
         return 0.0
@@ -490,7 +490,7 @@ class Schedule:
                 return total, taken, max(meter.free_at(now, 1) for meter in meters)
             for meter in meters:
                 meter.add(now, count)
-                request.charges.append((meter, count))
+                request.charges[meter] = request.charges.get(meter, 0) + count
             taken.append(head._replace(count=count))
             total += count
             if count == head.count:
