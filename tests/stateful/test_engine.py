@@ -21,11 +21,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from retrofill.config import Settings
 from retrofill.core import event as events
+from retrofill.core import block as block_codec
 from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.event import Batch
+from retrofill.core.person import encode
 from retrofill.core.throttle import Accepted, Throttled
 from retrofill.engine.ingest import Engine
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
+from retrofill.engine.recover import batches_of, refold
+from retrofill.engine.state import State
+from retrofill.hot.checkpoint import Checkpoint
 from retrofill.lake import arrow
 from retrofill.limits import PROFILES
 from tests.stateful.model import Model
@@ -85,6 +90,7 @@ class EngineBesideModel(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.sent: list[dict[str, Any]] = []
         self.number = 0
+        self.history: list[bytes] = []
         self.open()
 
     def open(self) -> None:
@@ -93,9 +99,43 @@ class EngineBesideModel(RuleBasedStateMachine):
         )
         if not self.engine.all_projects():
             self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))
+        self.remember_blocks()
         self.loop.run_until_complete(self.engine.start())
 
+    def remember_blocks(self) -> None:
+        append = self.engine.blocks.append
+
+        def remembering(number: int, rows: int, blob: bytes) -> None:
+            append(number, rows, blob)
+            self.history.append(blob)
+
+        self.engine.blocks.append = remembering  # type: ignore[method-assign] # it only looks on
+
     def teardown(self) -> None:
+        try:
+            self.the_history_folds_to_the_state()
+        finally:
+            self.end()
+
+    def the_history_folds_to_the_state(self) -> None:
+        empty = Checkpoint(self.folder / "empty.sqlite")
+        state = State(empty)
+        for number, blob in enumerate(self.history, 1):
+            block = block_codec.decode(blob)
+            assert block.number == number
+            refold(state, block, batches_of(block), limits={1: PROFILES["none"]})
+        again, live = state.project(1), self.engine.state.project(1)
+        for shelf, other in ((again.devices, live.devices), (again.users, live.users)):
+            for key, value in shelf.young.items():
+                assert other.get(key) == (value or None)
+        for number, person in again.people.young.items():
+            other_person = live.people.get(number)
+            assert other_person is not None
+            assert encode(other_person) == encode(person)
+        assert state.fresh == self.engine.state.fresh
+        empty.close()
+
+    def end(self) -> None:
         self.loop.run_until_complete(self.engine.close())
         self.loop.close()
         shutil.rmtree(self.folder)

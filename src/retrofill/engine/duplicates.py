@@ -62,7 +62,7 @@ def keys_of(batches: Sequence[Batch], limits: Sequence[Limits]) -> Keyed:
         if rules.dedupe_triple and not all(inserts):
             ordinary = b"".join(_or_triple(batch.project, events, ordinary))
         packed.append(ordinary)
-        if b'"retrofill"' in batch.body:
+        if any([event.ingestion_metadata for event in events]):
             any_import = True
             imports += [
                 dedupe.key(batch.project, device, insert, import_id=name)

@@ -38,10 +38,11 @@ class Enricher:
 
     def enrich(self, batch: Batch) -> None:
         """Fill in a batch in place; its body is written anew if anything was."""
-        if self._places is None and b'"user_agent"' not in batch.body:
-            return
+        events = batch.events
+        if self._places is None:
+            events = [event for event in events if event.user_agent]
         changed = False
-        for event in batch.events:
+        for event in events:
             if event.user_agent:
                 changed |= _device(event)
             if self._places is not None and event.ip:

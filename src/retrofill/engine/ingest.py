@@ -225,6 +225,7 @@ class Engine:
     async def start(self) -> None:
         """Begin to commit and to work in the background."""
         self._wake = asyncio.Event()
+        self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
 
@@ -350,7 +351,7 @@ class Engine:
                 break
         return taken
 
-    def _dropped(self, batches: list[Batch], now_ms: int) -> tuple[bytes, bytearray]:
+    def _dropped(self, batches: list[Batch], now_ms: int) -> tuple[Keyed, bytearray]:
         """Return the dedupe keys of these events and which of them are duplicates."""
         limits = [self._admissions[batch.project].limits for batch in batches]
         keyed = keys_of(batches, limits)
@@ -358,14 +359,13 @@ class Engine:
             [self.state.oldest_block(now_ms - one.dedupe_window_ms) for one in limits],
             [len(batch.events) for batch in batches],
         )
-        return keyed.packed, self.duplicates.split(keyed, oldest)
+        return keyed, self.duplicates.split(keyed, oldest)
 
     def _oldest_block(self) -> int:
         return self.state.oldest_block(self._clock.now_ms() - self._dedupe_window_ms())
 
-    def _add_keys(self, block: Block, batches: list[Batch]) -> None:
-        imports = b""
-        if any(b'"retrofill"' in batch.body for batch in batches):
+    def _add_keys(self, block: Block, batches: list[Batch], imports: bytes | None = None) -> None:
+        if imports is None:
             imports = keys_of(batches, [self.limits(batch.project) for batch in batches]).imports
         self.duplicates.add(
             Keyed(block.keys, imports),
@@ -376,11 +376,14 @@ class Engine:
 
     def fold(
         self, batches: list[Batch], *, now_ms: int, forgotten: tuple[tuple[int, int], ...] = ()
-    ) -> Folded:
-        """Say what the next block is and changes; nothing is written and nothing known yet."""
+    ) -> tuple[Folded, bytes]:
+        """Say what the next block is and changes; nothing is written and nothing known yet.
+
+        With it the keys that its events have within their imports, empty if none is of one.
+        """
         server_upload_ms = max(now_ms, self.state.server_upload_ms)
-        keys, dropped = self._dropped(batches, server_upload_ms)
-        return fold.fold(
+        keyed, dropped = self._dropped(batches, server_upload_ms)
+        folded = fold.fold(
             batches,
             self.state.known(batches),
             number=self.state.block + 1,
@@ -388,9 +391,10 @@ class Engine:
             fresh=self.state.fresh,
             limits=self._limits_of,
             dropped=dropped,
-            keys=keys,
+            keys=keyed.packed,
             forgotten=forgotten,
         )
+        return folded, keyed.imports
 
     async def _commit(
         self,
@@ -402,7 +406,7 @@ class Engine:
             return
         batches = [batch for batch, _ in taken]
         try:
-            folded = self.fold(batches, now_ms=self._clock.now_ms(), forgotten=forgotten)
+            folded, imports = self.fold(batches, now_ms=self._clock.now_ms(), forgotten=forgotten)
             began = time.perf_counter()
             await asyncio.get_running_loop().run_in_executor(
                 self._writer, self._append, folded.block
@@ -414,7 +418,7 @@ class Engine:
                 if not future.done():
                     future.set_exception(failure)
             raise
-        self.applied(folded, batches)
+        self.applied(folded, batches, imports)
         server_upload_ms = folded.block.server_upload_ms
         for batch, future in taken:
             if not future.done():  # a client that hung up waits no more
@@ -423,11 +427,11 @@ class Engine:
     def _append(self, block: Block) -> None:
         self.blocks.append(block.number, block.rows, block_codec.encode(block))
 
-    def applied(self, folded: Folded, batches: list[Batch]) -> None:
+    def applied(self, folded: Folded, batches: list[Batch], imports: bytes) -> None:
         """Let memory know what is on disk now."""
         block = folded.block
         self.state.apply(folded)
-        self._add_keys(block, batches)
+        self._add_keys(block, batches, imports)
         self._count_stored(block, batches)
         self._remember(block)
         figures = self._figures
@@ -481,8 +485,11 @@ class Engine:
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
-        if not self.unsealed:
-            return
+        async with self._sealing:
+            if self.unsealed:
+                await self._seal()
+
+    async def _seal(self) -> None:
         first, last = self.unsealed[0].number, self.unsealed[-1].number
         await self._sealer.seal(first, last)
         sealed_events = 0
@@ -501,8 +508,11 @@ class Engine:
 
     async def checkpoint(self) -> None:
         """Save the state exactly as of the last applied block."""
-        if self.state.block == self.state.saved_block:
-            return
+        async with self._saving:
+            if self.state.block != self.state.saved_block:
+                await self._save()
+
+    async def _save(self) -> None:
         meta, changed, times = self.state.capture()
         self._since_checkpoint = 0
         self._checkpoint_ms = self._clock.now_ms()
