@@ -146,3 +146,4 @@ DELETION_DAYS = 14  # a job runs this long after its day of request; contract: w
 DELETION_FREEZE_DAYS = 3  # a job can no longer be edited this long before its day: contract, read 7
 DELETION_RANGE_DAYS_MAX = 184  # six months: contract, read 7
 DELETION_CHECK_S = 60  # how often due jobs are looked for
+SETTINGS_BYTES_MAX = 1024 * 1024  # body of PUT /api/1/project: about 20,000 silenced devices

@@ -39,7 +39,7 @@ _BLOCK_MAX = BLOCK_EVENTS_MAX + Limits().batch_events
 Ids = list[str | None]
 
 
-class ProjectSettings(Struct, frozen=True):
+class ProjectSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator sets for one project. limits: fields of `Limits` that differ from the profile."""
 
     limits: dict[str, Any] = {}

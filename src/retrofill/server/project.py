@@ -1,0 +1,62 @@
+"""What an operator sets for a project while it is served: its limits and its silenced devices.
+
+GET /api/1/project shows them; PUT replaces them whole, and they hold from the next request on. Both need the keys of
+the project, as every read does. Not Amplitude's: there these are contracts and support requests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from retrofill.engine.admission import ProjectSettings
+from retrofill.errors import InputError, SizeError
+from retrofill.limits import SETTINGS_BYTES_MAX
+
+if TYPE_CHECKING:
+    from retrofill.engine.ingest import Engine
+
+_decode = msgspec.json.Decoder(ProjectSettings, strict=True).decode
+
+
+def routes(engine: Engine) -> list[Route]:
+    """Return the routes of this module."""
+
+    def shown(number: int, name: str) -> Response:
+        said = {
+            "app": number,
+            "name": name,
+            "limits": engine.limits(number),
+            "settings": engine.settings(number),
+        }
+        return Response(msgspec.json.encode(said), media_type="application/json")
+
+    async def show(request: Request) -> Response:
+        project = request.state.project
+        return shown(project.number, project.name)
+
+    async def change(request: Request) -> Response:
+        project = request.state.project
+        body = b""
+        async for piece in request.stream():
+            body += piece
+            if len(body) > SETTINGS_BYTES_MAX:
+                raise SizeError(f"The body is larger than {SETTINGS_BYTES_MAX:,} bytes")
+        try:
+            settings = _decode(body)
+        except msgspec.DecodeError as problem:
+            raise InputError(
+                f"The body is no settings of a project: {problem}",
+                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID]}',
+            ) from problem
+        engine.set_settings(project.number, settings)
+        return shown(project.number, project.name)
+
+    return [
+        Route("/api/1/project", show, methods=["GET"]),
+        Route("/api/1/project", change, methods=["PUT"]),
+    ]
