@@ -8,7 +8,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted
 from retrofill.errors import InputError
 from retrofill.limits import Limits
-from retrofill.server import run
+from retrofill.server import log, run
 
 KEY = "0123456789abcdef0123456789abcdef"
 SECRET = "fedcba9876543210fedcba9876543210"
@@ -96,13 +96,18 @@ class Answer(msgspec.Struct):
 class Live:
     """A server in a thread."""
 
-    def __init__(self, opening: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        opening: Callable[[], None] = lambda: None,
+        chores: Sequence[Callable[[], Awaitable[object]]] = (),
+    ) -> None:
         self.engine = FakeEngine()
         self.listening = run.listen("127.0.0.1", 0)
         self.port = self.listening.getsockname()[1]
         self.loop: asyncio.AbstractEventLoop
         self.server: run.Server
         self._opening = opening
+        self._chores = chores
         self.ready = threading.Event()
         self.listens = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -121,7 +126,8 @@ class Live:
 
     def _open(self) -> run.Opened:
         self._opening()
-        return run.Opened(self.engine, [Route("/api/2/echo", _echo), Route("/api/2/bad", _bad)])
+        routes = [Route("/api/2/echo", _echo), Route("/api/2/bad", _bad)]
+        return run.Opened(self.engine, routes, self._chores)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Do something on the server's loop."""
@@ -194,10 +200,19 @@ def _answer(response: http.client.HTTPResponse) -> Answer:
 
 
 def read_answer(client: socket.socket) -> Answer:
-    """Read one answer from a raw socket."""
-    response = http.client.HTTPResponse(client)
-    response.begin()
-    return _answer(response)
+    """Read one answer from a raw socket, and not a byte beyond it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = client.recv(1)
+        assert byte, f"ended within {head!r}"
+        head += byte
+    start, *lines = head.decode().split("\r\n")[:-2]
+    fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    size = int(fields["content-length"])
+    body = b""
+    while len(body) < size:
+        body += client.recv(size - len(body))
+    return Answer(int(start.split()[1]), fields, body)
 
 
 async def _echo(request: Request) -> JSONResponse:
@@ -208,6 +223,11 @@ async def _bad(request: Request) -> JSONResponse:
     if "deep" in request.query_params:
         raise ZeroDivisionError
     raise InputError("start is after end", mend="Swap them")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    log.configure("warning")
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retrofill.errors import InputError
+from retrofill.errors import Error, InputError
 
 if TYPE_CHECKING:
     from retrofill.config import Settings
+    from retrofill.engine.ingest import Engine
     from retrofill.server.run import Opened
 
 EXAMPLE = "Example: retrofill serve --data ./retrofill-data --project shop:KEY:SECRET"
@@ -106,24 +107,18 @@ def _lines(path: Path) -> list[str]:
 def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     """Open the engine with its projects; a first start without any makes `default`."""
     from retrofill.clock import SystemClock
+    from retrofill.engine.deletion import Deletions
     from retrofill.engine.ingest import Engine
     from retrofill.engine.query import Reader
-    from retrofill.server import read
+    from retrofill.server.read import Reads
     from retrofill.server.run import Opened
 
-    engine = Engine.open(settings, clock=SystemClock())
+    clock = SystemClock()
+    engine = Engine.open(settings, clock=clock)
     try:
-        for name, api_key, secret_key in named:
-            engine.add_project(engine.projects_store.add(name, api_key, secret_key))
-        if not engine.all_projects():
-            keys = (secrets.token_hex(_KEY_BYTES), secrets.token_hex(_KEY_BYTES))
-            made = engine.projects_store.add("default", *keys)
-            engine.add_project(made)
-            _say(
-                f"Project default is new. Its keys are printed this once.\n"
-                f"  api key     {made.api_key}\n  secret key  {made.secret_key}"
-            )
-    except InputError:
+        _projects(engine, named)
+        deletions = Deletions(settings.data / "deletions.sqlite", clock)
+    except Error:
         asyncio.run(engine.close())
         raise
     reader = Reader(
@@ -134,7 +129,27 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         aliases=engine.aliases,
         pin=engine.pin,
     )
-    return Opened(engine, read.routes(reader))
+    reads = Reads(reader, deletions, limits=engine.limits, clock=clock)
+
+    def close() -> None:
+        reads.close()
+        deletions.close()
+
+    return Opened(
+        engine, reads.routes(), (lambda: deletions.run_due(reader, engine.forget),), close
+    )
+
+
+def _projects(engine: Engine, named: list[tuple[str, str, str]]) -> None:
+    """Make the projects that are named and new; on a first start without any make `default` and tell its keys."""
+    for name, api_key, secret_key in named:
+        engine.add_project(engine.projects_store.add(name, api_key, secret_key))
+    if not engine.all_projects():
+        keys = (secrets.token_hex(_KEY_BYTES), secrets.token_hex(_KEY_BYTES))
+        made = engine.projects_store.add("default", *keys)
+        engine.add_project(made)
+        _say("Project `default` is new. Its keys are told this once:")
+        _say(f"  api key     {made.api_key}\n  secret key  {made.secret_key}")
 
 
 def _say(text: str) -> None:

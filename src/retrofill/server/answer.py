@@ -38,6 +38,10 @@ PREFLIGHT: list[Header] = [
 _LENGTHS = [(b"content-length", b"%d" % size) for size in range(1024)]
 
 
+class CutError(Exception):
+    """Raised to cut a connection whose answer has begun and cannot be ended. Why is in the log already."""
+
+
 def headers(said: Reply) -> list[Header]:
     """Return the headers of an answer, for ASGI."""
     size = len(said.body)
@@ -52,13 +56,33 @@ def headers(said: Reply) -> list[Header]:
     return fields
 
 
-def whole(said: Reply) -> bytes:
-    """Return an answer as all of its bytes, for a connection that ends with it."""
-    fields = [field for field in headers(said) if field is not KEEP]
+def packed(said: Reply, *, keeps: bool) -> bytes:
+    """Return an answer as all of its bytes. keeps: whether the connection goes on after it."""
+    head = _heads.get((said.status, said.content_type, keeps))
+    if head is None:
+        head = _heads[said.status, said.content_type, keeps] = _head(said, keeps=keeps)
+    body = said.body
+    if said.headers:
+        more = b"".join(
+            b"%b: %b\r\n" % (name.encode(), text.encode()) for name, text in said.headers
+        )
+        return b"%b%d\r\n%b\r\n%b" % (head, len(body), more, body)
+    return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
+
+_heads: dict[tuple[int, str, bool], bytes] = {}
+
+
+def _head(said: Reply, *, keeps: bool) -> bytes:
+    """Make everything before the length: the same for all answers of a status and a kind."""
+    fields = (
+        ORIGIN,
+        KEEP if keeps else (b"connection", b"close"),
+        CONTENT_TYPES[said.content_type],
+    )
     lines = b"".join(b"%b: %b\r\n" % field for field in fields)
     phrase = HTTPStatus(said.status).phrase.encode()
-    start = b"HTTP/1.1 %d %b\r\n" % (said.status, phrase)
-    return b"%b%bconnection: close\r\n\r\n%b" % (start, lines, said.body)
+    return b"HTTP/1.1 %d %b\r\n%bcontent-length: " % (said.status, phrase, lines)
 
 
 def failure(status: int, error: str) -> Reply:

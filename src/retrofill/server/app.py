@@ -1,6 +1,7 @@
 """The whole of a server's HTTP as one ASGI application.
 
-Ingest paths are looked up first and go to `Ingest` with nothing between; all others go through here to Starlette.
+Ingest paths are looked up first (a `Connection` even does so by itself, without ASGI's messages between); all others
+go through here to Starlette.
 Until the engine is open every path is answered 503, so that a client which tries again during a restart loses nothing.
 Reads under /api need both keys of a project; the route finds it as `request.state.project`.
 """
@@ -15,7 +16,7 @@ import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
@@ -34,9 +35,11 @@ from retrofill.server.answer import (
     PREFLIGHT,
     STARTING,
     STOPPING,
+    CutError,
     failure,
     headers,
 )
+from retrofill.server.connection import CYCLE
 from retrofill.server.ingest import Engine, Ingest
 from retrofill.server.metrics import Metrics
 
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger()
+
+
+class _GoneError(OSError):
+    """The client has gone."""
 
 
 class App:
@@ -72,7 +79,9 @@ class App:
         """Answer one request."""
         endpoint = self.ingest.endpoints.get(scope["path"])
         if endpoint is not None and scope["method"] in endpoint.methods:
-            await self.ingest.answer(endpoint, scope, receive, send)
+            said = await self.ingest.answer(endpoint, scope, receive)
+            if said is not None:
+                await answer(send, said)
         elif scope["method"] == "OPTIONS":
             await send({"type": "http.response.start", "status": 204, "headers": PREFLIGHT})
             await send({"type": "http.response.body"})
@@ -84,29 +93,38 @@ class App:
             await self._guard(scope, receive, send)
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call Starlette; every answer allows any origin, and what fails is logged once."""
+        """Call Starlette; every answer allows any origin, and what fails is logged once.
+
+        Sending to a client that has gone raises, so that nothing long is made for nobody.
+        """
         started = False
+        cycle = scope.get("extensions", {}).get(CYCLE)
 
         async def sending(message: Message) -> None:
             nonlocal started
+            if cycle is not None and (cycle.disconnected or cycle.transport.is_closing()):
+                raise _GoneError
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [ORIGIN, KEEP, *message.get("headers", ())]
             await send(message)
 
+        scope["app"] = self._application
         try:
             await self._behind(scope, receive, sending)
-        except Exception:
+        except (_GoneError, ClientDisconnect):
+            log.debug("client_gone", path=scope["path"])
+        except Exception as problem:
             log.exception("request_failed", path=scope["path"], method=scope["method"])
-            if started:
-                raise  # uvicorn cuts the connection: half an answer must not look whole
+            if started:  # half an answer must not look whole: the connection is cut
+                raise CutError from problem
             await answer(send, FAILED)
 
     def _starlette(self, routes: Sequence[BaseRoute]) -> ASGIApp:
         for route in routes:
             if isinstance(route, Route) and route.path.startswith("/api/"):
                 route.app = _Keys(route.app, self)
-        application = Starlette(
+        self._application = application = Starlette(
             routes=[*admin.routes(self), *routes],
             exception_handlers={HTTPException: _http_problem, Error: _problem},
         )
@@ -152,14 +170,17 @@ def api_problem(status: int, kind: str, message: str) -> Response:
 
 
 def _http_problem(request: Request, problem: Exception) -> Response:
-    """What Starlette itself refuses: unknown paths, other methods."""
+    """What Starlette itself refuses (unknown paths, other methods), and readers in its words."""
     assert isinstance(problem, HTTPException)
-    if problem.status_code == HTTPStatus.NOT_FOUND:
-        said = reply.invalid_path() if request.method == "POST" else NOT_FOUND
-    elif problem.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+    status = problem.status_code
+    if status == HTTPStatus.NOT_FOUND and request.method == "POST":
+        said = reply.invalid_path()
+    elif status == HTTPStatus.METHOD_NOT_ALLOWED:
         said = reply.not_allowed((problem.headers or {}).get("Allow", ""))
+    elif request.url.path.startswith("/api/"):
+        return api_problem(status, "invalid", problem.detail)
     else:
-        said = failure(problem.status_code, problem.detail)
+        said = NOT_FOUND if status == HTTPStatus.NOT_FOUND else failure(status, problem.detail)
     return Response(said.body, said.status, dict(said.headers), media_type=said.content_type)
 
 

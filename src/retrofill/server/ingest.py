@@ -1,7 +1,7 @@
-"""The ingest paths: raw ASGI, from the bytes of a request to the bytes of its answer.
+"""The ingest paths: from the bytes of a request to its answer.
 
 This is the hot way, so it does little and makes little: one look-up by path, one pass over the headers, one parse, one
-hand-over to the engine, one answer made of prebuilt headers. What is decided (is it good, what are the words) is
+hand-over to the engine. What is decided (is it good, what are the words) is
 decided in `core.event` and `core.reply`.
 
 A request leaves nothing behind unless the engine said that it is stored. Before the hand-over every failure is a 503
@@ -29,11 +29,11 @@ from retrofill.errors import BusyError, Error, InputError, SizeError
 from retrofill.limits import MS_PER_S, QUEUE_BYTES_MAX, Limits
 from retrofill.server import body as bodies
 from retrofill.server import log
-from retrofill.server.answer import Header, headers
+from retrofill.server.answer import Header
 from retrofill.server.metrics import Metrics, PathFigures
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope
 
 _logger = structlog.get_logger()
 
@@ -108,9 +108,14 @@ class Ingest:
             path: Endpoint(path, methods, path not in reply.JSON_PATHS, metrics.path(path))
             for path, methods in METHODS.items()
         }
+        # By the bytes of the address, for the shortest way: a POST without a query.
+        self.posted = {path.encode(): endpoint for path, endpoint in self.endpoints.items()}
 
-    async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request to an ingest path. scope: its method is one of the endpoint's."""
+    async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Reply | None:
+        """Say what is to be answered to one request; None if the client has gone. Raises nothing.
+
+        scope: of ASGI, its method one of the endpoint's.
+        """
         engine = self.engine
         if engine is None:
             said = reply.unavailable(path=endpoint.path)
@@ -118,10 +123,9 @@ class Ingest:
             try:
                 said = await self._take(engine, endpoint, scope, receive)
             except _Gone:
-                return
+                return None
         endpoint.figures.statuses[said.status] += 1
-        await send({"type": "http.response.start", "status": said.status, "headers": headers(said)})
-        await send({"type": "http.response.body", "body": said.body})
+        return said
 
     async def _take(
         self, engine: Engine, endpoint: Endpoint, scope: Scope, receive: Receive

@@ -16,6 +16,8 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+from retrofill.server.answer import CutError
+
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 _LINES_MAX = 512  # kept before they are written, whatever the time
@@ -124,6 +126,8 @@ class _Bridge(logging.Handler):
     """Takes what libraries log through the standard library."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and isinstance(record.exc_info[1], CutError):
+            return
         structlog.get_logger().warning(
             "library", name=record.name, said=record.getMessage(), exc_info=record.exc_info or None
         )

@@ -14,7 +14,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 import uvloop
@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 from retrofill.clock import Clock
 from retrofill.errors import InputError
-from retrofill.limits import CONNECTIONS_MAX, STOP_S_MAX
+from retrofill.limits import CHORES_S, CONNECTIONS_MAX, STOP_S_MAX
 from retrofill.server import log
 from retrofill.server.app import App
 from retrofill.server.connection import Connection, Shared
@@ -37,14 +37,21 @@ _BACKLOG = 2048  # connections that the kernel keeps until we take them
 _FILES_SPARE = 256  # descriptors for the engine's own files
 _SETTLE_S = 0.1  # after SIGTERM: time for what is already on its way
 _STEP_S = 0.02  # how often a stop looks whether connections have ended
+_FAREWELL_S = 1.0  # time to send the last answers
 _SYSTEMD_FIRST = 3  # the first descriptor that systemd passes
 
 
 class Opened(Struct, frozen=True):
-    """An open engine and the routes that read from it."""
+    """An open engine and what stands around it.
+
+    routes: those that read from it. chores: done one after another every CHORES_S. close: called, in a thread, once no
+    request is under way and before the engine closes.
+    """
 
     engine: Engine
     routes: Sequence[BaseRoute]
+    chores: Sequence[Callable[[], Awaitable[object]]] = ()
+    close: Callable[[], None] = lambda: None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -146,7 +153,7 @@ class Server:
         """Listen, open, serve, stop."""
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
-            lambda: Connection(self._config, self._state, self.shared, loop),
+            lambda: Connection(self._config, self._state, self.shared, self.app.ingest, loop),
             sock=self._socket,
             backlog=_BACKLOG,
         )
@@ -154,26 +161,36 @@ class Server:
         try:
             opened = await asyncio.to_thread(open_engine)
             try:
-                await opened.engine.start()
-                self.app.open(opened.engine, opened.routes)
-                ready(opened.engine)
-                await self._stop.wait()
-                _logger.info("stopping", connections=len(self._state.connections))
-                await self._drain(listener)
+                await self._serve(opened, listener, ready)
             finally:
                 self.app.close()
+                await asyncio.to_thread(opened.close)
                 await opened.engine.close()
+            _logger.info("stopped")
         finally:
             listener.close()
-            for connection in list(self._connections()):
+            for connection in self._connections():
                 connection.end()
-            await self._gone(1.0)
-            sweeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeping
+            await self._gone(_FAREWELL_S, hurry=False)
+            for connection in self._connections():
+                connection.transport.abort()
+            await _cancelled(sweeping)
             log.flush()
-        _logger.info("stopped")
-        log.flush()
+
+    async def _serve(
+        self, opened: Opened, listener: asyncio.Server, ready: Callable[[Engine], None]
+    ) -> None:
+        """Serve until asked to stop, then answer what is read."""
+        await opened.engine.start()
+        self.app.open(opened.engine, opened.routes)
+        chores = asyncio.create_task(_do(opened.chores))
+        try:
+            ready(opened.engine)
+            await self._stop.wait()
+            _logger.info("stopping", connections=len(self._state.connections))
+            await self._drain(listener)
+        finally:
+            await _cancelled(chores)
 
     def stop(self) -> None:
         """Begin to stop; called again, wait for clients no longer."""
@@ -187,10 +204,9 @@ class Server:
         self._socket_rests()
         await asyncio.sleep(_SETTLE_S)
         listener.close()
-        for connection in list(self._connections()):
-            if connection.idle:
-                connection.transport.close()
-        await self._gone(STOP_S_MAX)
+        for connection in self._connections():
+            connection.wind_down()
+        await self._gone(STOP_S_MAX, hurry=True)
 
     def _socket_rests(self) -> None:
         """Let the kernel take no more connections; one that tries now tries again by itself, or is refused later."""
@@ -198,24 +214,40 @@ class Server:
             with contextlib.suppress(OSError):
                 self._socket.listen(0)
 
-    async def _gone(self, patience_s: float) -> None:
-        """Wait until every connection has ended, for a while."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + patience_s
-        while self._state.connections and loop.time() < until and not self._hurry.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), _STEP_S)
+    async def _gone(self, patience_s: float, *, hurry: bool) -> None:
+        """Wait until every connection has ended, for a while. hurry: a second signal ends the wait."""
+        for _ in range(int(patience_s / _STEP_S)):
+            if not self._state.connections or (hurry and self._hurry.is_set()):
+                return
+            await asyncio.sleep(_STEP_S)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(1)
             self.shared.tick += 1
-            for connection in list(self._connections()):
+            for connection in self._connections():
                 connection.sweep()
             log.flush()
 
     def _connections(self) -> list[Connection]:
         return [one for one in self._state.connections if isinstance(one, Connection)]
+
+
+async def _do(chores: Sequence[Callable[[], Awaitable[object]]]) -> None:
+    """Do the chores again and again; one that fails is logged and tried again."""
+    while True:
+        for chore in chores:
+            try:
+                await chore()
+            except Exception:
+                _logger.exception("chore_failed")
+        await asyncio.sleep(CHORES_S)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def _connections_max() -> int:
