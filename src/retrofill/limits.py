@@ -39,7 +39,9 @@ class Limits(Struct, frozen=True):
     usermap_mappings: int = 2000
     group_identifies: int = 1024
     id_length_min: int = 5
-    ids_short: Literal["contract", "reject", "drop"] = "contract"  # 400 on /2/httpapi, drop on /batch
+    ids_short: Literal["contract", "reject", "drop"] = (
+        "contract"  # 400 on /2/httpapi, drop on /batch
+    )
     dedupe_window_ms: int = 7 * MS_PER_DAY
     dedupe_scope: Literal["project+device", "project"] = "project+device"
     dedupe_triple: bool = True  # event_id + time + device_id where there is no insert_id
@@ -87,22 +89,35 @@ SEAL_AGE_MS = 60_000  # or when the oldest is this old
 SEAL_LAG_EVENTS_MAX = 1_500_000  # unsealed events; beyond it 503 until sealing has caught up
 CHECKPOINT_EVENTS = 300_000
 CHECKPOINT_AGE_MS = 120_000
+BACKGROUND_S = 1  # how often it is looked whether sealing or a checkpoint is due by age
 DELETE_BLOCKS_STEP = 8  # sealed blocks removed in one small transaction
 PEOPLE_IN_MEMORY = 200_000  # clean people kept beside those not yet checkpointed
 IDS_IN_MEMORY = 500_000  # device and user ids kept, of each kind
-FINGERPRINTS_IN_MEMORY = 100_000_000  # dedupe keys in memory, 17 to 27 bytes each; older ones: key files
+FINGERPRINTS_IN_MEMORY = (
+    100_000_000  # dedupe keys in memory, 17 to 27 bytes each; older ones: key files
+)
 KEY_FILES_MERGED = 10  # small neighbouring key files that become one
-KEY_FILE_KEYS_MAX = 4_000_000  # keys of a merged file, 20 bytes each; a file over a quarter of it is not small
+KEY_FILE_KEYS_MAX = (
+    4_000_000  # keys of a merged file, 20 bytes each; a file over a quarter of it is not small
+)
 QUOTA_IDS_MAX = 2_000_000  # ids counted for the daily quota
 RATE_IDS_MAX = 1_000_000  # ids counted for the 30 s rates
 
 # The lake, ours.
-LAKE_MEMORY_BYTES = 512 * 1024 * 1024  # what DuckDB may hold; beyond it, it spills to the lake's own folder
+LAKE_MEMORY_BYTES = (
+    512 * 1024 * 1024
+)  # what DuckDB may hold; beyond it, it spills to the lake's own folder
 LAKE_THREADS = 2  # of DuckDB, for all readers together
 LAKE_SPILL_BYTES = 20 * 1024 * 1024 * 1024  # what DuckDB may spill
-LAKE_GROUP_ROWS = 20_000  # rows of a row group: what the look-up of one person reads of a file at least
-LAKE_MERGES_INLINE = 1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
-SEAL_BYTES_MAX = 128 * 1024 * 1024  # bodies and snapshots of one lake file: bounds the sealer's memory
+LAKE_GROUP_ROWS = (
+    20_000  # rows of a row group: what the look-up of one person reads of a file at least
+)
+LAKE_MERGES_INLINE = (
+    1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
+)
+SEAL_BYTES_MAX = (
+    128 * 1024 * 1024
+)  # bodies and snapshots of one lake file: bounds the sealer's memory
 COMPACT_FILES = 8  # neighbours of one tier that become one file
 COMPACT_FILES_MIN = 3  # fewer are merged if they fill a file of the largest size
 COMPACT_ROWS_MAX = 5_000_000  # rows of the largest file
@@ -126,13 +141,14 @@ CLOCK_BACK_MS = MS_PER_HOUR  # a clock this far behind the last stored event sho
 UNSEALED_CHUNK_ROWS = 16_384  # rows of unsealed blocks that are built for a reader at a time
 UNSEALED_CHUNK_BYTES = 16 * 1024 * 1024  # or bodies of this size
 UNSEALED_KEPT_BYTES = 128 * 1024 * 1024  # built rows kept for the next reader
+STREAM_BYTES = 64 * 1024  # rows that DuckDB makes ahead of whoever reads them, in its own measure
 READ_THREADS = 8  # statements that run at once, all projects
 READS_PER_PROJECT = 5  # requests of a project at once: contract, read 1
 PERSON_READS_PER_PROJECT = 10  # user search and user activity: contract, read 1
-EXPORT_SLICE_BYTES = 48 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
-EXPORT_SLICES = 16  # slices whose rows one reading of the lake sets apart
-EXPORT_CHUNK_ROWS = 16_384  # rows that become JSON lines at a time
-EXPORT_MEMBER_ROWS = 100_000  # lines of one file in the archive
+EXPORT_SLICE_BYTES = 24 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
+EXPORT_SLICES = 32  # slices whose rows one reading of the lake sets apart
+EXPORT_CHUNK_ROWS = 4096  # rows that become JSON lines at a time
+EXPORT_MEMBER_ROWS = 25_000  # lines of one file in the archive
 ACTIVITY_EVENTS_MAX = 1000  # contract, read 4
 MATCHES_MAX = 100  # people in the answer of one user search
 CHART_DAYS_MAX = 365  # contract, read 5: daily; 7 days hourly, 2 days by 5 minutes

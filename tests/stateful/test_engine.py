@@ -18,22 +18,22 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tests.stateful.model import Model
 
 from retrofill.config import Settings
-from retrofill.core import event as events
 from retrofill.core import block as block_codec
+from retrofill.core import event as events
 from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.event import Batch
 from retrofill.core.person import encode
 from retrofill.core.throttle import Accepted, Throttled
 from retrofill.engine.ingest import Engine
-from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.engine.recover import batches_of, refold
+from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.engine.state import State
 from retrofill.hot.checkpoint import Checkpoint
 from retrofill.lake import arrow
 from retrofill.limits import PROFILES
-from tests.stateful.model import Model
 
 pytestmark = pytest.mark.slow
 
@@ -283,7 +283,10 @@ def test_the_alarm_rings() -> None:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
             Canary,
             settings=settings(
-                max_examples=20, stateful_step_count=10, deadline=None, database=None,
+                max_examples=20,
+                stateful_step_count=10,
+                deadline=None,
+                database=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )

@@ -67,12 +67,12 @@ DEFAULT_LIBRARY = {
 }
 # Plain numbers: reaching a member through its enum costs more than the rest of a step in the hot loop.
 _EVENT, _IDENTIFY, _GROUP_IDENTIFY, _ALIAS, _DROPPED = (
-    int(kind)
-    for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DROPPED)
+    int(kind) for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DROPPED)
 )
 _SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE = (
     int(flag) for flag in (Flag.SKIP, Flag.FIRST_EVENT, Flag.UPDATE_DROPPED, Flag.REVENUE)
 )
+_TABLE_KINDS = frozenset({_EVENT, _IDENTIFY})
 _kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
 
 # Column values that were said before, each kept once: whoever says the same again is recognised by identity, without
@@ -153,9 +153,9 @@ def fold(
     )
     changes: dict[int, Changes] = {}
     parts: list[Part] = []
-    for project, amplitude_id in forgotten:
-        change = changes.setdefault(project, Changes({}, {}, {}, {}, {}))
-        change.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
+    for owner, amplitude_id in forgotten:
+        theirs = changes.setdefault(owner, Changes({}, {}, {}, {}, {}))
+        theirs.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
     first = 0
     for batch in batches:
         project = batch.project
@@ -271,11 +271,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             # Identity. Nearly every event is of a person known by both ids.
             amplitude_id = new_devices.get(device) or devices[device]  # type: ignore[arg-type,index]
             found = new_people.get(amplitude_id) or people.get(amplitude_id)
-            if (
-                found is None
-                or (user is not None and found.user_id != user)
-                or found.merged_into
-            ):
+            if found is None or (user is not None and found.user_id != user) or found.merged_into:
                 user_person = 0 if user is None else new_users.get(user) or users[user]
                 if found is not None and found.merged_into:
                     amplitude_id, found = _follow(found, people, new_people)
@@ -329,7 +325,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             if own is None:
                 own = own_columns[said] = _columns(NO_COLUMNS, said, library)
             shown = _show(table, own, event_groups, {}, known, change)
-        elif kind == _EVENT or kind == _IDENTIFY:
+        elif kind in _TABLE_KINDS:
             before = who
             table = properties.apply(who.properties, sent) if sent else who.properties
             built_in = who.columns
@@ -347,7 +343,11 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             if kind == _IDENTIFY and event_groups:
                 groups = _join(groups, event_groups)
             updates = who.updates
-            if sent and updates_max and not UpdateWindow.allowed(updates, server_upload_ms, updates_max):
+            if (
+                sent
+                and updates_max
+                and not UpdateWindow.allowed(updates, server_upload_ms, updates_max)
+            ):
                 flags |= _UPDATE_DROPPED
                 shown = _show(table, built_in, event_groups, groups, known, change)
             else:
@@ -438,7 +438,9 @@ def _columns(
     tag, app_version, version_name = said[11:14]
     version = version_name if app_version is None else app_version
     model = said[_MODEL]
-    family = next((name for start, name in _FAMILIES.items() if model and model.startswith(start)), None)
+    family = next(
+        (name for start, name in _FAMILIES.items() if model and model.startswith(start)), None
+    )
     return properties.columns(
         table,
         (

@@ -62,7 +62,7 @@ def keys_of(batches: Sequence[Batch], limits: Sequence[Limits]) -> Keyed:
         if rules.dedupe_triple and not all(inserts):
             ordinary = b"".join(_or_triple(batch.project, events, ordinary))
         packed.append(ordinary)
-        if any([event.ingestion_metadata for event in events]):
+        if any([event.ingestion_metadata for event in events]):  # noqa: C419 - a list is faster here
             any_import = True
             imports += [
                 dedupe.key(batch.project, device, insert, import_id=name)
@@ -199,7 +199,8 @@ def _kept(packed: bytes, kind: bytes) -> bytes:
     if Kind.DROPPED not in kind:
         return packed
     stays = np.frombuffer(kind, np.uint8) != Kind.DROPPED
-    return dedupe.table_of(packed)[stays].tobytes()
+    kept: bytes = dedupe.table_of(packed)[stays].tobytes()
+    return kept
 
 
 def _keys_of_rows(

@@ -66,7 +66,8 @@ class Enricher:
 
 
 def _name(place: Any) -> str | None:  # noqa: ANN401 - a record of the database
-    return (place or {}).get("names", {}).get("en")
+    name = (place or {}).get("names", {}).get("en")
+    return name if isinstance(name, str) else None
 
 
 def _device(event: Event) -> bool:

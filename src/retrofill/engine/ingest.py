@@ -46,8 +46,8 @@ from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
 from retrofill.hot.sqlite import Blocks
 from retrofill.lake import Lake
-from retrofill.queue import Queue
 from retrofill.limits import (
+    BACKGROUND_S,
     BLOCK_EVENTS_MAX,
     CHECKPOINT_AGE_MS,
     CHECKPOINT_EVENTS,
@@ -59,6 +59,7 @@ from retrofill.limits import (
     SEAL_LAG_EVENTS_MAX,
     Limits,
 )
+from retrofill.queue import Queue
 
 log = structlog.get_logger()
 
@@ -124,6 +125,8 @@ class Engine:
         self._deleted_to = 0
         self._problem: str | None = None
         self._closing = False
+        self._wake, self._due = asyncio.Event(), asyncio.Event()
+        self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
@@ -224,8 +227,6 @@ class Engine:
 
     async def start(self) -> None:
         """Begin to commit and to work in the background."""
-        self._wake = asyncio.Event()
-        self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
 
@@ -234,6 +235,7 @@ class Engine:
         self._closing = True
         if self._tasks:
             self._wake.set()
+            self._due.set()
             await asyncio.gather(*self._tasks)
         try:
             if self._problem is None:
@@ -440,6 +442,8 @@ class Engine:
         figures.duplicates += block.kind.count(Kind.DROPPED)
         figures.merges += len(block.merges)
         self._since_checkpoint += block.rows
+        if self._unsealed_events >= SEAL_EVENTS or self._since_checkpoint >= CHECKPOINT_EVENTS:
+            self._due.set()
 
     def _count_stored(self, block: Block, batches: list[Batch]) -> None:
         first = 0
@@ -466,22 +470,15 @@ class Engine:
             ):
                 await self.checkpoint()
             await self._delete_blocks()
+            self._due.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._until_due(), 1.0)
+                await asyncio.wait_for(self._due.wait(), BACKGROUND_S)
 
     def _seal_is_due(self, now_ms: int) -> bool:
         return bool(self.unsealed) and (
             self._unsealed_events >= SEAL_EVENTS
             or now_ms - self.unsealed[0].server_upload_ms >= SEAL_AGE_MS
         )
-
-    async def _until_due(self) -> None:
-        while not (
-            self._closing
-            or self._unsealed_events >= SEAL_EVENTS
-            or self._since_checkpoint >= CHECKPOINT_EVENTS
-        ):
-            await asyncio.sleep(0.05)
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""

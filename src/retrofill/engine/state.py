@@ -118,11 +118,11 @@ class ProjectState:
         events = [event for batch in batches for event in batch.events]
         devices = {event.device_id for event in events if event.device_id}
         users = {event.user_id for event in events if event.user_id is not None}
-        self.devices.want(devices)  # type: ignore[arg-type] # None was left out above
-        self.users.want(users)  # type: ignore[arg-type]
+        self.devices.want(devices)
+        self.users.want(users)
         device_of, user_of = self.devices.young, self.users.young
-        named = {device_of[device] for device in devices}  # type: ignore[index]
-        named.update(user_of[user] for user in users)  # type: ignore[index]
+        named = {device_of[device] for device in devices}
+        named.update(user_of[user] for user in users)
         named.discard(0)
         people = self.people.young
         self.people.want(named)
@@ -179,7 +179,7 @@ class ProjectState:
     def saved(self) -> None:
         """What was captured is in the checkpoint."""
         for shelf in (self.devices, self.users, self.people, self.groups):
-            shelf.saved()  # type: ignore[attr-defined] # shelves of four types
+            shelf.saved()
 
 
 class State:
