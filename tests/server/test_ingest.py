@@ -11,6 +11,8 @@ from urllib.parse import urlencode
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from retrofill.core.throttle import Silenced, Throttled
 from retrofill.errors import BusyError, StoreError
@@ -413,3 +415,69 @@ def test_bodies_at_their_bound_are_refused(
         assert read_answer(client).status == 200
     assert live.server.app.ingest._held_bytes == 0
     assert live.ask("POST", "/batch", body).status == 200
+
+
+# Bytes that are nearly good find more than bytes at random.
+NEARLY = st.one_of(
+    st.binary(max_size=200),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "api_key",
+                        "events",
+                        "user_id",
+                        "event_type",
+                        "time",
+                        "identification",
+                        "mapping",
+                        "e",
+                    ]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    ).map(
+        lambda value: json.dumps(value).replace('"api_key": null', f'"api_key": "{KEY}"').encode()
+    ),
+)
+KINDS = [
+    "",
+    "application/json",
+    "text/plain",
+    "multipart/form-data; boundary=b",
+    "multipart/form-data",
+    "\xff",
+]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(PATHS),
+    body=NEARLY,
+    kind=st.sampled_from(KINDS),
+    encoding=st.sampled_from(["", "", "gzip", "deflate", "identity", "gzip, gzip"]),
+    query=st.sampled_from(["", "?", f"?api_key={KEY}&identification=[]", "?%ff=%00", "?a&b=&=c"]),
+)
+@example("/batch", b'{"api_key":"' + KEY.encode() + b'","events":[1e999]}', "", "", "")
+@example("/", b"--b\r\n\r\n--b", "multipart/form-data; boundary=b", "", "")
+@example("/identify", b"", "", "gzip", "")
+def test_any_bytes_at_all_give_a_documented_answer(
+    live: Live, path: str, body: bytes, kind: str, encoding: str, query: str
+) -> None:
+    headers = {"Content-Type": kind, "Content-Encoding": encoding}
+    answer = live.ask(
+        "POST", path + query, body, {name: text for name, text in headers.items() if text}
+    )
+    assert answer.status in {200, 400, 413}
+    assert answer.headers["access-control-allow-origin"] == "*"
+    if path in {"/2/httpapi", "/batch"}:
+        assert answer.json["code"] == answer.status
+    else:
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert answer.body

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from retrofill.engine.ingest import Engine
     from retrofill.server.run import Opened
 
-EXAMPLE = "Example: retrofill serve --data ./retrofill-data --project shop:KEY:SECRET"
+EXAMPLE = "Example: retrofill serve --data ./data --project shop:API_KEY:SECRET_KEY"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[\x21-\x39\x3b-\x7e]{1,128}")  # printable, no space and no colon
@@ -33,9 +33,8 @@ def serve(  # noqa: PLR0917 - typer makes options of them, nobody calls it by po
         list[str] | None,
         typer.Option(
             metavar="NAME:API_KEY:SECRET_KEY",
-            help="A project and its keys; may be repeated. Also from RETROFILL_PROJECTS,"
-            " separated by spaces, or as @FILE, one a line. None at all makes `default`"
-            " on the first start and prints its keys.",
+            help="A project; may be repeated. Also @FILE, one a line, and RETROFILL_PROJECTS,"
+            " separated by spaces. Without any a first start makes `default`.",
         ),
     ] = None,
     limits: Annotated[
@@ -119,7 +118,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         _projects(engine, named)
         deletions = Deletions(settings.data / "deletions.sqlite", clock)
     except Error:
-        asyncio.run(engine.close())
+        asyncio.run(_give_up(engine))
         raise
     reader = Reader(
         engine.lake,
@@ -138,6 +137,12 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     return Opened(
         engine, reads.routes(), (lambda: deletions.run_due(reader, engine.forget),), close
     )
+
+
+async def _give_up(engine: Engine) -> None:
+    """Close an engine that will not be used, the ordinary way."""
+    await engine.start()
+    await engine.close()
 
 
 def _projects(engine: Engine, named: list[tuple[str, str, str]]) -> None:

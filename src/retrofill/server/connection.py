@@ -225,7 +225,7 @@ class Connection(HttpToolsProtocol):
         )
         cycle.endpoint = endpoint
         if before is None or before.response_complete:
-            self._start_asgi_task(cycle, self.ingest)  # type: ignore[arg-type] # Cycle calls it its own way
+            self._start_asgi_task(cycle, self.ingest)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.ingest))  # type: ignore[arg-type] # the same
