@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -24,6 +24,7 @@ from retrofill.errors import InputError
 Style: TypeAlias = Literal["json", "cells", "native"]
 Path: TypeAlias = tuple[str, ...]
 
+WHOLE: Final[Path] = ("source_row",)  # the name under which an expression has all columns, as one JSON object
 _DEPTH_SEEN = 5  # objects inside one another whose keys can be named with dots
 _PATHS_MAX = 5_000  # names kept of a sample; objects with made-up keys have too many
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -115,8 +116,10 @@ class Columns:
         return self.used.index(path)
 
     def _find(self, path: Path) -> Path:
-        if path in self.types:
+        if path in self.types or path == WHOLE:
             return path
+        if self.style == "native" and (path[0],) in self.here:
+            return path  # DuckDB knows what is inside
         alike = self._folded.get(_fold(path), [])
         if len(alike) == 1:
             return alike[0]
@@ -131,7 +134,7 @@ class Columns:
 
     def kind(self, number: int) -> str:
         """Return the DuckDB type of a used column."""
-        return self.types[self.used[number]]
+        return "JSON" if self.used[number] == WHOLE else self.types[self.used[number]]
 
     def frame(self) -> str:
         """Return SQL that selects from `source`: file, line, text, unreadable and the used columns' forms."""
@@ -139,14 +142,13 @@ class Columns:
             return self._json_frame()
         forms = ", ".join(self._forms(number, path) for number, path in enumerate(self.used))
         more = f", {forms}" if forms else ""
-        text = "text" if self.style == "cells" else "CAST(to_json(COLUMNS(*)) AS VARCHAR)"
+        text = "text"
         if self.style == "native":
-            row = ", ".join(f"{quoted(path[0])} := {quoted(path[0])}" for path in self.here)
-            text = f"CAST(to_json(struct_pack({row})) AS VARCHAR)"
+            text = self._row()
         return f"SELECT file, line, {text} AS text, false AS unreadable{more} FROM source"  # noqa: S608  # names are quoted
 
     def _json_frame(self) -> str:
-        pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "''"
+        pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "'/'"
         values = "".join(
             f", nullif(CAST(x[{number + 1}] AS VARCHAR), 'null') AS j{number}"
             for number in range(len(self.used))
@@ -162,11 +164,25 @@ class Columns:
             f"FROM (SELECT file, line, text, TRY(json_extract(text, [{pointers}])) AS x FROM source))"
         )
 
-    def _forms(self, number: int, path: Path) -> str:
-        if path not in self.here:
-            return f"CAST(NULL AS VARCHAR) AS u{number}, CAST(NULL AS VARCHAR) AS j{number}"
+    def _row(self) -> str:
+        """Return SQL for the text of all columns as one JSON object."""
         if self.style == "native":
-            name = quoted(path[0])
+            row = ", ".join(f"{quoted(path[0])} := {quoted(path[0])}" for path in self.here)
+            return f"CAST(to_json(struct_pack({row})) AS VARCHAR)"
+        cells = ", ".join(
+            f"{literal(path[0])}, CAST({self._cell_json(quoted(f'cell_{at}'), kind)} AS JSON)"
+            for at, (path, kind) in enumerate(self.here.items())
+        )
+        return f"CAST(json_object({cells}) AS VARCHAR)"
+
+    def _forms(self, number: int, path: Path) -> str:
+        if path == WHOLE:
+            return f"CAST({self._row()} AS JSON) AS u{number}, {self._row()} AS j{number}"
+        if (path[0],) not in self.here:
+            kind = self.types[path]
+            return f"CAST(NULL AS {kind}) AS u{number}, CAST(NULL AS VARCHAR) AS j{number}"
+        if self.style == "native":
+            name = ".".join(map(quoted, path))
             return f"{name} AS u{number}, nullif(CAST(to_json({name}) AS VARCHAR), 'null') AS j{number}"
         name = quoted(f"cell_{list(self.here).index(path)}")
         return f"{name} AS u{number}, {self._cell_json(name, self.here[path])} AS j{number}"
@@ -195,4 +211,4 @@ def _fold(path: Path) -> Path:
 
 
 def _pointer(path: Path) -> str:
-    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)
+    return "" if path == WHOLE else "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)

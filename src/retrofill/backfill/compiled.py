@@ -38,6 +38,8 @@ _VALUE = "nullif(p->'$.value.string_value', 'null'), CAST(p->>'$.value.int_value
 _COUNTRIES = ", ".join(f"{literal(code)}: {literal(name)}" for code, name in countries.NAMES.items())
 _HELPERS: Final = {
     "_countries()": f"MAP {{{_COUNTRIES}}}",
+    "_kept(o, test)": "CAST(map_from_entries(list_filter(list_transform(list_filter(json_keys(o), test), "
+    "lambda k: {'k': k, 'v': json_extract(o, _pointer(k))}), lambda e: CAST(e.v AS VARCHAR) != 'null')) AS JSON)",
     "_pointer(k)": "'/' || replace(replace(k, '~', '~0'), '/', '~1')",
 }
 MACROS: Final = tuple(
@@ -47,9 +49,9 @@ MACROS: Final = tuple(
         # Seconds, milliseconds or microseconds since the epoch, told apart by their size, as milliseconds.
         "unix_ms(t)": "CAST(floor(CASE WHEN CAST(t AS DOUBLE) < 1e11 THEN CAST(t AS DOUBLE) * 1000 "
         "WHEN CAST(t AS DOUBLE) < 1e14 THEN CAST(t AS DOUBLE) ELSE CAST(t AS DOUBLE) / 1000 END) AS BIGINT)",
-        # A JSON object less the keys that match a regular expression from start to end.
-        "without(o, pattern)": "CAST(map_from_entries(list_transform(list_filter(json_keys(o), "
-        "lambda k: NOT regexp_full_match(k, pattern)), lambda k: {'k': k, 'v': json_extract(o, _pointer(k))})) AS JSON)",
+        # A JSON object less the keys that match a regular expression from start to end, or with those alone.
+        "without(o, pattern)": "_kept(o, lambda k: NOT regexp_full_match(k, pattern))",
+        "matching(o, pattern)": "_kept(o, lambda k: regexp_full_match(k, pattern))",
         # The moment inside a UUID of version 7, null for any other text.
         "uuid7_ms(u)": "CASE WHEN regexp_full_match(lower(u), '[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f-]*') "
         "THEN CAST(('0x' || u[1:8] || u[10:13]) AS BIGINT) END",
