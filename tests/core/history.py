@@ -93,7 +93,9 @@ def rows(block: Block) -> list[tuple[Kind, int, Table | None]]:
         (
             Kind(kind),
             people[row],
-            msgspec.json.decode(block.tables[tables[row]], type=Table) if tables[row] >= 0 else None,
+            msgspec.json.decode(block.tables[tables[row]], type=Table)
+            if tables[row] >= 0
+            else None,
         )
         for row, kind in enumerate(block.kind)
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-
 from tests.core.history import DAY_ONE_MS, History, event, shown
+
 from retrofill.core.block import Flag, Kind
 from retrofill.limits import Limits
 
@@ -47,7 +47,9 @@ def test_seed_example_three_does_not_move_the_live_city() -> None:
 )
 def test_an_identify_holds_for_later_events_only(order: str, colours: list[str]) -> None:
     history = History()
-    history.send(event("$identify", user_id="Datamonster", user_properties={"$set": {"color": "red"}}))
+    history.send(
+        event("$identify", user_id="Datamonster", user_properties={"$set": {"color": "red"}})
+    )
     seen = []
     for step in order.split():
         if step == "identify":
@@ -70,19 +72,41 @@ def test_an_identify_makes_no_one_new() -> None:
 
 def test_an_old_event_moves_first_seen_back_and_a_later_one_does_not() -> None:
     history = History()
-    for time, first in ((1_622_505_600_000,) * 2, (1_612_137_600_000,) * 2, (1_622_505_600_000, 1_612_137_600_000)):
+    for time, first in (
+        (1_622_505_600_000,) * 2,
+        (1_612_137_600_000,) * 2,
+        (1_622_505_600_000, 1_612_137_600_000),
+    ):
         history.send(event(user_id="Ann", time=time, skip=True))
         assert history.people[1].first_seen_ms == first
 
 
 def test_built_in_columns_are_inherited_and_coupled() -> None:
     history = History()
-    history.send(event(user_id="Ann", platform="iOS", os_name="ios", carrier="AT&T", country="US", city="NY", app_version="1.0", language="en-US"))
+    history.send(
+        event(
+            user_id="Ann",
+            platform="iOS",
+            os_name="ios",
+            carrier="AT&T",
+            country="US",
+            city="NY",
+            app_version="1.0",
+            language="en-US",
+        )
+    )
     table = history.send(event(user_id="Ann"))[0][2]
     assert table is not None
-    assert (table.platform, table.city, table.version_name, table.start_version) == ("iOS", "NY", "1.0", "1.0")
+    assert (table.platform, table.city, table.version_name, table.start_version) == (
+        "iOS",
+        "NY",
+        "1.0",
+        "1.0",
+    )
     assert table.language == "English"
-    table = history.send(event(user_id="Ann", os_name="android", country="DE", app_version="2.0"))[0][2]
+    table = history.send(event(user_id="Ann", os_name="android", country="DE", app_version="2.0"))[
+        0
+    ][2]
     assert table is not None
     assert (table.platform, table.os_name, table.carrier) == (None, "android", None)
     assert (table.country, table.city) == ("DE", None)
@@ -137,8 +161,17 @@ def test_revenue_makes_a_payer_for_good() -> None:
 
 def test_groups_stay_after_an_identify_and_show_their_properties() -> None:
     history = History()
-    history.send(event("$groupidentify", groups={"org": "Acme"}, group_properties={"$set": {"seats": 5}}))
-    history.send(event("$identify", user_id="Ann", groups={"org": "Acme"}, user_properties={"$set": {"org": "Acme"}}))
+    history.send(
+        event("$groupidentify", groups={"org": "Acme"}, group_properties={"$set": {"seats": 5}})
+    )
+    history.send(
+        event(
+            "$identify",
+            user_id="Ann",
+            groups={"org": "Acme"},
+            user_properties={"$set": {"org": "Acme"}},
+        )
+    )
     table = history.send(event(user_id="Ann"))[0][2]
     assert table is not None
     assert msgspec.json.decode(table.groups) == {"org": ["Acme"]}
@@ -154,7 +187,9 @@ def test_groups_stay_after_an_identify_and_show_their_properties() -> None:
 def test_beyond_the_hourly_updates_the_table_stays_and_the_row_shows_its_own() -> None:
     history = History(Limits(property_updates_per_h=2))
     for n in range(3):
-        row = history.send(event(user_id="Ann", user_properties={"n": n, "a": n}), now_ms=DAY_ONE_MS + n)[0]
+        row = history.send(
+            event(user_id="Ann", user_properties={"n": n, "a": n}), now_ms=DAY_ONE_MS + n
+        )[0]
         assert shown(row) == {"n": n, "a": n}
     assert history.table("Ann") == {"n": 1, "a": 1}
     assert history.blocks[-1].flags[0] & Flag.UPDATE_DROPPED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.core.history import History, event
 
 # (device_id, user_id, person). Persons are numbered as they first appear.

@@ -171,7 +171,17 @@ class EngineBesideModel(RuleBasedStateMachine):
         back_ms=st.integers(0, 400 * DAY_MS),
         path=st.sampled_from(["/batch", "/2/httpapi"]),
     )
-    def track(self, who, sent, skip, identify, platform, back_ms, path) -> None:  # type: ignore[no-untyped-def]
+    def track(
+        self,
+        *,
+        who: list[tuple[str | None, str | None]],
+        sent: dict[str, Any] | None,
+        skip: bool,
+        identify: bool,
+        platform: str | None,
+        back_ms: int,
+        path: str,
+    ) -> None:
         wire = []
         for device, user in who:
             if device is None and user is None:
