@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 
 from retrofill.errors import BusyError, InputError
 from retrofill.limits import BODY_IDLE_S, HEADERS_BYTES_MAX, KEEP_ALIVE_S, LINGER_S, READ_IDLE_S
@@ -388,6 +389,22 @@ def test_chores_are_done_and_a_failing_one_is_logged(logged: io.StringIO) -> Non
     assert done.wait(10)
     live.stop()
     assert "chore_failed" in logged.getvalue()
+
+
+def test_an_entry_of_the_log_is_one_line(logged: io.StringIO) -> None:
+    structlog.get_logger().warning("odd", text="a\nb\u2028c=\x85 d", number=1.5, none=None)
+    [line] = logged.getvalue().splitlines()
+    assert line.endswith(r' warning odd text="a\nb\u2028c=\u0085 d" number=1.500 none=None')
+    structlog.get_logger().info("later")
+    assert "later" not in logged.getvalue()  # until it is flushed
+    log.flush()
+    assert "later" in logged.getvalue()
+    log.configure("warning", logged)
+    structlog.get_logger().info("never")
+    log.batch(project="x", path="/batch", events=1, size=1, ms=1)
+    log.flush()
+    assert "never" not in logged.getvalue()
+    assert "batch_accepted" not in logged.getvalue()
 
 
 def test_a_batch_is_one_line_of_the_log(

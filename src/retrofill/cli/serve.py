@@ -109,6 +109,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     from retrofill.engine.deletion import Deletions
     from retrofill.engine.ingest import Engine
     from retrofill.engine.query import Reader
+    from retrofill.server import project
     from retrofill.server.read import Reads
     from retrofill.server.run import Opened
 
@@ -135,7 +136,10 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         deletions.close()
 
     return Opened(
-        engine, reads.routes(), (lambda: deletions.run_due(reader, engine.forget),), close
+        engine,
+        [*reads.routes(), *project.routes(engine)],
+        (lambda: deletions.run_due(reader, engine.forget),),
+        close,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import msgspec
 from prometheus_client.exposition import choose_encoder
@@ -13,22 +12,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from retrofill import __version__
+from retrofill.server.ingest import Engine
+from retrofill.server.metrics import Metrics
 from retrofill.server.openapi import description
-
-if TYPE_CHECKING:
-    from retrofill.server.app import App
-    from retrofill.server.ingest import Engine
 
 # Answered by themselves also while the engine is not open.
 ALWAYS = frozenset({"/healthz", "/metrics", "/openapi.json"})
 
 
-def routes(app: App) -> list[Route]:
-    """Return the routes of this module. app: whose health and figures."""
+def routes(engine_of: Callable[[], Engine | None], shown: Metrics) -> list[Route]:
+    """Return the routes of this module. engine_of: returns None while the engine is not open."""
     openapi = msgspec.json.encode(description())
 
     async def healthz(_: Request) -> Response:
-        reason = "starting or stopping" if app.engine is None else app.engine.problem()
+        engine = engine_of()
+        reason = "starting or stopping" if engine is None else engine.problem()
         said = {"status": "ok" if reason is None else "unavailable", "service": "retrofill"}
         said["version"] = __version__
         if reason is not None:
@@ -42,7 +40,7 @@ def routes(app: App) -> list[Route]:
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        body = await run_in_threadpool(encode, app.metrics.registry)
+        body = await run_in_threadpool(encode, shown.registry)
         return Response(body, headers={"content-type": content_type})
 
     async def openapi_json(_: Request) -> Response:

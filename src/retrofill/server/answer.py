@@ -27,7 +27,7 @@ CONTENT_TYPES: dict[str, Header] = {
 PREFLIGHT: list[Header] = [
     ORIGIN,
     KEEP,
-    (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+    (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"),
     (
         b"access-control-allow-headers",
         b"Content-Type, Content-Encoding, Cross-Origin-Resource-Policy, Authorization, Accept",

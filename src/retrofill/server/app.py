@@ -125,7 +125,7 @@ class App:
             if isinstance(route, Route) and route.path.startswith("/api/"):
                 route.app = _Keys(route.app, self)
         self._application = application = Starlette(
-            routes=[*admin.routes(self), *routes],
+            routes=[*admin.routes(lambda: self.engine, self.metrics), *routes],
             exception_handlers={HTTPException: _http_problem, Error: _problem},
         )
         application.router.redirect_slashes = False

@@ -119,7 +119,7 @@ def _render(_: object, level: str, fields: MutableMapping[str, Any]) -> str:
 
 def _value(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class _Bridge(logging.Handler):

@@ -127,7 +127,14 @@ _EITHER: Json = {
     "description": "refused, with the reason",
     "content": {
         "text/plain": {"schema": _TEXT},
-        "application/json": {"schema": {"$ref": "#/components/schemas/Failure"}},
+        "application/json": {
+            "schema": {
+                "anyOf": [
+                    {"$ref": "#/components/schemas/Failure"},
+                    {"$ref": "#/components/schemas/Problem"},
+                ]
+            }
+        },
     },
 }
 _TRANSPORT: Json = {
@@ -260,9 +267,9 @@ _READ: Json = {
             ),
             "the person; zeros and empty lists if unknown",
         ),
-        _query("user", _INT, required=True, text="Amplitude ID"),
+        _query("user", {"type": "integer", "minimum": 0}, required=True, text="Amplitude ID"),
         _query("offset", {"type": "integer", "minimum": 0, "default": 0}),
-        _query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 1000}),
+        _query("limit", {"type": "integer", "minimum": 0, "maximum": 1000, "default": 1000}),
         _query("direction", {"enum": ["latest", "earliest"], "default": "latest"}),
     ),
     "/api/2/users": _read(
@@ -276,6 +283,12 @@ _READ: Json = {
     ),
     "/api/2/sessions/average": _read(
         "Average session length", _json("Series", "seconds by day"), *_RANGE
+    ),
+    "/api/2/sessions/peruser": _read(
+        "Average sessions of a user", _json("Series", "sessions by day"), *_RANGE
+    ),
+    "/api/2/sessions/length": _read(
+        "How many sessions are how long", _json("Series", "counts by length"), *_RANGE
     ),
     "/api/2/events/list": _read(
         "Event types with this week's totals",
@@ -354,6 +367,34 @@ _DELETIONS: Json = {
     },
 }
 
+_SETTINGS = _object(
+    limits={"type": "object", "description": "those that differ: docs/limits.md names them all"},
+    silenced_devices=_list(_TEXT),
+)
+_SHOWN = _json(
+    _object(
+        ("app", "name", "limits", "settings"),
+        app=_INT,
+        name=_TEXT,
+        limits={"type": "object"},
+        settings=_SETTINGS,
+    ),
+    "the project; `limits` as they hold, `settings` as they were given",
+)
+_PROJECT: Json = {
+    "/api/1/project": {
+        **_read("The limits and silenced devices of the project", _SHOWN),
+        "put": {
+            "summary": "Replace the settings of the project; they hold from the next request on",
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": _SETTINGS}},
+            },
+            "responses": {"200": _SHOWN, "413": _EITHER, **_READ_ANSWERS},
+        },
+    }
+}
+
 _HEALTH = _object(
     ("status", "service", "version"), status=_TEXT, service=_TEXT, version=_TEXT, reason=_TEXT
 )
@@ -394,7 +435,7 @@ def description() -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "security": [{"keys": []}],
-        "paths": {**_INGEST, **_READ, **_DELETIONS, **_ADMIN},
+        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_ADMIN},
         "components": {
             "schemas": _SCHEMAS,
             "securitySchemes": {
