@@ -8,6 +8,7 @@ so that what will be read back is what was staged. Events come and go without th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,6 +25,9 @@ from retrofill.limits import Limits
 _EVENTS = 1000  # looked at together
 _HEAD: Final = b'{"api_key":"-","events":[{'
 _KNOWN: Final = tuple(field.encode_name for field in msgspec.structs.fields(Event))
+
+# A whole number that may be beyond 64 bits, which a property table does not hold.
+_HUGE = re.compile(rb"\d{19}").search
 
 
 class _Shape(Struct, gc=False):
@@ -116,17 +120,14 @@ def _good(body: bytes) -> bool:
         shapes = _decode(body).events
     except (ValueError, RecursionError):
         return False
-    raws = [
-        raw
-        for shape in shapes
-        for raw in (shape.event_properties, shape.user_properties, shape.group_properties)
-        if raw
-    ]
+    tables = [raw for shape in shapes for raw in (shape.user_properties, shape.group_properties) if raw]
+    raws = [shape.event_properties for shape in shapes if shape.event_properties] + tables
     groups = [shape.groups for shape in shapes if shape.groups]
     spare = glance.openings(body) - 2 - len(shapes) - len(raws) - len(groups)
     return (
         glance.strings(body)
         and glance.groups(groups)
+        and not any(map(_HUGE, tables))
         and (not raws or glance.raws(raws, spare=spare))
     )
 

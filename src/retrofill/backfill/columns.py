@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
@@ -34,8 +35,8 @@ _DECIMAL_SQL = literal(_DECIMAL.pattern.replace(r"\d", "[0-9]"))
 
 
 def json_types(rows: Iterable[str]) -> dict[Path, str]:
-    """Return each key's DuckDB type as seen in JSON objects, with the keys of inner objects."""
-    seen: dict[Path, set[str]] = {}
+    """Return each key's DuckDB type as most JSON objects have it, with the keys of inner objects."""
+    seen: dict[Path, Counter[str]] = {}
     for row in rows:
         try:
             found = msgspec.json.decode(row)
@@ -46,14 +47,14 @@ def json_types(rows: Iterable[str]) -> dict[Path, str]:
     return {path: _one_type(kinds) for path, kinds in seen.items()}
 
 
-def _see(found: dict[str, Any], above: Path, seen: dict[Path, set[str]]) -> None:
+def _see(found: dict[str, Any], above: Path, seen: dict[Path, Counter[str]]) -> None:
     for key, value in found.items():
         path = (*above, key)
         if path not in seen and len(seen) >= _PATHS_MAX:
             continue
-        kinds = seen.setdefault(path, set())
+        kinds = seen.setdefault(path, Counter())
         if value is not None:
-            kinds.add(_kind(value))
+            kinds[_kind(value)] += 1
         if isinstance(value, dict) and len(path) < _DEPTH_SEEN:
             _see(value, path, seen)
 
@@ -63,12 +64,11 @@ def _kind(value: object) -> str:
     return names.get(type(value), "JSON")
 
 
-def _one_type(kinds: set[str]) -> str:
+def _one_type(kinds: Counter[str]) -> str:
     if not kinds:
         return "VARCHAR"
-    if kinds == {"BIGINT", "DOUBLE"}:
-        return "DOUBLE"
-    return kinds.pop() if len(kinds) == 1 else "JSON"
+    most = kinds.most_common(1)[0][0]
+    return "DOUBLE" if most == "BIGINT" and kinds["DOUBLE"] else most
 
 
 def cell_type(values: Sequence[str | None]) -> str:
@@ -134,7 +134,8 @@ class Columns:
 
     def kind(self, number: int) -> str:
         """Return the DuckDB type of a used column."""
-        return "JSON" if self.used[number] == WHOLE else self.types[self.used[number]]
+        path = self.used[number]
+        return "JSON" if path == WHOLE else self.types.get(path, "VARCHAR")
 
     def frame(self) -> str:
         """Return SQL that selects from `source`: file, line, text, unreadable and the used columns' forms."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,8 +30,10 @@ from retrofill.backfill.order import Sorted, Sorter
 from retrofill.backfill.people import Ints, People
 from retrofill.backfill.source import Origin
 from retrofill.core.mapping import Mapping
+from retrofill.errors import InputError
 
 DEAD_LETTERS = "dead-letters.ndjson"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOT = 100
 _KIOSKS_MAX = 1_000  # listed by name
 
@@ -44,6 +48,24 @@ class Asked(Struct, frozen=True, kw_only=True):
 
 
 Progress = Callable[[str, int], None]
+
+
+def import_name(work: Path, given: str | None, *, now_ms: int) -> str:
+    """Return the import id: as given, else the one that the work directory has, else a new one.
+
+    Raises InputError for a name that is none: it travels in every event and in addresses.
+    """
+    if given is not None:
+        if not _NAME.fullmatch(given):
+            raise InputError(
+                f"{given!r} is no import name", mend="Take 1 to 64 of A-Z a-z 0-9 . _ -"
+            )
+        return given
+    there = manifest.read(work / "stage")
+    if there is not None:
+        return there.import_id
+    day = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC).strftime("%Y%m%d")
+    return f"import-{day}-{secrets.token_hex(3)}"
 
 
 def stage(
@@ -100,7 +122,9 @@ def _make(  # noqa: PLR0913  # one call's state, passed on
         device, user, count = taken.pairs.compact()
         joined = people.join(device, user, kiosk_limit=options.kiosk_limit)
         hot_devices, hot_users = _hottest(device, count), _hottest(user, count)
-        wanted = np.concatenate((hot_devices[0], hot_users[0], joined.kiosks[:_KIOSKS_MAX]))
+        crowded = _crowded(joined, device, user, count)
+        shared = np.array([node for _kind, node, _events in crowded], np.int64)
+        wanted = np.concatenate((hot_devices[0], hot_users[0], shared))
         sorter = Sorter(
             made,
             joined,
@@ -137,7 +161,7 @@ def _make(  # noqa: PLR0913  # one call's state, passed on
         hot_devices=_named(hot_devices, names),
         hot_users=_named(hot_users, names),
         hot_people=found.hot,
-        kiosks=_kiosks(joined, device, user, count, names),
+        kiosks=[Kiosk(kind, names[node], events) for kind, node, events in crowded if node in names],
     )
 
 
@@ -162,15 +186,17 @@ def _named(hottest: tuple[Ints, Ints], names: dict[int, str]) -> list[Hot]:
     return [Hot(names[node], events) for node, events in pairs if node in names]
 
 
-def _kiosks(  # noqa: PLR0913  # the columns of the pairs
-    joined: People, device: Ints, user: Ints, count: Ints, names: dict[int, str]
-) -> list[Kiosk]:
+def _crowded(joined: People, device: Ints, user: Ints, count: Ints) -> list[tuple[str, int, int]]:
+    """Return the kiosks with the most events: kind, node, events."""
     found = []
     for kind, node in (("device", device), ("user", user)):
-        for one in np.intersect1d(joined.kiosks, node).tolist():
-            if one in names:
-                found.append(Kiosk(kind, names[one], int(count[node == one].sum())))
-    return sorted(found, key=lambda kiosk: -kiosk.events)
+        kiosks = np.intersect1d(joined.kiosks, node)
+        if len(kiosks):
+            at = np.minimum(np.searchsorted(kiosks, node), len(kiosks) - 1)
+            mine = kiosks[at] == node
+            events = np.bincount(at[mine], weights=count[mine], minlength=len(kiosks))
+            found += [(kind, *pair) for pair in zip(kiosks.tolist(), events.astype(int).tolist(), strict=True)]
+    return sorted(found, key=lambda kiosk: -kiosk[2])[:_KIOSKS_MAX]
 
 
 def _distinct(node: Ints) -> int:
