@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 
 from retrofill.errors import BusyError, InputError, StoreError
 
-COMMIT_GAP_S = 0.004  # ours: commits under load are at least this far apart, so that they are worth a sync
+COMMIT_GAP_S = (
+    0.004  # ours: commits under load are at least this far apart, so that they are worth a sync
+)
 RANGE = np.dtype([("set", "<u2"), ("first", "<u8"), ("count", "<u4")])
 TAKEN = 200
 UNSURE = -1  # status: not sent again, because the destination may have it and no longer remembers
@@ -241,6 +243,24 @@ class Journal:
         dead = self._db.execute("SELECT set_number, row FROM dead").fetchall()
         return Rows((row[0] for row in blobs), dead)
 
+    def unsure(self) -> Rows:
+        """Rows that are not sent again because the destination may have them."""
+        return Rows(
+            row[0]
+            for row in self._db.execute(
+                "SELECT ranges FROM requests WHERE status = -1 AND lost_ms IS NULL"
+            )
+        )
+
+    def trust_unsure(self) -> None:
+        """Take every unsure row as taken: reading back has shown that it is there."""
+        with self._db:
+            self._db.execute("UPDATE requests SET status = 200 WHERE status = -1")
+
+    def dead_rows(self) -> int:
+        """How many rows are dead letters."""
+        return self._one("SELECT count(*) FROM dead")
+
     def arrivals(self, since_hour: int) -> list[tuple[str, str, int, int]]:
         """(kind, name, hour, count) of what counted against daily quotas since an hour of the epoch."""
         return self._db.execute(
@@ -263,18 +283,22 @@ class Journal:
 
     def arrived(self, kind: str, name: str, hour: int, count: int) -> None:
         """Note events that count against a daily quota."""
-        self._rows.append((
-            "INSERT INTO arrivals VALUES (?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET count = count + excluded.count",
-            (kind, name, hour, count),
-        ))
+        self._rows.append(
+            (
+                "INSERT INTO arrivals VALUES (?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET count = count + excluded.count",
+                (kind, name, hour, count),
+            )
+        )
 
     def progressed(self, at_ms: int, *, taken: int, dead: int, held: int, flying: int) -> None:
         """Note how far the run is, for the report."""
-        self._rows.append((
-            "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)",
-            (at_ms, taken, dead, held, flying),
-        ))
+        self._rows.append(
+            (
+                "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)",
+                (at_ms, taken, dead, held, flying),
+            )
+        )
 
     async def flushed(self) -> None:
         """Wait until everything noted so far is on disk. Raises StoreError: then nothing is known of the disk."""
@@ -295,7 +319,9 @@ class Journal:
 
     def kick(self) -> None:
         """Begin a commit soon, if there is anything to commit."""
-        if self._busy or not (self._sent or self._finals or self._dead or self._rows or self._waiter):
+        if self._busy or not (
+            self._sent or self._finals or self._dead or self._rows or self._waiter
+        ):
             return
         if self._thread is None:
             self._committed(self._commit(*self._noted()))
@@ -456,7 +482,7 @@ class Ledger:
     def totals(self) -> Totals:
         """What was done so far."""
         row = self._db.execute(
-            "SELECT count(*), coalesce(sum(events) FILTER (status = 200 AND lost_ms IS NULL), 0),"
+            "SELECT count(*), coalesce(sum(events) FILTER (WHERE status = 200 AND lost_ms IS NULL), 0),"
             " coalesce(sum(tries), 0), min(sent_ms), max(answered_ms) FROM requests"
         ).fetchone()
         dead = self._db.execute("SELECT count(*) FROM dead").fetchone()[0]
@@ -464,9 +490,7 @@ class Ledger:
 
     def unsure(self) -> Rows:
         """Rows that are not sent again because the destination may have them."""
-        rows = self._db.execute(
-            "SELECT ranges FROM requests WHERE status = -1 AND lost_ms IS NULL"
-        )
+        rows = self._db.execute("SELECT ranges FROM requests WHERE status = -1 AND lost_ms IS NULL")
         return Rows(row[0] for row in rows)
 
     def taken(self) -> Rows:
@@ -498,6 +522,20 @@ class Ledger:
             else:
                 windows.append((at, at))
         return windows
+
+    def stored_between(self) -> list[tuple[int, int]]:
+        """(first, last) ms of server upload time in which each hour's requests may have been stored."""
+        query = (
+            "SELECT min(least), max(most) FROM (SELECT sent_ms / 3600000 AS hour,"
+            " min(sent_ms, coalesce(nullif(server_upload_ms, 0), sent_ms)) AS least,"
+            " max(sent_ms, coalesce(answered_ms, sent_ms), coalesce(server_upload_ms, 0)) AS most"
+            " FROM requests) GROUP BY hour"
+        )
+        return self._db.execute(query).fetchall()
+
+    def dead_rows(self) -> list[tuple[int, int]]:
+        """(set, row) of every dead letter."""
+        return self._db.execute("SELECT set_number, row FROM dead").fetchall()
 
     def progress(self) -> list[tuple[int, int, int, int, int]]:
         """(at_ms, taken, dead, held, flying), by time."""

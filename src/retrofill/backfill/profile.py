@@ -7,7 +7,7 @@ which says itself what is too much. Every number can be given on the command lin
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import json
 import urllib.error
 import urllib.request
@@ -113,6 +113,21 @@ def names_retrofill(root: str) -> bool:
         return False
 
 
+def holds_nothing(where: Target, api_key: str, secret_key: str) -> bool:
+    """Whether reading proves that our own server holds no event of this project yet. False whenever it cannot tell."""
+    if not (secret_key and where.ours and names_retrofill(where.read)):
+        return False
+    token = base64.b64encode(f"{api_key}:{secret_key}".encode()).decode()
+    request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
+        f"{where.read}/api/2/events/list", headers={"Authorization": f"Basic {token}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=HEALTH_S) as answer:  # noqa: S310 - the same
+            return bool(json.loads(answer.read()).get("data") == [])
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def choose(where: Target, name: str | None) -> Profile:
     """Return the profile of a name, or the one that fits the destination. Raises InputError."""
     if name is None:
@@ -123,11 +138,6 @@ def choose(where: Target, name: str | None) -> Profile:
             f"There is no profile {name!r}", mend=f"Give --profile {', '.join(PROFILES)}"
         )
     return PROFILES[name]
-
-
-async def choose_async(where: Target, name: str | None) -> Profile:
-    """`choose` without stopping the loop."""
-    return await asyncio.to_thread(choose, where, name)
 
 
 def adjust(  # noqa: PLR0913 - the numbers of a destination
@@ -154,7 +164,9 @@ def adjust(  # noqa: PLR0913 - the numbers of a destination
     if wrong or events_per_request == 0 or (events_per_request or 0) > 2000:
         raise InputError(
             "A limit is out of range",
-            where=", ".join(f"--{name.replace('_', '-')}" for name in wrong or ["events_per_request"]),
+            where=", ".join(
+                f"--{name.replace('_', '-')}" for name in wrong or ["events_per_request"]
+            ),
             mend="Rates and quotas are 0 (none) or more, events a request 1 to 2000",
         )
     rates = msgspec.structs.replace(
@@ -169,7 +181,9 @@ def adjust(  # noqa: PLR0913 - the numbers of a destination
 
 def connections(profile: Profile, events_per_request: int) -> int:
     """How many requests may be under way: more of small ones, so that a long way does not slow them."""
-    return max(profile.connections, 64) if events_per_request <= 100 else min(profile.connections, 32)
+    return (
+        max(profile.connections, 64) if events_per_request <= 100 else min(profile.connections, 32)
+    )
 
 
 def describe(profile: Profile) -> dict[str, object]:

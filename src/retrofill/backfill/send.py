@@ -34,9 +34,15 @@ BACKOFF_FIRST_S = 1.0  # contract, ingest 7
 BACKOFF_LAST_S = 60.0
 JITTER = 0.25  # ours: part of a pause that chance adds
 THROTTLED_S = 15.0  # contract, ingest 7: at least so long waits who was throttled
-BLIND_THROTTLES = 3  # ours: so many 429 without names in a row, and it is the whole project that is throttled
-FORBIDDEN_MAX = 5  # ours: 401, 403, 404 … so often before anything was ever taken, and the destination is wrong
-LONE_REFUSED_MAX = 50  # ours: so many lone events refused without a reason before anything was ever taken
+BLIND_THROTTLES = (
+    3  # ours: so many 429 without names in a row, and it is the whole project that is throttled
+)
+FORBIDDEN_MAX = (
+    5  # ours: 401, 403, 404 … so often before anything was ever taken, and the destination is wrong
+)
+LONE_REFUSED_MAX = (
+    50  # ours: so many lone events refused without a reason before anything was ever taken
+)
 MEMORY_MARGIN_S = 3600.0  # ours: a destination's memory is trusted this much less than it promises
 GROW_AFTER = 32  # ours: so many full requests taken after a 413, and larger ones are tried again
 GROW_BY = 1.25
@@ -187,7 +193,7 @@ class Sender:
     async def run(self) -> Outcome:
         """Send until everything is settled or `stop` is called. Raises StoreError, FinalError."""
         self._ended = asyncio.Event()
-        self.progress.last_ok = self._clock.now()
+        began = self.progress.last_ok = self._clock.now()
         self._recall()
         ticking = self._tick()
         try:
@@ -197,6 +203,7 @@ class Sender:
                 await asyncio.gather(*self._flying, return_exceptions=True)
             if self._broken is None:
                 await self._journal.flushed()
+            self.progress.rate = self.progress.taken / max(1e-3, self._clock.now() - began)
         finally:
             ticking.cancel()
             if self._timer is not None:
@@ -222,7 +229,9 @@ class Sender:
         """Take over what earlier runs did to the limits: of the last second nobody knows, so it must pass; and quotas."""
         now = self._clock.now()
         rates = self._profile.rates
-        if self._journal.next_id > 1 and (rates.events_per_s or rates.requests_per_s or rates.by_id):
+        if self._journal.next_id > 1 and (
+            rates.events_per_s or rates.requests_per_s or rates.by_id
+        ):
             self._paused_until = now + 1.01
         if self._profile.rates.quota_per_day:
             for kind, name, hour, count in self._journal.arrivals(int(now // HOUR_S) - 23):
@@ -369,8 +378,10 @@ class Sender:
     def _check_end(self) -> None:
         if self._ended is None or self._flying:
             return
-        if self._stopping or self._broken is not None or (
-            self._feed.at_end and self.schedule.empty
+        if (
+            self._stopping
+            or self._broken is not None
+            or (self._feed.at_end and self.schedule.empty)
         ):
             self._ended.set()
 
@@ -425,9 +436,11 @@ class Sender:
                 if self._stopping:
                     break
                 now = self._clock.now()
-                when = max(self._paused_until, self.schedule.again(flight.request, now)) if (
-                    now >= self._paused_until
-                ) else self._paused_until
+                when = (
+                    max(self._paused_until, self.schedule.again(flight.request, now))
+                    if (now >= self._paused_until)
+                    else self._paused_until
+                )
                 if when <= now:
                     self._count_quota(flight.request)
                     return True
@@ -716,7 +729,10 @@ class Sender:
             one.held = self.schedule.held(now)
             one.flying = len(self._flying)
             self._journal.progressed(
-                int(now * 1000), taken=one.before + one.taken, dead=one.dead, held=one.held,
+                int(now * 1000),
+                taken=one.before + one.taken,
+                dead=one.dead,
+                held=one.held,
                 flying=one.flying,
             )
             limit = self._give_up_after_s

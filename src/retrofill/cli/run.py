@@ -1,0 +1,362 @@
+"""`retrofill run`: a plan, one question, then everything is sent; the same line again resumes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrofill.errors import InputError
+
+if TYPE_CHECKING:
+    from retrofill.backfill.manifest import Manifest
+    from retrofill.backfill.profile import Profile, Target
+    from retrofill.backfill.send import Outcome, Progress
+
+EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
+WORK = Path("retrofill-work")
+
+
+def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE…", help="Files, folders, s3://, databases.")
+    ],
+    to: Annotated[str, typer.Option(help="amplitude, amplitude-eu or a URL.")],
+    map_: Annotated[
+        str | None, typer.Option("--map", help="A mapping file or a preset's name.")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
+    work: Annotated[
+        Path, typer.Option(help="Directory of stage, journal and dead letters.")
+    ] = WORK,
+    import_: Annotated[str | None, typer.Option("--import", help="The import's name.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with api_key=… and secret_key=….")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
+    until: Annotated[str | None, typer.Option(help="Leave out events from this time on.")] = None,
+    sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
+    ] = None,
+    events_per_s: Annotated[int | None, typer.Option(help="Over all; 0 = no limit.")] = None,
+    requests_per_s: Annotated[int | None, typer.Option(help="Over all.")] = None,
+    device_per_s: Annotated[int | None, typer.Option(help="Events of one device.")] = None,
+    user_per_s: Annotated[int | None, typer.Option(help="Events of one user.")] = None,
+    events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
+    quota_per_day: Annotated[int | None, typer.Option(help="Events of one id in 24 h.")] = None,
+    skip_user_properties_sync: Annotated[
+        bool | None,
+        typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
+    ] = None,
+    kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
+    bad_rows: Annotated[float, typer.Option(help="Part of the rows that may be refused.")] = 0.05,
+    give_up_after: Annotated[
+        str | None,
+        typer.Option(metavar="5s|10m|2h", help="End when nothing was taken for so long."),
+    ] = None,
+    gzip: Annotated[bool, typer.Option("--gzip", help="Compress requests.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Send a history: plan, one question, then in order, exactly once. The same line again resumes."""
+    from retrofill.backfill import keys as key_ring
+    from retrofill.backfill import profile as profiles
+    from retrofill.backfill.drive import Drive, drive
+
+    keys = key_ring.find(api_key, secret_key, key_file)
+    key_ring.need_api_key(keys)
+    where = profiles.target(to)
+    chosen = profiles.choose(where, profile)
+    pause = None if give_up_after is None else seconds(give_up_after)
+    found = _stage(
+        sources,
+        mapping=map_,
+        query=query,
+        endpoint=endpoint,
+        work=work,
+        import_id=import_,
+        skip=skip_user_properties_sync,
+        sync_is_safe=lambda: profiles.holds_nothing(where, keys.api_key, keys.secret_key),
+        since=since,
+        until=until,
+        sample=sample,
+        kiosk_limit=kiosk_limit,
+        bad_rows=bad_rows,
+        as_json=as_json,
+    )
+    chosen = profiles.adjust(
+        chosen,
+        events_per_s=events_per_s,
+        requests_per_s=requests_per_s,
+        device_per_s=device_per_s,
+        user_per_s=user_per_s,
+        events_per_request=events_per_request,
+        quota_per_day=quota_per_day,
+        skip_sync=found.options.skip_user_properties_sync,
+    )
+    resuming = (work / "journal.db").exists()
+    tell_plan(found, where, chosen, as_json=as_json, resuming=resuming)
+    if not (yes or resuming):
+        _ask(found, where)
+    with Display(as_json=as_json) as display:
+        outcome = drive(
+            Drive(
+                work=work,
+                to=where,
+                profile=chosen,
+                api_key=keys.api_key,
+                gzip=gzip,
+                give_up_after_s=pause,
+                show=display.show,
+            )
+        )
+    end(outcome, work, as_json=as_json)
+
+
+def _stage(  # noqa: PLR0913 - one call's options, passed on
+    sources: list[str],
+    *,
+    mapping: str | None,
+    query: str | None,
+    endpoint: str | None,
+    work: Path,
+    import_id: str | None,
+    skip: bool | None,
+    sync_is_safe: Callable[[], bool],
+    since: str | None,
+    until: str | None,
+    sample: str | None,
+    kiosk_limit: int,
+    bad_rows: float,
+    as_json: bool,
+) -> Manifest:
+    from retrofill.backfill import manifest as manifests
+    from retrofill.backfill import mapping_file
+    from retrofill.backfill.manifest import Options
+    from retrofill.backfill.resend import parse_time
+    from retrofill.backfill.stage import Asked, stage
+
+    if mapping is None:
+        raise InputError(
+            "No mapping says how rows become events",
+            mend=f"Give --map FILE or one of {', '.join(mapping_file.presets())};"
+            " `retrofill map SOURCE` writes a first one",
+        )
+    before = manifests.read(work / "stage")
+    if before is not None and import_id in {None, before.import_id}:
+        import_id = before.import_id
+        skip = before.options.skip_user_properties_sync if skip is None else skip
+    options = Options(
+        import_id=import_name(import_id),
+        skip_user_properties_sync=not sync_is_safe() if skip is None else skip,
+        kiosk_limit=kiosk_limit,
+        bad_rows=bad_rows,
+        since_ms=None if since is None else parse_time(since),
+        until_ms=None if until is None else parse_time(until),
+        sample=1.0 if sample is None else part(sample),
+    )
+    asked = Asked(named=sources, mapping=mapping_file.load(mapping), query=query, endpoint=endpoint)
+    said: set[str] = set()
+
+    def progress(step: str, rows: int) -> None:
+        if step not in said and not as_json:
+            said.add(step)
+            say(f"{step}" + (f", {rows:,} rows" if rows else ""))
+
+    return stage(work, asked, options, progress=progress)
+
+
+def import_name(given: str | None) -> str:
+    """The import's name as given, or one made up. Raises InputError for one that cannot be."""
+    import re
+    import secrets
+
+    if given is None:
+        return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given):
+        raise InputError(
+            f"{given!r} cannot name an import", mend="Use 1 to 64 of A–Z, a–z, 0–9, dot, _ and -"
+        )
+    return given
+
+
+def part(text: str) -> float:
+    """Read `10%` or `0.1`. Raises InputError."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise InputError(f"{text!r} is no part", mend="Give --sample 5%")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Read `5s`, `10m`, `2h` or `1d`. Raises InputError."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in units else (text, "s")
+    try:
+        value = float(number) * units[unit]
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise InputError(f"{text!r} is no time span", mend="Give one such as 5s, 10m or 2h")
+    return value
+
+
+def tell_plan(
+    found: Manifest, to: Target, profile: Profile, *, as_json: bool, resuming: bool
+) -> None:
+    """Say what will be sent, and what is notable about it."""
+    from retrofill.backfill.report import bound_of
+    from retrofill.backfill.status import duration, moment
+
+    bound = bound_of(found, profile)
+    facts: dict[str, Any] = {
+        "import": found.import_id,
+        "to": to.name,
+        "profile": profile.name,
+        "events": found.events,
+        "people": found.people,
+        "from": moment(found.first_ms),
+        "until": moment(found.last_ms),
+        "refused": sum(found.refused.values()),
+        "duplicates": found.duplicates.same,
+        "requests": -(-found.events // profile.rates.events_per_request),
+        "seconds_at_least": round(bound.seconds, 1),
+        "limited_by": bound.reason,
+        "skip_user_properties_sync": found.options.skip_user_properties_sync,
+    }
+    if as_json:
+        emit({"event": "plan", **facts})
+        return
+    lines = [
+        f"import {found.import_id}: {found.events:,} events of {found.people:,} people to {to.name}",
+        f"{facts['from']} to {facts['until']}; {facts['refused']:,} rows refused,"
+        f" {found.duplicates.same:,} duplicates in the source",
+        f"{facts['requests']:,} requests, profile {profile.name}; at least"
+        f" {duration(bound.seconds)} ({bound.reason}) beside the round trips",
+        "user properties: live values stay as they are, $skip_user_properties_sync is set"
+        if found.options.skip_user_properties_sync
+        else f"user properties are synced, {profile.rates.updates_per_h:,} updates an hour a person"
+        if profile.rates.updates_per_h
+        else "user properties are synced",
+    ]
+    if resuming:
+        lines.append("resuming: what was acknowledged is not sent again")
+    for line in lines:
+        say(line)
+
+
+def _ask(found: Manifest, to: Target) -> None:
+    if not sys.stdin.isatty():
+        raise InputError("Nobody is here to be asked", mend="Give --yes to send without a question")
+    if not typer.confirm(f"Send {found.events:,} events to {to.name}?", err=True):
+        raise InputError("Nothing was sent", mend="The stage is kept; run the same line to go on")
+
+
+class Display:
+    """Shows how far a run is: a live bar on a terminal, a line now and then elsewhere, or JSON."""
+
+    LINES_S = 5.0
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._json = as_json
+        self._bar: Any = None
+        self._task: Any = None
+        self._said = 0.0
+
+    def __enter__(self) -> Display:
+        if sys.stderr.isatty() and not self._json:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                BarColumn(bar_width=30),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, one: Progress) -> None:
+        """Show it, if it is time."""
+        import time
+
+        from retrofill.backfill import status
+
+        if self._bar is not None:
+            done = one.total - one.left
+            self._bar.update(
+                self._task, total=one.total, completed=done, description=status.line(one)
+            )
+            return
+        now = time.monotonic()
+        if now - self._said < self.LINES_S and one.left:
+            return
+        self._said = now
+        if self._json:
+            emit({"event": "progress", **status.facts(one)})
+        else:
+            say(status.line(one))
+
+
+def end(outcome: Outcome, work: Path, *, as_json: bool) -> None:
+    """Say how a run ended. Ends the process with 1 unless every good row is acknowledged."""
+    from retrofill.backfill import status
+
+    one = outcome.progress
+    facts = {"event": "end", "complete": outcome.complete, "reason": outcome.reason}
+    if as_json:
+        emit({**facts, **status.facts(one)})
+    else:
+        say(f"{'complete' if outcome.complete else 'not complete'}: {status.line(one)}")
+        if one.dead:
+            say(f"dead letters: {work / 'dead-letters-send.ndjson'}")
+        if one.unsure:
+            say("unsure rows: the destination may hold them; `retrofill verify --repair` finds out")
+        if not outcome.complete:
+            say(f"{outcome.reason or 'something is left'}; to go on: {resume_line()}")
+    if not outcome.complete:
+        raise typer.Exit(1)
+
+
+def resume_line() -> str:
+    """The line that was given, without keys: they come from where they came from, or the environment."""
+    words: list[str] = []
+    hidden = False
+    for word in sys.argv[1:]:
+        if hidden:
+            word, hidden = "…", False  # noqa: PLW2901 - the value of a key
+        elif word in {"--api-key", "--secret-key"}:
+            hidden = True
+        elif word.startswith(("--api-key=", "--secret-key=")):
+            word = word.partition("=")[0] + "=…"  # noqa: PLW2901 - the same
+        words.append(word if word == "…" else shlex.quote(word))
+    return " ".join(["retrofill", *words])
+
+
+def say(text: str) -> None:
+    """Talk goes to stderr."""
+    typer.echo(text, err=True)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """Data goes to stdout, one JSON object a line."""
+    import msgspec
+
+    typer.echo(msgspec.json.encode(value).decode())

@@ -1,0 +1,83 @@
+"""`retrofill verify`: what the destination holds, against what was sent."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrofill.cli.run import WORK, Display, emit, say
+
+if TYPE_CHECKING:
+    from retrofill.backfill.verify import Finding
+
+EXAMPLE = "Example: retrofill verify --work retrofill-work --api-key KEY --secret-key SECRET"
+SHOWN = 1000  # findings printed; all of them are in WORK/verify.ndjson
+
+
+def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
+    work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Send what is missing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Read everything back and compare it event by event. Exit 1 if anything is not as it was sent."""
+    import msgspec
+
+    from retrofill.backfill import drive, keys as key_ring, verify
+    from retrofill.backfill.report import VERIFIED
+
+    keys = key_ring.find(api_key, secret_key, key_file)
+    key_ring.need_both(keys)
+    to, profile = drive.remembered(work)
+    shown = 0
+    with (work / "verify.ndjson").open("wb") as file:
+
+        def found(one: Finding) -> None:
+            nonlocal shown
+            line = msgspec.json.encode(one._asdict())
+            file.write(line + b"\n")
+            shown += 1
+            if shown <= SHOWN:
+                kept.append(one)
+
+        kept: list[Finding] = []
+        result, missing = verify.verify(
+            work, to, keys, found=found, step=lambda text: None if as_json else say(text)
+        )
+    facts = msgspec.structs.asdict(result)
+    (work / VERIFIED).write_bytes(msgspec.json.encode(facts))
+    if as_json:
+        emit({"event": "verified", **facts})
+        for one in kept:
+            emit({"event": "finding", **one._asdict()})
+    else:
+        typer.echo(result.line())
+        for one in kept:
+            typer.echo(_line(one))
+        if shown > SHOWN:
+            typer.echo(f"… {shown - SHOWN:,} more in {work / 'verify.ndjson'}")
+    if not repair:
+        raise typer.Exit(0 if result.clean else 1)
+    verify.repair(work, missing, int(time.time() * 1000))
+    if not missing.count:
+        raise typer.Exit(0 if result.clean else 1)
+    with Display(as_json=as_json) as display:
+        outcome = drive.drive(
+            drive.Drive(work=work, to=to, profile=profile, api_key=keys.api_key, show=display.show)
+        )
+    say(f"{missing.count:,} missing events sent again" if outcome.complete else "not complete")
+    others = result.doubled or result.different or result.extra
+    raise typer.Exit(0 if outcome.complete and not others else 1)
+
+
+def _line(one: Finding) -> str:
+    if one.kind == "doubled":
+        return f"doubled    {one.insert_id}  {one.found} times"
+    if one.kind == "missing":
+        return f"missing    {one.insert_id}"
+    return f"{one.kind:<10} {one.insert_id}  {one.field}: sent {one.sent!r}, found {one.found!r}"
