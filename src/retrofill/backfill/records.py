@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
@@ -25,6 +26,8 @@ from retrofill.errors import InputError
 
 CHUNK_BYTES = 4 * 1024 * 1024  # read at once
 RECORD_BYTES_MAX = 16 * 1024 * 1024  # a longer record is no event: Amplitude takes 20 MB a request
+_EMPTY_BYTES_MAX = 2  # \r\n
+_HEADER_BYTES_MAX = 256 * 1024  # of a CSV file
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _QUOTE, _BACKSLASH = 10, 34, 92
 
@@ -55,26 +58,35 @@ def _cut_json(
     if piece.query is not None:
         yield from _lines(iter(database.lines(piece.place, piece.query)), piece, letters)
         return
-    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
-        blocks = _blocks(stream, piece, letters, chunk)
-        yield from (_elements if piece.format == "json" else _lines)(blocks, piece, letters)
+    cut = _elements if piece.format == "json" else _lines
+    yield from cut(_blocks(piece, letters, chunk), piece, letters)
 
 
-def _blocks(
-    stream: IO[bytes], piece: Piece, letters: DeadLetters, chunk: int
-) -> Iterator[bytes]:
+def _blocks(piece: Piece, letters: DeadLetters, chunk: int) -> Iterator[bytes]:
     """Yield the file's bytes; a file that cannot be read on ends there, with a dead letter."""
-    first = True
-    while True:
-        try:
-            block = stream.read(chunk)
-        except unpack.BROKEN as error:
-            letters.add(piece.name, 0, "unreadable", f"the rest of the file: {error}", "")
-            return
-        if not block:
-            return
+    waiting: list[bytes] = []
+    size, first = 0, True
+    parts = unpack.chunks(piece.place, piece.packing, piece.member)
+    while part := _next(parts, piece, letters):
+        for start in range(0, len(part), chunk):
+            waiting.append(part[start : start + chunk] if len(part) > chunk else part)
+            size += len(waiting[-1])
+            if size >= max(chunk, len(_BOM)):
+                block, waiting, size = b"".join(waiting), [], 0
+                yield block.removeprefix(_BOM) if first else block
+                first = False
+    if waiting:
+        block = b"".join(waiting)
         yield block.removeprefix(_BOM) if first else block
-        first = False
+
+
+def _next(parts: Iterator[bytes], piece: Piece, letters: DeadLetters) -> bytes:
+    """Return the next bytes that are some, b"" at the end."""
+    try:
+        return next(filter(None, parts), b"")
+    except unpack.BROKEN as error:
+        letters.add(piece.name, 0, "unreadable", f"the rest of the file: {error}", "")
+        return b""
 
 
 def _lines(
@@ -175,7 +187,12 @@ def _escaped(data: NDArray[np.uint8], at: NDArray[np.int64]) -> NDArray[np.bool_
 def _readable(
     piece: Piece, texts: pa.StringArray, lines: NDArray[np.int64], letters: DeadLetters
 ) -> tuple[pa.StringArray, NDArray[np.int64]]:
-    """Leave out what is no UTF-8, with a dead letter each."""
+    """Leave out empty lines, and what is no UTF-8, with a dead letter each."""
+    short = np.asarray(pc.binary_length(texts)) <= _EMPTY_BYTES_MAX
+    if short.any():
+        blank = [not text.strip() for text in texts.filter(pa.array(short)).cast(pa.binary()).to_pylist()]
+        short[short] = blank
+        texts, lines = texts.filter(pa.array(~short)), lines[~short]
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid:
@@ -217,8 +234,8 @@ def header(piece: Piece, told: str | None) -> list[str]:
 
 
 def _first_line(piece: Piece) -> str:
-    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
-        start = stream.read(256 * 1024).removeprefix(_BOM)
+    start = unpack.start(piece.place, piece.packing, piece.member, size=_HEADER_BYTES_MAX)
+    start = start.removeprefix(_BOM)
     ends = _record_ends(start) if b"\n" in start else np.array([len(start)])
     return start[: int(ends[0])].decode(errors="replace")
 
@@ -238,13 +255,10 @@ def csv_records(  # noqa: PLR0913  # what a cell is takes this many words
     own, mark = header(piece, told), delimiter(piece, told)
     if not own:
         return
-    with unpack.stream(piece.place, piece.packing, piece.member) as stream:
-        for buffer, ends, lines in _csv_cut(_blocks(stream, piece, letters, chunk), piece, letters):
-            texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
-            filled = np.asarray(pa.compute.utf8_length(pa.compute.utf8_trim_whitespace(texts))) > 0
-            texts, lines = texts.filter(pa.array(filled)), lines[filled]  # noqa: PLW2901  # less empty lines
-            if len(texts):
-                yield _cells(piece, own, names, texts, lines, mark, letters)
+    for buffer, ends, lines in _csv_cut(_blocks(piece, letters, chunk), piece, letters):
+        texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
+        if len(texts):
+            yield _cells(piece, own, names, texts, lines, mark, letters)
 
 
 def _csv_cut(

@@ -116,9 +116,9 @@ def _database(name: str, scheme: str, query: str | None) -> Origin:
     place = urlunsplit((parts.scheme, parts.netloc, parts.path, rest, ""))
     shown = f"{scheme}://{(parts.hostname or '')}{parts.path}"
     if scheme not in {"sqlite", "duckdb"}:
-        return Origin(shown, place.replace("postgres:", "postgresql:", 1), query=query)
-    path = Path(place.removeprefix(f"{scheme}://").removeprefix("/") or "/")
-    path = path if path.exists() else Path("/") / path
+        return Origin(shown, place, query=query)
+    path = Path(parts.path.lstrip("/"))
+    path = path if path.is_file() else Path("/") / path  # three slashes may mean either
     if not path.is_file():
         raise InputError(f"There is no database file {path}")
     there = path.stat()
@@ -179,17 +179,21 @@ def pieces(
         if place.startswith("s3://"):
             ending = PurePosixPath(place).name
             place = str(remote.download(place, scratch / f"{number}-{ending}", endpoint=endpoint))
-        found += _open(origin, place, format_name)
+        found += _open(origin, place, format_name, scratch / f"{number}-unpacked.parquet")
     return [msgspec.structs.replace(piece, number=at) for at, piece in enumerate(found)]
 
 
-def _open(origin: Origin, place: str, format_name: str | None) -> Iterator[Piece]:
+def _open(
+    origin: Origin, place: str, format_name: str | None, unpacked: Path
+) -> Iterator[Piece]:
     if origin.query is not None:
         yield Piece(0, origin.name, place, "query", query=origin.query)
     elif zipfile.is_zipfile(place):
         yield from _members(origin, place)
     else:
         kind, packing = _format(origin.name, place, format_name)
+        if kind == "parquet" and packing:  # which is read from its end
+            place, packing = unpack.to_file(place, packing, unpacked), ""
         yield Piece(0, origin.name, place, kind, packing, size=origin.size)
 
 
@@ -216,8 +220,7 @@ def _format(name: str, place: str, told: str | None) -> tuple[Format, unpack.Pac
     guess = _FORMATS.get(suffix)
     if guess in {"csv", "tsv", "parquet"}:
         return guess, packing  # type: ignore[return-value]  # the same
-    with unpack.stream(place, packing) as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = unpack.start(place, packing, size=4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] == b"[":
         return "json", packing
     if start[:1] == b"{" or guess == "ndjson" or told in {"ndjson", "amplitude-export"}:

