@@ -1,0 +1,181 @@
+"""What a plan says of a stage, and a first mapping of a source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+import yaml
+from tests.backfill.staging import ndjson, run
+from typer.testing import CliRunner
+
+from retrofill.backfill import guess, intake, plan, profile, source, stage
+from retrofill.cli import map as map_verb
+from retrofill.cli import plan as plan_verb
+from retrofill.core import mapping
+from retrofill.errors import InputError
+
+app = typer.Typer()
+app.command("map")(map_verb.command)
+app.command("plan")(plan_verb.command)
+
+MAPPING = """
+event:
+  user_id: user
+  event_type: event
+  time: at
+"""
+AMPLITUDE = profile.PROFILES["amplitude"]
+
+
+def rows(count: int, *, hot: int = 0) -> list[dict[str, Any]]:
+    history = [{"user": f"user-{n % 50:02}", "event": "Open", "at": 1700000000000 + n * 1000} for n in range(count)]
+    return history + [{"user": "hot-user", "event": "$identify", "at": 1700000000000 + n} for n in range(hot)]
+
+
+def planned(tmp_path: Path, history: list[dict[str, Any]], chosen: profile.Profile, **more: Any) -> plan.Plan:
+    found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", history), MAPPING, **more)
+    return plan.plan(found, chosen, destination="amplitude")
+
+
+def test_a_plan_says_how_much_is_sent_and_billed(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows(2000, hot=400), AMPLITUDE)
+    assert (made.rows, made.events, made.billed, made.people) == (2400, 2400, 2000, 51)
+    assert made.requests == 240
+    assert made.days == {"2023-11-14": 2400}
+    assert made.types == {"Open": 2000, "$identify": 400}
+    assert made.hot_users[0].id == "hot-user"
+    assert made.duration_s == max(made.bounds.values())
+    assert made.bounds["events in all"] == 2.4
+    assert made.bounds["requests in all"] == 2.4
+
+
+def test_a_plan_names_who_is_held_back_and_for_how_many_days(tmp_path: Path) -> None:
+    strict = profile.adjust(AMPLITUDE, quota_per_day=300, device_per_s=10)
+    made = planned(tmp_path, rows(100, hot=1000), strict)
+    assert [(one.id, one.days) for one in made.throttled] == [("hot-user", 4)]
+    assert made.quota_days == 4
+    assert made.because == "daily quota"
+    assert made.duration_s > 3 * 86_400 - 3600
+    assert any("hot-user takes 4 days" in warning for warning in made.warnings)
+
+
+def test_a_plan_says_aloud_that_profiles_will_change(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows(10), AMPLITUDE, skip_user_properties_sync=False)
+    assert any("will change the user profiles" in warning for warning in made.warnings)
+    assert not planned(tmp_path, rows(10), AMPLITUDE).warnings
+
+
+def test_seconds_taken_for_milliseconds_are_suspected(tmp_path: Path) -> None:
+    made = planned(tmp_path, [{"user": "user-1", "event": "Open", "at": 1700000000}], AMPLITUDE)
+    assert any("is `time` in seconds?" in warning for warning in made.warnings)
+
+
+def test_a_plan_as_json_is_one_line(tmp_path: Path) -> None:
+    text = plan.to_json(planned(tmp_path, rows(10), AMPLITUDE))
+    assert "\n" not in text
+    assert msgspec.json.decode(text)["events"] == 10
+
+
+# seconds, words
+DURATIONS = [
+    (0.0, "under a second"),
+    (0.2, "1 s"),
+    (59, "59 s"),
+    (125, "2 min 5 s"),
+    (7200, "2 h"),
+    (273_600, "3 days 4 h"),
+]
+
+
+@pytest.mark.parametrize(("seconds", "words"), DURATIONS)
+def test_a_duration_is_said_as_people_do(seconds: float, words: str) -> None:
+    assert plan.sentence(seconds) == words
+
+
+def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
+    ndjson(tmp_path / "s.ndjson", rows(300))
+    (tmp_path / "m.yaml").write_text(MAPPING)
+    line = ["plan", str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml"), "--work", str(tmp_path / "work")]
+    shown = CliRunner().invoke(app, line)
+    assert shown.exit_code == 0, shown.output
+    assert "300 events" in shown.stdout
+    assert "nothing was sent" in " ".join(shown.stdout.split())
+    again = CliRunner().invoke(app, [*line, "--json", "--events-per-request", "100"])
+    told = msgspec.json.decode(again.stdout)
+    assert (told["events"], told["requests"]) == (300, 3)
+    assert told["import_id"] in shown.stdout
+
+
+def test_the_verb_refuses_what_cannot_be() -> None:
+    with pytest.raises(InputError, match="no part of all"):
+        plan_verb.part("many", "--bad-rows")
+    with pytest.raises(InputError, match="no date"):
+        plan_verb.moment("yesterday", "--since")
+    assert plan_verb.part("5%", "--bad-rows") == 0.05
+    assert plan_verb.moment("1970-01-02", "--since") == 86_400_000
+    assert plan_verb.moment("1970-01-01T01:00:00+01:00", "--since") == 0
+
+
+def test_an_import_is_named_as_told_or_anew(tmp_path: Path) -> None:
+    assert stage.import_name(tmp_path, "Spring-2024_x.y", now_ms=0) == "Spring-2024_x.y"
+    assert stage.import_name(tmp_path, None, now_ms=0).startswith("import-19700101-")
+    for wrong in ("", "a b", "a/b", "x" * 65):
+        with pytest.raises(InputError, match="no import name"):
+            stage.import_name(tmp_path, wrong, now_ms=0)
+
+
+def first_mapping(tmp_path: Path, path: Path) -> str:
+    pieces = source.pieces(source.locate([str(path)]), scratch=tmp_path)
+    return guess.write(intake.look(pieces, None), path.name)
+
+
+def test_a_first_mapping_of_git_history_is_nearly_the_right_one(tmp_path: Path, data: Path) -> None:
+    text = first_mapping(tmp_path, data / "git-history.ndjson.gz")
+    found = mapping.parse(yaml.safe_load(text))
+    fields = {field.name: field.expression for field in found.fields}
+    assert fields["user_id"] == "user"
+    assert fields["device_id"] == "device"
+    assert fields["event_type"] == "event"
+    assert fields["time"] == "at * 1000"
+    assert fields["insert_id"] == "id"
+    assert "counts seconds" in text
+    (tmp_path / "m.yaml").write_text(text)
+    staged = run(tmp_path / "work", data / "git-history.ndjson.gz", str(tmp_path / "m.yaml"))
+    assert staged.events == 60_966
+
+
+def test_a_first_mapping_of_shop_clickstream_can_be_run_as_it_is(tmp_path: Path, data: Path) -> None:
+    text = first_mapping(tmp_path, data / "shop-clickstream.csv.gz")
+    (tmp_path / "m.yaml").write_text(text)
+    staged = run(tmp_path / "work", data / "shop-clickstream.csv.gz", str(tmp_path / "m.yaml"))
+    assert (staged.events, staged.people) == (31_106, 600)
+
+
+def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:
+    path = ndjson(tmp_path / "s.ndjson", [{"foo": 1, "on": "x", "a b": 2, "a: b": 3}])
+    text = first_mapping(tmp_path, path)
+    assert "no column looks like a time: which is it?" in text
+    assert "no column names a user or a device" in text
+    names = {field.path[-1]: field.expression for field in mapping.parse(yaml.safe_load(text)).fields}
+    assert (names["on"], names["a b"], names["a: b"]) == ("on", '"a b"', '"a: b"')
+
+
+def test_a_source_that_a_preset_knows_is_recognised(tmp_path: Path) -> None:
+    row = {"$insert_id": "a", "amplitude_id": 1, "event_time": "2024-01-01 00:00:00", "event_type": "x"}
+    path = ndjson(tmp_path / "s.ndjson", [row])
+    assert "--map amplitude-export" in first_mapping(tmp_path, path)
+    assert plan_verb.fitting([str(path)], None, None) == "amplitude-export"
+    with pytest.raises(InputError, match="retrofill map SOURCE"):
+        plan_verb.fitting([str(ndjson(tmp_path / "o.ndjson", [{"a": 1}]))], None, None)
+
+
+def test_the_map_verb_writes_to_standard_output_or_a_file(tmp_path: Path) -> None:
+    path = ndjson(tmp_path / "s.ndjson", rows(5))
+    shown = CliRunner().invoke(app, ["map", str(path)])
+    assert "event_type: event" in shown.stdout
+    CliRunner().invoke(app, ["map", str(path), "--out", str(tmp_path / "m.yaml")])
+    assert (tmp_path / "m.yaml").read_text() == shown.stdout
