@@ -287,6 +287,7 @@ def test_a_file_and_its_name_are_on_disk_before_the_catalog_names_it(
         ("sync_file", file.path.name),
         ("sync_folder", "events"),
         ("commit", "lake"),
+        ("sync_folder", "lake"),
     ]
     files.calls.clear()
     assert lake.swap([file], merge(lake, [file]))
@@ -295,6 +296,7 @@ def test_a_file_and_its_name_are_on_disk_before_the_catalog_names_it(
         ("sync_file", file.path.name),
         ("sync_folder", "events"),
         ("commit", "lake"),
+        ("sync_folder", "lake"),
     ]
 
 
@@ -312,6 +314,7 @@ def test_the_places_of_deleted_rows_are_on_disk_before_the_catalog_names_them(
             ("sync_file", file.deleted.name),
             ("sync_folder", "events"),
             ("commit", "lake"),
+            ("sync_folder", "lake"),
         ]
 
 

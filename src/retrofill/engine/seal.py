@@ -41,6 +41,8 @@ log = structlog.get_logger()
 _ANSWER_BYTES_MAX = 256 * 1024 * 1024  # a line of merges, about 100 bytes each
 _PR_SET_PDEATHSIG = 1
 _SEAL_NICE, _COMPACT_NICE = 5, 10
+# Memory given back is memory that the next seal, which wants as much, has to ask for again.
+_KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
 _CHILD = "from retrofill.engine import seal; seal.main()"
 
 
@@ -99,8 +101,8 @@ class Sealer:
     def __init__(self, blocks: Path, lake: Lake) -> None:
         self._blocks = blocks
         self._lake = lake
-        self._sealing = _Child(_SEAL_NICE)
-        self._compacting = _Child(_COMPACT_NICE)
+        self._sealing = _Child(_SEAL_NICE, _KEEP_MEMORY)
+        self._compacting = _Child(_COMPACT_NICE, {})
         self._round: asyncio.Task[None] | None = None
 
     async def seal(self, first: int, last: int) -> SealResult:
@@ -170,8 +172,9 @@ class Sealer:
 class _Child:
     """One child process, started when first needed and again when it has died. One task at a time."""
 
-    def __init__(self, nice: int) -> None:
+    def __init__(self, nice: int, settings: dict[str, str]) -> None:
         self._nice = nice
+        self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
         self._asking = asyncio.Lock()
 
@@ -226,8 +229,7 @@ class _Child:
             str(self._nice),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            # Memory given back is memory that the next seal has to ask for again.
-            env=os.environ | {"PYTHONPATH": path, "MIMALLOC_PURGE_DELAY": "-1"},
+            env=os.environ | {"PYTHONPATH": path} | self._settings,
             limit=_ANSWER_BYTES_MAX,
         )
 

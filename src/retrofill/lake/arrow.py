@@ -19,7 +19,7 @@ from retrofill.core.block import COLUMNS, Block
 from retrofill.core.row import SHOWN, Column, Repeated, Vocabulary
 
 # An array costs some microseconds before its first value: small blocks are put together.
-_BATCH_ROWS = 10_000
+_BATCH_ROWS = 5000
 _INT64 = (-(2**63), 2**63 - 1)
 
 SCHEMA = pa.schema(

@@ -236,6 +236,8 @@ class Lake:
                 self._sync_written()
                 self.files.committing(self.folder)
                 cursor.execute("COMMIT")
+                # DuckDB synced its log; the log's name may be new.
+                self.files.sync_folder(self.folder)
             except BaseException:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")

@@ -1,6 +1,6 @@
 """Lake files: Parquet, sorted by (amplitude_id, block, row), on disk before anybody names them.
 
-Encodings were chosen by measurement on realistic events (bench: `bench/seal.py`): sorting brings a person's rows
+Encodings were chosen by measurement on realistic events: sorting brings a person's rows
 together, so ids and snapshots shrink to almost nothing as differences from the row before; small vocabularies are
 dictionaries; an `insert_id` is random and stays what it is. Row groups are small, so that one person's rows are found
 by their statistics and little else is read.
@@ -35,12 +35,15 @@ _VOCABULARIES = [
     for field in SCHEMA
     if field.type == pa.string() and field.name not in (*_LIKE_BEFORE, *_ALL_DIFFERENT)
 ]
-_READ_ROWS = LAKE_GROUP_ROWS // 4  # at a time, from each of the files that are merged
+_READ_ROWS = 2500  # at a time, from each of the files that are merged
+_READ_BYTES = 256 * 1024  # of one column
 _WORDS_MAX = 1000  # of a dictionary that is written as it is
 _OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
     "use_dictionary": _VOCABULARIES,
+    # The order of the rows makes ranges of numbers useful; ranges of texts only make footers long.
+    "write_statistics": list(_INTEGERS),
     "column_encoding": {
         **dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
         **dict.fromkeys(_LIKE_BEFORE, "DELTA_BYTE_ARRAY"),
@@ -63,11 +66,9 @@ def write(path: Path, tables: Iterable[pa.Table], files: Files) -> Written:
     rows = 0
     try:
         with pq.ParquetWriter(path, FILE, **_OPTIONS) as writer:
-            for table in tables:
-                # Groups of one size, none of a few rows left over.
-                groups = -(-table.num_rows // LAKE_GROUP_ROWS)
-                writer.write_table(table, row_group_size=-(-table.num_rows // max(groups, 1)) or 1)
-                rows += table.num_rows
+            for group in _groups(tables):
+                writer.write_table(group, row_group_size=LAKE_GROUP_ROWS)
+                rows += group.num_rows
     except OSError as problem:
         raise store_error(problem, path) from problem
     if not rows:
@@ -78,26 +79,50 @@ def write(path: Path, tables: Iterable[pa.Table], files: Files) -> Written:
     return Written(rows, path.stat().st_size)
 
 
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the same rows cut into row groups of one size: each group costs every reader of the file."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        while rows >= LAKE_GROUP_ROWS:
+            whole = pa.concat_tables(held)
+            yield _small(whole.slice(0, LAKE_GROUP_ROWS))
+            held = [whole.slice(LAKE_GROUP_ROWS)]
+            rows -= LAKE_GROUP_ROWS
+    if rows:
+        yield _small(pa.concat_tables(held))
+
+
 def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
     """Yield the rows of blocks sorted by (amplitude_id, block, row), as they go into a file, one row group at a time."""
     vocabulary = Vocabulary()
-    table = arrow.narrow(blocks, vocabulary)
+    table = _whole(arrow.narrow(blocks, vocabulary))
     values = arrow.shown(vocabulary)
     # The rows stand in order of position already.
     order = np.argsort(table["amplitude_id"].to_numpy(), kind="stable")
     for first in range(0, len(order), LAKE_GROUP_ROWS):
         some = table.take(pa.array(order[first : first + LAKE_GROUP_ROWS]))
-        yield _small(arrow.widen(some, values))
+        yield arrow.widen(some, values)
+
+
+def _whole(table: pa.Table) -> pa.Table:
+    """Lay each column into one piece, one after another: `take` would do so again for every row group."""
+    schema, columns = table.schema, table.columns
+    del table
+    for index, column in enumerate(columns):
+        columns[index] = column.combine_chunks()
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _small(table: pa.Table) -> pa.Table:
-    """Return rows whose dictionaries hold little that is not in them: a file repeats them for each row group."""
+    """Return rows whose columns are of one piece, with dictionaries that hold little more than is in the rows."""
+    table = table.unify_dictionaries().combine_chunks()
     for index, field in enumerate(table.schema):
-        column = table.column(index)
-        if pa.types.is_dictionary(field.type) and any(
-            len(chunk.dictionary) > _WORDS_MAX for chunk in column.chunks
-        ):
-            again = column.cast(field.type.value_type).combine_chunks().dictionary_encode()
+        column = table.column(index).chunk(0)
+        if pa.types.is_dictionary(field.type) and len(column.dictionary) > _WORDS_MAX:
+            again = column.dictionary_decode().dictionary_encode()
             table = table.set_column(index, field, again)
     return table
 
@@ -110,7 +135,8 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
     try:
         gone = _deleted(deleted)
         first = 0
-        with pq.ParquetFile(path) as opened:
+        # Buffers of a set size: otherwise a whole file is read ahead, of each file that is merged.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened:
             for batch in opened.iter_batches(_READ_ROWS):
                 table = pa.Table.from_batches([batch])
                 yield table if gone is None else _without(table, gone, first)
