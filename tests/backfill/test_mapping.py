@@ -15,12 +15,19 @@ from tests.backfill.staging import events, letters, ndjson, run
 
 from retrofill.errors import InputError
 
-ROW = {"user": "user-1", "at": 1700000000, "event": "Open", "props": {"a": 1, "Big Key": [1.5, None]}}
+ROW = {
+    "user": "user-1",
+    "at": 1700000000,
+    "event": "Open",
+    "props": {"a": 1, "Big Key": [1.5, None]},
+}
 BASE: dict[str, Any] = {"user_id": "user", "event_type": "event", "time": "at * 1000"}
 LOST = {"insert_id", "$skip_user_properties_sync"}
 
 
-def mapped(tmp_path: Path, rows: list[Any], event: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+def mapped(
+    tmp_path: Path, rows: list[Any], event: dict[str, Any], **more: Any
+) -> list[dict[str, Any]]:
     document = {"event": {**BASE, **event}, **more.pop("document", {})}
     run(tmp_path / "work", ndjson(tmp_path / "source.ndjson", rows), document, **more)
     return [
@@ -30,7 +37,15 @@ def mapped(tmp_path: Path, rows: list[Any], event: dict[str, Any], **more: Any) 
 
 
 def test_a_column_goes_on_as_the_source_wrote_it(tmp_path: Path) -> None:
-    row = {**ROW, "n": 12345678901234567, "f": 0.1, "t": "a\"\\ü\n", "b": True, "l": [1, {"x": "y"}], "o": None}
+    row = {
+        **ROW,
+        "n": 12345678901234567,
+        "f": 0.1,
+        "t": 'a"\\ü\n',
+        "b": True,
+        "l": [1, {"x": "y"}],
+        "o": None,
+    }
     event = {"event_properties": {name: name for name in "nftblo"}}
     (found,) = mapped(tmp_path, [row], event)
     assert found["event_properties"] == {name: row[name] for name in "nftbl"}
@@ -43,7 +58,9 @@ def test_names_reach_into_objects_with_dots(tmp_path: Path) -> None:
 
 
 def test_json_operators_work_as_in_duckdb(tmp_path: Path) -> None:
-    event = {"event_properties": {"a": "props->>'a'", "all": "list_transform([1, 2], lambda x: x + at)"}}
+    event = {
+        "event_properties": {"a": "props->>'a'", "all": "list_transform([1, 2], lambda x: x + at)"}
+    }
     (found,) = mapped(tmp_path, [ROW], event)
     assert found["event_properties"] == {"a": "1", "all": [1700000001, 1700000002]}
 
@@ -97,7 +114,10 @@ def test_texts_numbers_and_flags_are_made_what_the_wire_wants(tmp_path: Path) ->
 
 # event, words of the error
 UNCOMPILED = [
-    ({"platform": "plattform"}, r"platform cannot be: The source has no column 'plattform'.*plattform"),
+    (
+        {"platform": "plattform"},
+        r"platform cannot be: The source has no column 'plattform'.*plattform",
+    ),
     ({"platform": "upper(event"}, r"platform cannot be: syntax error"),
     ({"platform": "uper(event)"}, r"platform cannot be: .*uper does not exist.*uper\(event\)"),
     ({"event_properties": {"a": "event + 1 FROM x"}}, r"event_properties.a cannot be"),
@@ -135,7 +155,10 @@ def test_single_rows_that_do_not_fit_are_dead_letters_with_field_expression_and_
     found = mapped(tmp_path, rows, {"quantity": "n"})
     assert len(found) == 99
     told = letters(tmp_path / "work")
-    assert [(letter["line"], letter["file"].split("/")[-1]) for letter in sorted(told, key=lambda x: x["line"])] == [
+    assert [
+        (letter["line"], letter["file"].split("/")[-1])
+        for letter in sorted(told, key=lambda x: x["line"])
+    ] == [
         (41, "source.ndjson"),
         (61, "source.ndjson"),
         (62, "source.ndjson"),
@@ -210,7 +233,9 @@ def test_what_the_core_mends_is_staged_mended_and_what_it_refuses_is_not(tmp_pat
         {**ROW, "props": deep},
         *[ROW] * 50,
     ]
-    found = mapped(tmp_path, rows, {"event_properties": "props", "user_properties": "table", "idfv": "'kept'"})
+    found = mapped(
+        tmp_path, rows, {"event_properties": "props", "user_properties": "table", "idfv": "'kept'"}
+    )
     assert found[0]["event_properties"] == {"long": "x" * 1024}
     assert found[0]["idfv"] == "kept"
     assert found[1]["user_properties"] == {"n": 1e30}
@@ -237,7 +262,12 @@ def test_csv_numbers_are_numbers(tmp_path: Path) -> None:
     source = tmp_path / "source.csv"
     source.write_text("user,at,event,n,f,b,z\nuser-1,1700000000,Open,5,1.50,TRUE,007\n")
     run(tmp_path / "work", source, {"event": {**BASE, "event_properties": {x: x for x in "nfbz"}}})
-    assert events(tmp_path / "work")[0]["event_properties"] == {"n": 5, "f": 1.5, "b": True, "z": "007"}
+    assert events(tmp_path / "work")[0]["event_properties"] == {
+        "n": 5,
+        "f": 1.5,
+        "b": True,
+        "z": "007",
+    }
 
 
 def test_parquet_keeps_its_types_and_its_dead_letters_show_the_row(tmp_path: Path) -> None:
@@ -263,7 +293,7 @@ def test_parquet_keeps_its_types_and_its_dead_letters_show_the_row(tmp_path: Pat
 def test_a_missing_mapping_and_broken_yaml_are_told(tmp_path: Path) -> None:
     from retrofill.backfill import mapping_file  # noqa: PLC0415  # one test's own
 
-    with pytest.raises(InputError, match="no mapping 'nothing'.*amplitude-export"):
+    with pytest.raises(InputError, match=r"no mapping 'nothing'.*amplitude-export"):
         mapping_file.load("nothing")
     broken = tmp_path / "broken.yaml"
     broken.write_text("event: [")
@@ -272,9 +302,17 @@ def test_a_missing_mapping_and_broken_yaml_are_told(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     | st.floats(allow_nan=False, allow_infinity=False, width=32),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=8), inner, max_size=3
+        )
+    ),
     max_leaves=8,
 )
 

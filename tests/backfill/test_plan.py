@@ -32,11 +32,18 @@ AMPLITUDE = profile.PROFILES["amplitude"]
 
 
 def rows(count: int, *, hot: int = 0) -> list[dict[str, Any]]:
-    history = [{"user": f"user-{n % 50:02}", "event": "Open", "at": 1700000000000 + n * 1000} for n in range(count)]
-    return history + [{"user": "hot-user", "event": "$identify", "at": 1700000000000 + n} for n in range(hot)]
+    history = [
+        {"user": f"user-{n % 50:02}", "event": "Open", "at": 1700000000000 + n * 1000}
+        for n in range(count)
+    ]
+    return history + [
+        {"user": "hot-user", "event": "$identify", "at": 1700000000000 + n} for n in range(hot)
+    ]
 
 
-def planned(tmp_path: Path, history: list[dict[str, Any]], chosen: profile.Profile, **more: Any) -> plan.Plan:
+def planned(
+    tmp_path: Path, history: list[dict[str, Any]], chosen: profile.Profile, **more: Any
+) -> plan.Plan:
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", history), MAPPING, **more)
     return plan.plan(found, chosen, destination="amplitude")
 
@@ -99,7 +106,14 @@ def test_a_duration_is_said_as_people_do(seconds: float, words: str) -> None:
 def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
     ndjson(tmp_path / "s.ndjson", rows(300))
     (tmp_path / "m.yaml").write_text(MAPPING)
-    line = ["plan", str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml"), "--work", str(tmp_path / "work")]
+    line = [
+        "plan",
+        str(tmp_path / "s.ndjson"),
+        "--map",
+        str(tmp_path / "m.yaml"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0, shown.output
     assert "300 events" in shown.stdout
@@ -148,7 +162,9 @@ def test_a_first_mapping_of_git_history_is_nearly_the_right_one(tmp_path: Path, 
     assert staged.events == 60_966
 
 
-def test_a_first_mapping_of_shop_clickstream_can_be_run_as_it_is(tmp_path: Path, data: Path) -> None:
+def test_a_first_mapping_of_shop_clickstream_can_be_run_as_it_is(
+    tmp_path: Path, data: Path
+) -> None:
     text = first_mapping(tmp_path, data / "shop-clickstream.csv.gz")
     (tmp_path / "m.yaml").write_text(text)
     staged = run(tmp_path / "work", data / "shop-clickstream.csv.gz", str(tmp_path / "m.yaml"))
@@ -160,12 +176,19 @@ def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:
     text = first_mapping(tmp_path, path)
     assert "no column looks like a time: which is it?" in text
     assert "no column names a user or a device" in text
-    names = {field.path[-1]: field.expression for field in mapping.parse(yaml.safe_load(text)).fields}
+    names = {
+        field.path[-1]: field.expression for field in mapping.parse(yaml.safe_load(text)).fields
+    }
     assert (names["on"], names["a b"], names["a: b"]) == ("on", '"a b"', '"a: b"')
 
 
 def test_a_source_that_a_preset_knows_is_recognised(tmp_path: Path) -> None:
-    row = {"$insert_id": "a", "amplitude_id": 1, "event_time": "2024-01-01 00:00:00", "event_type": "x"}
+    row = {
+        "$insert_id": "a",
+        "amplitude_id": 1,
+        "event_time": "2024-01-01 00:00:00",
+        "event_type": "x",
+    }
     path = ndjson(tmp_path / "s.ndjson", [row])
     assert "--map amplitude-export" in first_mapping(tmp_path, path)
     assert plan_verb.fitting([str(path)], None, None) == "amplitude-export"

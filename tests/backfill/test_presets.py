@@ -41,7 +41,12 @@ EXPORTED: Json = {
     "client_event_time": "2025-03-01 10:00:05.123000",
     "client_upload_time": "2025-03-01 10:00:07.000000",
     "country": "United States",
-    "data": {"path": "/batch", "user_properties_updated": True, "group_first_event": {}, "group_ids": {}},
+    "data": {
+        "path": "/batch",
+        "user_properties_updated": True,
+        "group_first_event": {},
+        "group_ids": {},
+    },
     "data_type": "event",
     "device_brand": None,
     "device_carrier": "AT&T",
@@ -243,7 +248,12 @@ def test_segment(tmp_path: Path) -> None:
         "os": {"name": "iPhone OS", "version": "8.1.3"},
         "campaign": {"source": "Newsletter", "name": "TPS"},
         "traits": {"plan": "pro"},
-        "location": {"country": "US", "city": "San Francisco", "latitude": 40.25, "longitude": -70.0},
+        "location": {
+            "country": "US",
+            "city": "San Francisco",
+            "latitude": 40.25,
+            "longitude": -70.0,
+        },
     }
     track = {
         "type": "track",
@@ -550,7 +560,9 @@ def test_snowplow(tmp_path: Path) -> None:
 
 def test_signups_from_csv(tmp_path: Path) -> None:
     source = tmp_path / "users.csv"
-    source.write_text("id,created_at,plan,seats\n10001,2013-08-01 12:00:00,pro,3\n10002,2022-08-01,,\n")
+    source.write_text(
+        "id,created_at,plan,seats\n10001,2013-08-01 12:00:00,pro,3\n10002,2022-08-01,,\n"
+    )
     run(tmp_path / "work", source, "signups", skip_user_properties_sync=False)
     assert events(tmp_path / "work") == [
         {

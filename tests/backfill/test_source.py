@@ -25,9 +25,17 @@ from retrofill.backfill import records, source
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.errors import InputError
 
-MAPPING = {"event": {"user_id": "user", "event_type": "event", "time": "at", "event_properties": {"n": "n"}}}
+MAPPING = {
+    "event": {
+        "user_id": "user",
+        "event_type": "event",
+        "time": "at",
+        "event_properties": {"n": "n"},
+    }
+}
 ROWS = [
-    {"user": f"user-{at % 3}", "event": "Open", "at": 1700000000000 + at, "n": at} for at in range(10)
+    {"user": f"user-{at % 3}", "event": "Open", "at": 1700000000000 + at, "n": at}
+    for at in range(10)
 ]
 
 
@@ -98,7 +106,9 @@ def test_files_of_a_folder_come_in_natural_order_and_others_are_passed_over(tmp_
         "last.ndjson",
     ]
     # One person, one moment: the order of files decides.
-    assert [msgspec.json.decode(row["json"])["event_properties"]["n"] for row in rows(tmp_path / "work")] == [1, 2, 10, 99]
+    assert [
+        msgspec.json.decode(row["json"])["event_properties"]["n"] for row in rows(tmp_path / "work")
+    ] == [1, 2, 10, 99]
 
 
 def test_a_glob_names_files_and_a_missing_one_is_told(tmp_path: Path) -> None:
@@ -106,7 +116,7 @@ def test_a_glob_names_files_and_a_missing_one_is_told(tmp_path: Path) -> None:
         ndjson(tmp_path / f"a{at}.ndjson", [{**ROWS[0], "n": at}])
     run(tmp_path / "work", str(tmp_path / "a[01].ndjson"), MAPPING)
     assert numbers(tmp_path / "work") == [0, 1]
-    with pytest.raises(InputError, match="no source .*nothing"):
+    with pytest.raises(InputError, match=r"no source .*nothing"):
         source.locate([str(tmp_path / "nothing*.csv")])
     with pytest.raises(InputError, match="No source was named"):
         source.locate([])
@@ -130,8 +140,16 @@ def test_an_export_zip_and_its_unpacked_folder_are_the_same(tmp_path: Path) -> N
     with zipfile.ZipFile(tmp_path / "export.zip") as archive:
         archive.extractall(tmp_path / "unpacked")
     folder = run(tmp_path / "folder", tmp_path / "unpacked", "amplitude-export")
-    assert [file.name.split("_")[-1] for file in zipped.files] == ["2#70.json.gz", "9#70.json.gz", "10#70.json.gz"]
-    assert [file.name.split("_")[-1] for file in folder.files] == ["2#70.json.gz", "9#70.json.gz", "10#70.json.gz"]
+    assert [file.name.split("_")[-1] for file in zipped.files] == [
+        "2#70.json.gz",
+        "9#70.json.gz",
+        "10#70.json.gz",
+    ]
+    assert [file.name.split("_")[-1] for file in folder.files] == [
+        "2#70.json.gz",
+        "9#70.json.gz",
+        "10#70.json.gz",
+    ]
     assert events(tmp_path / "zipped") == events(tmp_path / "folder")
     assert [event["insert_id"] for event in events(tmp_path / "zipped")] == ["i-2", "i-9", "i-10"]
 
@@ -152,7 +170,9 @@ def test_unreadable_lines_are_dead_letters_with_file_line_and_text(tmp_path: Pat
     ]
     assert found.rows == 99
     assert found.events == 96
-    assert all("unreadable" in letter["reason"] or "event_type" in letter["reason"] for letter in told)
+    assert all(
+        "unreadable" in letter["reason"] or "event_type" in letter["reason"] for letter in told
+    )
 
 
 def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
@@ -162,7 +182,9 @@ def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
     text.insert(8, "")
     (tmp_path / "rows.csv").write_text("\n".join(text))
     run(tmp_path / "work", tmp_path / "rows.csv", MAPPING)
-    assert [(letter["line"], letter["reason"], letter["row"]) for letter in letters(tmp_path / "work")] == [
+    assert [
+        (letter["line"], letter["reason"], letter["row"]) for letter in letters(tmp_path / "work")
+    ] == [
         (5, "unreadable: 2 cells instead of 4", "user-1,Open"),
         (7, "unreadable: 6 cells instead of 4", "user-1,Open,1700000000000,1,2,3"),
     ]
@@ -251,17 +273,21 @@ def s3() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_objects_of_an_s3_server(
-    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_objects_of_an_s3_server(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3  # noqa: PLC0415  # as above
 
-    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "us-east-1")):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(name, value)
     client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket="history")
     for at in (2, 10, 1):
-        client.put_object(Bucket="history", Key=f"y/part-{at}.ndjson", Body=lines([{**ROWS[0], "n": at}]))
+        client.put_object(
+            Bucket="history", Key=f"y/part-{at}.ndjson", Body=lines([{**ROWS[0], "n": at}])
+        )
     client.put_object(Bucket="history", Key="y/notes.md", Body=b"no history")
     run(tmp_path / "folder", "s3://history/y/", MAPPING, endpoint=s3)
     assert numbers(tmp_path / "folder") == [1, 2, 10]
@@ -287,7 +313,9 @@ def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     try:
         url = server.get_uri()
         with psycopg.connect(url) as connection:
-            connection.execute('CREATE TABLE history ("user" text, event text, at timestamptz, n numeric)')
+            connection.execute(
+                'CREATE TABLE history ("user" text, event text, at timestamptz, n numeric)'
+            )
             with connection.cursor() as cursor:
                 cursor.executemany(
                     "INSERT INTO history VALUES (%s, %s, to_timestamp(%s), %s)",
@@ -310,7 +338,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r
 
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(TEXT.filter(bool), min_size=2, max_size=2), min_size=1, max_size=12), st.integers(1, 64))
+@given(
+    st.lists(st.lists(TEXT.filter(bool), min_size=2, max_size=2), min_size=1, max_size=12),
+    st.integers(1, 64),
+)
 def test_csv_is_cut_into_the_records_that_were_written_wherever_it_is_read(
     tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]], chunk: int
 ) -> None:
@@ -319,7 +350,11 @@ def test_csv_is_cut_into_the_records_that_were_written_wherever_it_is_read(
     path.write_text("a,b\n" + "\n".join(quoted) + "\n", encoding="utf-8", newline="")
     with DeadLetters(path.with_suffix(".dead")) as dead:
         batches = list(records.csv_records(piece(path, "csv"), ["a", "b"], dead, chunk=chunk))
-    found = [list(row) for batch in batches for row in zip(batch["cell_0"].to_pylist(), batch["cell_1"].to_pylist(), strict=True)]
+    found = [
+        list(row)
+        for batch in batches
+        for row in zip(batch["cell_0"].to_pylist(), batch["cell_1"].to_pylist(), strict=True)
+    ]
     assert found == cells
     assert dead.total == 0
     starts = [2]
@@ -330,19 +365,32 @@ def test_csv_is_cut_into_the_records_that_were_written_wherever_it_is_read(
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.dictionaries(TEXT, st.recursive(TEXT | st.integers(), lambda x: st.lists(x, max_size=3)), max_size=3), max_size=8),
+    st.lists(
+        st.dictionaries(
+            TEXT, st.recursive(TEXT | st.integers(), lambda x: st.lists(x, max_size=3)), max_size=3
+        ),
+        max_size=8,
+    ),
     st.integers(1, 64),
     st.booleans(),
 )
 def test_a_json_array_is_cut_into_its_elements_wherever_it_is_read(
-    tmp_path_factory: pytest.TempPathFactory, values: list[Any], chunk: int, pretty: bool  # noqa: FBT001  # drawn by the test
+    tmp_path_factory: pytest.TempPathFactory,
+    values: list[Any],
+    chunk: int,
+    pretty: bool,  # noqa: FBT001  # drawn by the test
 ) -> None:
     path = tmp_path_factory.mktemp("json") / "rows.json"
     text = msgspec.json.encode(values)
     path.write_bytes(msgspec.json.format(text) if pretty else text)
     with DeadLetters(path.with_suffix(".dead")) as dead:
         batches = list(records.json_records(piece(path, "json"), dead, chunk=chunk))
-    found = [msgspec.json.decode(one) for batch in batches for one in batch["text"].to_pylist() if one.strip()]
+    found = [
+        msgspec.json.decode(one)
+        for batch in batches
+        for one in batch["text"].to_pylist()
+        if one.strip()
+    ]
     assert found == values
     assert dead.total == 0
 
@@ -351,14 +399,20 @@ def test_lines_are_read_in_bounded_pieces_whatever_the_chunk(tmp_path: Path) -> 
     (tmp_path / "rows.ndjson").write_bytes(FORMS["rows.ndjson"])
     for chunk in (1, 7, 64, 4096):
         with DeadLetters(tmp_path / "dead") as dead:
-            batches = list(records.json_records(piece(tmp_path / "rows.ndjson", "ndjson"), dead, chunk=chunk))
-        assert [line for batch in batches for line in batch["line"].to_pylist()] == list(range(1, 11))
+            batches = list(
+                records.json_records(piece(tmp_path / "rows.ndjson", "ndjson"), dead, chunk=chunk)
+            )
+        assert [line for batch in batches for line in batch["line"].to_pylist()] == list(
+            range(1, 11)
+        )
 
 
 def test_dead_letters_may_come_from_several_threads(tmp_path: Path) -> None:
     with DeadLetters(tmp_path / "dead") as dead:
         threads = [
-            threading.Thread(target=lambda: [dead.add("f", at, "kind", "why", "row") for at in range(200)])
+            threading.Thread(
+                target=lambda: [dead.add("f", at, "kind", "why", "row") for at in range(200)]
+            )
             for _ in range(4)
         ]
         for thread in threads:

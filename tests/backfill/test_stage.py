@@ -32,8 +32,17 @@ MAPPING = {
 }
 
 
-def row(n: int, *, user: str | None = None, device: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"user": user, "device": device, "event": "Open", "at": 1700000000000 + n, "n": n, **more}
+def row(
+    n: int, *, user: str | None = None, device: str | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "user": user,
+        "device": device,
+        "event": "Open",
+        "at": 1700000000000 + n,
+        "n": n,
+        **more,
+    }
 
 
 def test_git_history_is_staged_whole(tmp_path: Path, data: Path) -> None:
@@ -86,7 +95,10 @@ def check_order(work: Path) -> None:
         assert table.num_rows == one.events
         assert sum(table["bytes"].to_pylist()) == one.bytes
         assert table["seq"].to_pylist() == list(range(one.events))
-        keys = [tuple(key.values()) for key in table.select(["person", "time_ms", "file", "line"]).to_pylist()]
+        keys = [
+            tuple(key.values())
+            for key in table.select(["person", "time_ms", "file", "line"]).to_pylist()
+        ]
         assert keys == sorted(keys)
         assert one.people == len(set(table["person"].to_pylist()))
         for person in set(table["person"].to_pylist()):
@@ -123,7 +135,9 @@ def test_a_person_is_whoever_shares_a_device_or_a_user(tmp_path: Path) -> None:
 def test_equal_times_keep_the_order_of_the_source(tmp_path: Path) -> None:
     source = [{**row(0, user="user-1"), "n": n} for n in range(500)]
     run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", source), MAPPING)
-    told = [msgspec.json.decode(one["json"])["event_properties"]["n"] for one in rows(tmp_path / "work")]
+    told = [
+        msgspec.json.decode(one["json"])["event_properties"]["n"] for one in rows(tmp_path / "work")
+    ]
     assert told == list(range(500))
 
 
@@ -150,7 +164,7 @@ def test_a_user_who_meets_too_many_others_joins_nobody(tmp_path: Path) -> None:
 
 
 def test_one_person_on_many_devices_is_one(tmp_path: Path) -> None:
-    source = [row(n, device=f"device-{n:03}", user="user-1" if n % 2 else None) for n in range(0, 200)]
+    source = [row(n, device=f"device-{n:03}", user="user-1" if n % 2 else None) for n in range(200)]
     source += [row(500 + n, device=f"device-{n:03}", user="user-1") for n in range(200)]
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", source), MAPPING)
     assert (found.people, found.kiosks) == (1, [])
@@ -160,7 +174,9 @@ def test_rows_with_one_insert_id_on_one_device_are_staged_once(tmp_path: Path) -
     source = [
         row(5, user="user-1", device="device-1", id="a"),
         row(5, user="user-1", device="device-1", id="a"),  # the same again
-        row(3, user="user-1", device="device-1", id="a"),  # earlier, hence first: the other two differ from it
+        row(
+            3, user="user-1", device="device-1", id="a"
+        ),  # earlier, hence first: the other two differ from it
         row(5, user="user-1", device="device-2", id="a"),  # another device's
         row(7, user="user-2", id="b"),
         row(7, user="user-2", id="b"),
@@ -189,7 +205,10 @@ def test_equal_events_without_insert_id_are_all_staged_and_told_apart(tmp_path: 
 
 
 def test_bounds_of_time_leave_rows_out_and_count_them(tmp_path: Path) -> None:
-    source = [row(n, user="user-1", event="A" if n % 2 else "B") | {"event": "A" if n % 2 else "B"} for n in range(10)]
+    source = [
+        row(n, user="user-1", event="A" if n % 2 else "B") | {"event": "A" if n % 2 else "B"}
+        for n in range(10)
+    ]
     found = run(
         tmp_path / "work",
         ndjson(tmp_path / "s.ndjson", source),
@@ -211,7 +230,11 @@ def test_a_sample_takes_whole_people(tmp_path: Path) -> None:
 
 
 def test_lost_ids_are_counted_by_reason(tmp_path: Path) -> None:
-    source = [row(0, user="usr", device="device-1"), row(1, user="NULL", device="device-1"), row(2, user="user-1", device="-1")]
+    source = [
+        row(0, user="usr", device="device-1"),
+        row(1, user="NULL", device="device-1"),
+        row(2, user="user-1", device="-1"),
+    ]
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", source), MAPPING)
     assert found.ids == {"user_id too short": 1, "user_id forbidden": 1, "device_id forbidden": 1}
     assert found.events == 3
@@ -255,7 +278,10 @@ def test_a_crash_while_staging_leaves_no_stage_and_the_next_run_makes_it(
     (tmp_path / "work" / "scratch").mkdir()
     (tmp_path / "work" / "scratch" / "spill.arrow").write_bytes(b"half")
     assert run(tmp_path / "work", source, MAPPING).events == 5
-    assert sorted(one.name for one in (tmp_path / "work").iterdir()) == ["dead-letters.ndjson", "stage"]
+    assert sorted(one.name for one in (tmp_path / "work").iterdir()) == [
+        "dead-letters.ndjson",
+        "stage",
+    ]
 
 
 def test_a_broken_manifest_is_told(tmp_path: Path) -> None:
@@ -272,7 +298,13 @@ def test_a_broken_manifest_is_told(tmp_path: Path) -> None:
 
 
 def test_an_empty_source_makes_an_empty_stage(tmp_path: Path) -> None:
-    declared = {**MAPPING, "source": {"columns": {name: "VARCHAR" for name in ("user", "device", "id", "event", "n")} | {"at": "BIGINT"}}}
+    declared = {
+        **MAPPING,
+        "source": {
+            "columns": dict.fromkeys(("user", "device", "id", "event", "n"), "VARCHAR")
+            | {"at": "BIGINT"}
+        },
+    }
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", []), declared)
     assert (found.events, found.first_ms, [one.events for one in found.sets]) == (0, None, [0, 0])
 
@@ -282,7 +314,11 @@ def test_many_small_buckets_give_the_same_stage_as_one(
 ) -> None:
     draw = random.Random(7)
     source = [
-        row(draw.randrange(3000), user="hot-user" if draw.random() < 0.6 else f"user-{draw.randrange(80):03}", device=f"device-{draw.randrange(300):03}")
+        row(
+            draw.randrange(3000),
+            user="hot-user" if draw.random() < 0.6 else f"user-{draw.randrange(80):03}",
+            device=f"device-{draw.randrange(300):03}",
+        )
         for _ in range(4000)
     ]
     ndjson(tmp_path / "s.ndjson", source)
@@ -299,7 +335,9 @@ PAIRS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8)), max_size=40)
 
 @settings(max_examples=200)
 @given(PAIRS, st.integers(1, 6))
-def test_people_are_the_components_that_a_walk_finds(pairs: list[tuple[int, int]], limit: int) -> None:
+def test_people_are_the_components_that_a_walk_finds(
+    pairs: list[tuple[int, int]], limit: int
+) -> None:
     device = np.array([one for one, _ in pairs], np.int64)
     user = np.array([1000 + one if one else 0 for _, one in pairs], np.int64)
     gathered = people.Pairs()

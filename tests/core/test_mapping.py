@@ -39,7 +39,11 @@ def test_nested_blocks_become_paths_in_the_order_written() -> None:
         Field(("event_properties", "a"), "a"),
         Field(("event_properties", "inner", "b"), "b"),
     )
-    assert (found.where, found.format, found.columns) == ("a IS NOT NULL", "csv", {"a.b": "VARCHAR"})
+    assert (found.where, found.format, found.columns) == (
+        "a IS NOT NULL",
+        "csv",
+        {"a.b": "VARCHAR"},
+    )
 
 
 def test_the_digest_changes_with_the_mapping_alone() -> None:

@@ -15,7 +15,6 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-
 from msgspec import Raw, Struct
 
 from retrofill.core import event, glance
@@ -120,7 +119,9 @@ def _good(body: bytes) -> bool:
         shapes = _decode(body).events
     except (ValueError, RecursionError):
         return False
-    tables = [raw for shape in shapes for raw in (shape.user_properties, shape.group_properties) if raw]
+    tables = [
+        raw for shape in shapes for raw in (shape.user_properties, shape.group_properties) if raw
+    ]
     raws = [shape.event_properties for shape in shapes if shape.event_properties] + tables
     groups = [shape.groups for shape in shapes if shape.groups]
     spare = glance.openings(body) - 2 - len(shapes) - len(raws) - len(groups)

@@ -25,7 +25,9 @@ from retrofill.errors import InputError
 Style: TypeAlias = Literal["json", "cells", "native"]
 Path: TypeAlias = tuple[str, ...]
 
-WHOLE: Final[Path] = ("source_row",)  # the name under which an expression has all columns, as one JSON object
+WHOLE: Final[Path] = (
+    "source_row",
+)  # the name under which an expression has all columns, as one JSON object
 _DEPTH_SEEN = 5  # objects inside one another whose keys can be named with dots
 _PATHS_MAX = 5_000  # names kept of a sample; objects with made-up keys have too many
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -212,4 +214,8 @@ def _fold(path: Path) -> Path:
 
 
 def _pointer(path: Path) -> str:
-    return "" if path == WHOLE else "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)
+    return (
+        ""
+        if path == WHOLE
+        else "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)
+    )

@@ -35,7 +35,9 @@ _PARAMETER = 2**64 - 1  # where the parser says that a lambda's own names stand
 
 # Functions that mappings may use beside DuckDB's. Documented in docs/mapping.md.
 _VALUE = "nullif(p->'$.value.string_value', 'null'), CAST(p->>'$.value.int_value' AS JSON), CAST(p->>'$.value.float_value' AS JSON), CAST(p->>'$.value.double_value' AS JSON)"
-_COUNTRIES = ", ".join(f"{literal(code)}: {literal(name)}" for code, name in countries.NAMES.items())
+_COUNTRIES = ", ".join(
+    f"{literal(code)}: {literal(name)}" for code, name in countries.NAMES.items()
+)
 _HELPERS: Final = {
     "_countries()": f"MAP {{{_COUNTRIES}}}",
     "_kept(o, test)": "CAST(map_from_entries(list_filter(list_transform(list_filter(json_keys(o), test), "
@@ -70,12 +72,40 @@ MACROS: Final = tuple(
 
 # Words that are more likely to mean SQL than a column of their name; who has such a column writes quotes.
 _STRUCTURE: Final = frozenset(
-    "and as asc case cast collate desc distinct else end except false for from ilike in is isnull lambda like not notnull "
-    "null or similar then true try_cast when".split()
+    {
+        *(
+            "and",
+            "as",
+            "asc",
+            "case",
+            "cast",
+            "collate",
+            "desc",
+            "distinct",
+            "else",
+            "end",
+            "except",
+        ),
+        *(
+            "false",
+            "for",
+            "from",
+            "ilike",
+            "in",
+            "is",
+            "isnull",
+            "lambda",
+            "like",
+            "not",
+            "notnull",
+        ),
+        *("null", "or", "similar", "then", "true", "try_cast", "when"),
+    }
 )
 # A text, a quoted name, or a word that is no function, no part of a dotted name and no `ORDER BY`.
 _TOKEN: Final = re.compile(
-    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(?<![\w.])(?P<word>[A-Za-z_]\w*)(?!\w)(?!\s*\(|\s+by\b)", re.IGNORECASE
+    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|(?<![\w.])(?P<word>[A-Za-z_]\w*)(?!\w)(?!\s*\(|\s+by\b)",
+    re.IGNORECASE,
 )
 
 
@@ -156,8 +186,7 @@ class _Compiler:
             return None
         try:
             node = self._parse(self.told.where)
-            if _contains(node, "WINDOW"):
-                raise InputError("A window function cannot stand in `where`")
+            _refuse_window(node)
             sql = self._text(self._renamed(node, frozenset(), lenient=False))
             sql = f"TRY({{'v': CAST({sql} AS BOOLEAN)}})"
             self._type(sql, self.columns.frame())
@@ -257,7 +286,8 @@ class _Compiler:
 
     def _type(self, sql: str, relation: str) -> str:
         try:
-            row = self.connection.execute(f"DESCRIBE SELECT {sql} AS v FROM ({relation})").fetchone()  # noqa: S608
+            asked = f"DESCRIBE SELECT {sql} AS v FROM ({relation})"  # noqa: S608
+            row = self.connection.execute(asked).fetchone()
         except duckdb.Error as error:
             raise InputError(_first_line(error)) from error
         assert row is not None
@@ -361,7 +391,9 @@ class _Compiler:
         )
 
     def _verdict(self, values: list[_Value]) -> str:
-        fails = " ".join(f"WHEN t{at} IS NULL THEN {at}" for at, one in enumerate(values) if not one.safe)
+        fails = " ".join(
+            f"WHEN t{at} IS NULL THEN {at}" for at, one in enumerate(values) if not one.safe
+        )
         return (
             f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful THEN {WHERE} {fails} "
             f"WHEN event_type_ IS NULL OR event_type_ = '' THEN {NO_TYPE} "
@@ -373,8 +405,11 @@ class _Compiler:
 
     def _body(self, values: list[_Value]) -> str:
         bare = {value.field.name: value.bare for value in values}
-        pieces = [
-            ((name,), self._requoted(f"{name}{'_' if name == 'event_type' else ''}", bare.get(name)))
+        pieces: list[tuple[tuple[str, ...], str]] = [
+            (
+                (name,),
+                self._requoted(f"{name}{'_' if name == 'event_type' else ''}", bare.get(name)),
+            )
             for name in ("event_type", "user_id", "device_id")
         ]
         pieces.append((("time",), "CAST(time_ AS VARCHAR)"))
@@ -436,6 +471,11 @@ OUTPUT: Final = pa.schema(
         ("body", pa.string()),
     ]
 )
+
+
+def _refuse_window(node: dict[str, Any]) -> None:
+    if _contains(node, "WINDOW"):
+        raise InputError("A window function cannot stand in `where`")
 
 
 def _contains(node: Any, kind: str) -> bool:  # noqa: ANN401  # a tree of JSON

@@ -6,7 +6,7 @@ what the database gave. Dates and times become ISO 8601 text, decimals numbers, 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -35,13 +35,15 @@ def lines(place: str, query: str) -> Iterator[bytes]:
 
 def _encoded(batches: Iterator[tuple[list[str], Sequence[Sequence[Any]]]]) -> Iterator[bytes]:
     for names, rows in batches:
-        yield _encoder.encode_lines([dict(zip(names, map(_plain, row), strict=True)) for row in rows])
+        yield _encoder.encode_lines(
+            [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
+        )
 
 
 def _plain(value: object) -> object:
     if isinstance(value, float) and value != value:  # noqa: PLR0124  # NaN, which JSON has not
         return None
-    if isinstance(value, datetime.timedelta | decimal.Decimal):
+    if isinstance(value, dt.timedelta | decimal.Decimal):
         return value if isinstance(value, decimal.Decimal) and value.is_finite() else str(value)
     return value
 
@@ -80,4 +82,4 @@ def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequ
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except psycopg.Error as error:
-        raise InputError(f"PostgreSQL said: {error}", where=url.split("@")[-1]) from error
+        raise InputError(f"PostgreSQL said: {error}", where=url.rpartition("@")[2]) from error

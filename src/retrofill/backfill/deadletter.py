@@ -40,7 +40,9 @@ class DeadLetters:
         self._file = path.open("wb")
         self._lock = threading.Lock()
 
-    def add(self, file: str, line: int, kind: str, reason: str, row: str) -> None:  # noqa: PLR0913  # one letter's parts
+    def add(
+        self, file: str, line: int, kind: str, reason: str, row: str
+    ) -> None:  # one letter's parts
         """Write one letter. The reason on the line is `kind: reason`."""
         letter = Letter(file, line, f"{kind}: {reason}" if reason else kind, row[:_ROW_CHARS_MAX])
         with self._lock:

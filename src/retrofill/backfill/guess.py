@@ -25,10 +25,39 @@ _LISTED = 200
 
 # For each field the names that mean it, best first, compared without case, `_`, `-` and spaces.
 _NAMES: dict[str, tuple[str, ...]] = {
-    "user_id": ("userid", "user", "uid", "customerid", "accountid", "memberid", "profileid", "email"),
-    "device_id": ("deviceid", "device", "anonymousid", "anonid", "visitorid", "clientid", "cookieid", "installid"),
+    "user_id": (
+        "userid",
+        "user",
+        "uid",
+        "customerid",
+        "accountid",
+        "memberid",
+        "profileid",
+        "email",
+    ),
+    "device_id": (
+        "deviceid",
+        "device",
+        "anonymousid",
+        "anonid",
+        "visitorid",
+        "clientid",
+        "cookieid",
+        "installid",
+    ),
     "event_type": ("eventtype", "eventname", "event", "action", "activity", "name", "type"),
-    "time": ("time", "timestamp", "eventtime", "eventtimestamp", "ts", "at", "occurredat", "createdat", "datetime", "date"),
+    "time": (
+        "time",
+        "timestamp",
+        "eventtime",
+        "eventtimestamp",
+        "ts",
+        "at",
+        "occurredat",
+        "createdat",
+        "datetime",
+        "date",
+    ),
     "insert_id": ("insertid", "eventid", "messageid", "uuid", "id", "rowid"),
     "session_id": ("sessionid",),
     "platform": ("platform",),
@@ -74,12 +103,17 @@ def write(source: Source, shown: str) -> str:
     guesses = list(_guesses(columns, rows))
     used = {name for guess in guesses for name in columns if _uses(guess, name)}
     rest = [name for name in columns if name not in used][:_LISTED]
-    lines = [f"# A first mapping for {shown}, guessed from {len(rows):,} rows. Read each line, mend what is wrong, then:"]
+    lines = [
+        f"# A first mapping for {shown}, guessed from {len(rows):,} rows. Read each line, mend what is wrong, then:"
+    ]
     lines.append("#   retrofill plan SOURCE --map THIS-FILE")
     known = _preset(columns)
     if known:
         lines.append(f"# These rows look like {known}: try --map {known} first.")
-    lines += ["event:", *(_line(guess.field, guess.expression, guess.why) for guess in _required(guesses))]
+    lines += [
+        "event:",
+        *(_line(guess.field, guess.expression, guess.why) for guess in _required(guesses)),
+    ]
     lines += _block("user_properties", [name for name in rest if _about_users(name)], guesses)
     lines += _block("event_properties", [name for name in rest if not _about_users(name)], guesses)
     return "\n".join(lines) + "\n"
@@ -158,7 +192,11 @@ def _time(sql: str, kind: str, given: Sequence[Any]) -> Guess | None:
     if kind in {"BIGINT", "DOUBLE", "HUGEINT", "INTEGER"}:
         number = float(first)
         if number < _SECONDS_MAX:
-            return Guess("time", f"{sql} * 1000", f"{first} counts seconds; an event's time is in milliseconds")
+            return Guess(
+                "time",
+                f"{sql} * 1000",
+                f"{first} counts seconds; an event's time is in milliseconds",
+            )
         if number < _MILLIS_MAX:
             return Guess("time", sql, f"{first} counts milliseconds already")
         return Guess("time", f"{sql} // 1000", f"{first} counts microseconds")
@@ -176,7 +214,11 @@ def _required(guesses: Sequence[Guess]) -> list[Guess]:
         open_questions["user_id"] = Guess("user_id", "TODO", "no column names a user or a device")
     order = ["user_id", "device_id", "event_type", "time", "insert_id"]
     needed = [found.get(name) or open_questions.get(name) for name in order]
-    others = [guess for guess in guesses if guess.field not in {*order, "event_properties", "user_properties"}]
+    others = [
+        guess
+        for guess in guesses
+        if guess.field not in {*order, "event_properties", "user_properties"}
+    ]
     return [guess for guess in needed if guess] + others
 
 
@@ -187,7 +229,10 @@ def _block(field: str, names: Sequence[str], guesses: Sequence[Guess]) -> list[s
         return [_line(field, whole.expression, whole.why + also)]
     if not names:
         return []
-    inner = [f"    {_yaml(name)}: {_yaml(name if _PLAIN.fullmatch(name) else quoted(name))}" for name in names]
+    inner = [
+        f"    {_yaml(name)}: {_yaml(name if _PLAIN.fullmatch(name) else quoted(name))}"
+        for name in names
+    ]
     why = "columns that speak of the user" if field == "user_properties" else "all other columns"
     return [f"  {field}:  # {why}", *inner]
 
@@ -216,4 +261,3 @@ def _about_users(name: str) -> bool:
 def _uses(guess: Guess, name: str) -> bool:
     bare = guess.expression.split(" ")[0]
     return bare in {name, quoted(name)}
-

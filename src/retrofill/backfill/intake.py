@@ -36,7 +36,9 @@ _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample
 
-SPILLED = pa.schema([field for field in OUTPUT if field.name not in {"bad", "row", "shown", "trouble"}])
+SPILLED = pa.schema(
+    [field for field in OUTPUT if field.name not in {"bad", "row", "shown", "trouble"}]
+)
 _TROUBLES = {
     "user_id too short": compiled.USER_SHORT,
     "user_id forbidden": compiled.USER_FORBIDDEN,
@@ -50,19 +52,6 @@ _REASONS = {
     compiled.WRONG_TIME: ("time", "it is before 1970 or after 9999"),
     compiled.NO_ID: ("no usable id", "both are empty, too short or forbidden words"),
 }
-
-
-class Taken(Struct, kw_only=True):
-    """What the intake has seen."""
-
-    rows: int = 0
-    events: int = 0
-    bytes: int = 0
-    ids: Counter[str] = msgspec.field(default_factory=Counter)
-    left_out: Counter[str] = msgspec.field(default_factory=Counter)
-    pairs: Pairs = msgspec.field(default_factory=Pairs)
-    keys: list[Ints] = []
-    borders: Thin = msgspec.field(default_factory=lambda: Thin())
 
 
 class Thin:
@@ -90,6 +79,19 @@ class Thin:
         return device, user, time_ms
 
 
+class Taken(Struct, kw_only=True):
+    """What the intake has seen."""
+
+    rows: int = 0
+    events: int = 0
+    bytes: int = 0
+    ids: Counter[str] = msgspec.field(default_factory=Counter)
+    left_out: Counter[str] = msgspec.field(default_factory=Counter)
+    pairs: Pairs = msgspec.field(default_factory=Pairs)
+    keys: list[Ints] = []
+    borders: Thin = msgspec.field(default_factory=Thin)
+
+
 def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB with bounded memory and the functions that mappings may use."""
     connection = duckdb.connect(
@@ -112,7 +114,7 @@ def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
 class Intake:
     """One source under one mapping. Compiling happens at once, so that a wrong mapping is known before any row is read."""
 
-    def __init__(  # noqa: PLR0913  # what an intake works with
+    def __init__(  # what an intake works with
         self,
         pieces: Sequence[Piece],
         mapping: Mapping,
@@ -223,7 +225,9 @@ class Intake:
         bad = batch.column("bad")
         if bad.null_count == len(bad):
             return batch
-        wrong = batch.filter(pc.is_valid(bad)).select(["file", "line", "bad", "row", "shown", "user_id"])
+        wrong = batch.filter(pc.is_valid(bad)).select(
+            ["file", "line", "bad", "row", "shown", "user_id"]
+        )
         for row in wrong.to_pylist():
             self._refuse(row)
         return batch.filter(pc.is_null(bad))
@@ -241,15 +245,23 @@ class Intake:
     def _reason(self, bad: int, shown: str | None) -> tuple[str, str]:
         if bad in _REASONS:
             return _REASONS[bad]
-        field = Field(("where",), self.mapping.where or "") if bad < 0 else self.compiled.fields[bad]
-        held = {name: value for name, value in msgspec.json.decode(shown or "{}").items()}
+        field = (
+            Field(("where",), self.mapping.where or "") if bad < 0 else self.compiled.fields[bad]
+        )
+        held = msgspec.json.decode(shown or "{}")
         named = {name: value for name, value in held.items() if _names(field.expression, name)}
-        values = ", ".join(f"{name} = {msgspec.json.encode(one).decode()[:200]}" for name, one in named.items())
+        values = ", ".join(
+            f"{name} = {msgspec.json.encode(one).decode()[:200]}" for name, one in named.items()
+        )
         return field.name, f"{field.expression} does not fit where {values or 'the row is so'}"
 
     def _in_bounds(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         options, time_ms = self.options, _numbers(batch, "time_ms")
-        early = time_ms < options.since_ms if options.since_ms is not None else np.zeros(len(time_ms), bool)
+        early = (
+            time_ms < options.since_ms
+            if options.since_ms is not None
+            else np.zeros(len(time_ms), bool)
+        )
         until = np.full(len(time_ms), np.iinfo(np.int64).max)
         if options.until_ms is not None:
             until[:] = options.until_ms
@@ -277,7 +289,7 @@ class Intake:
 
 
 def _names(expression: str, name: str) -> bool:
-    return name.split(".")[-1].lower() in expression.lower()
+    return name.rpartition(".")[2].lower() in expression.lower()
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> Any:  # noqa: ANN401  # an array of the column's type
@@ -335,7 +347,7 @@ def _look_cells(pieces: Sequence[Piece], told: str | None) -> Source:
                 break
     schema = records.cells_schema(names)
     table = pa.Table.from_batches(batches, schema)
-    types = {
+    types: dict[columns.Path, str] = {
         (name,): columns.cell_type(table.column(f"cell_{at}").to_pylist())
         for at, name in enumerate(names)
     }

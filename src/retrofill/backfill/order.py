@@ -29,7 +29,9 @@ from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
 
-BUCKET_BYTES = 64 * 1024 * 1024  # of JSON, sorted in memory at once; several times that is in use meanwhile
+BUCKET_BYTES = (
+    64 * 1024 * 1024
+)  # of JSON, sorted in memory at once; several times that is in use meanwhile
 ROW_GROUP_ROWS = 20_000
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
@@ -125,7 +127,7 @@ class Doubles:
 class Sorter:
     """Makes the sets of one spill."""
 
-    def __init__(  # noqa: PLR0913  # what a sort works with
+    def __init__(  # what a sort works with
         self,
         folder: Path,
         people: People,
@@ -215,7 +217,9 @@ class Sorter:
         self.found.same += len(later) - len(different)
         self.found.different += len(different)
         for row in different:
-            file, line, text = (table.column(name)[row].as_py() for name in ("file", "line", "body"))
+            file, line, text = (
+                table.column(name)[row].as_py() for name in ("file", "line", "body")
+            )
             reason = "an earlier row of this device has it with other content"
             self.refused(file, line, "insert_id", reason, "{" + text)
         kept = np.ones(len(person), np.bool_)
@@ -270,7 +274,9 @@ class Sorter:
         found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
         days = pa.table({"day": times // _DAY_MS, "type": event_type})
         counted = days.group_by(["day", "type"]).aggregate([([], "count_all")])
-        for day, kind, count in zip(*(column.to_pylist() for column in counted.columns), strict=True):
+        for day, kind, count in zip(
+            *(column.to_pylist() for column in counted.columns), strict=True
+        ):
             found.days[day, kind] += count
 
     def _runs(self, person: Ints) -> None:
@@ -279,15 +285,23 @@ class Sorter:
         counts = np.diff(at, append=len(person))
         if self._person is not None and self._person.person == person[0]:
             before = self._person
-            self._person = HotPerson(before.person, before.set, before.seq, before.events + int(counts[0]))
+            self._person = HotPerson(
+                before.person, before.set, before.seq, before.events + int(counts[0])
+            )
             at, counts = at[1:], counts[1:]
         if len(at) == 0:
             return
         self._close_person()
         self._set_people += len(at)
         for run in np.argsort(counts[:-1])[-_HOT:].tolist():
-            self._hot(HotPerson(int(person[at[run]]), self._set, self._seq + int(at[run]), int(counts[run])))
-        self._person = HotPerson(int(person[at[-1]]), self._set, self._seq + int(at[-1]), int(counts[-1]))
+            self._hot(
+                HotPerson(
+                    int(person[at[run]]), self._set, self._seq + int(at[run]), int(counts[run])
+                )
+            )
+        self._person = HotPerson(
+            int(person[at[-1]]), self._set, self._seq + int(at[-1]), int(counts[-1])
+        )
 
     def _hot(self, one: HotPerson) -> None:
         self.found.hot.append(one)
@@ -375,13 +389,17 @@ def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
 def _plain(json: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the texts of JSON strings."""
     if pc.any(pc.match_substring(json, "\\")).as_py():
-        return pa.chunked_array([[msgspec.json.decode(one) for one in json.to_pylist()]], pa.string())
+        return pa.chunked_array(
+            [[msgspec.json.decode(one) for one in json.to_pylist()]], pa.string()
+        )
     return pc.utf8_slice_codeunits(json, 1, -1)
 
 
 def _ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:
     column = table.column(name)
-    found = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+    found = (
+        column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+    )
     return np.asarray(found, np.int64)
 
 
@@ -395,4 +413,6 @@ def _gathered(path: Path) -> Iterator[pa.Table]:
     with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
         for start in range(0, reader.num_record_batches, 4):
             end = min(start + 4, reader.num_record_batches)
-            yield pa.Table.from_batches([reader.get_batch(at) for at in range(start, end)]).combine_chunks()
+            yield pa.Table.from_batches(
+                [reader.get_batch(at) for at in range(start, end)]
+            ).combine_chunks()

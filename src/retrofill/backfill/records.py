@@ -31,9 +31,7 @@ _HEADER_BYTES_MAX = 256 * 1024  # of a CSV file
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _QUOTE, _BACKSLASH = 10, 34, 92
 
-JSON_SCHEMA: Final = pa.schema(
-    [("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())]
-)
+JSON_SCHEMA: Final = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())])
 
 
 def cells_schema(names: list[str]) -> pa.Schema:
@@ -178,10 +176,10 @@ def _escaped(data: NDArray[np.uint8], at: NDArray[np.int64]) -> NDArray[np.bool_
     """Say which positions hold a quote behind an odd number of backslashes."""
     behind = (data[at] == _QUOTE) & (at > 0) & (data[np.maximum(at - 1, 0)] == _BACKSLASH)
     if not behind.any():
-        return behind
+        return np.asarray(behind)
     plain = np.where(data != _BACKSLASH, np.arange(len(data)), -1)
     last = np.maximum.accumulate(plain)[np.maximum(at - 1, 0)]
-    return behind & ((at - 1 - last) % 2 == 1)
+    return np.asarray(behind & ((at - 1 - last) % 2 == 1))
 
 
 def _readable(
@@ -190,7 +188,9 @@ def _readable(
     """Leave out empty lines, and what is no UTF-8, with a dead letter each."""
     short = np.asarray(pc.binary_length(texts)) <= _EMPTY_BYTES_MAX
     if short.any():
-        blank = [not text.strip() for text in texts.filter(pa.array(short)).cast(pa.binary()).to_pylist()]
+        blank = [
+            not text.strip() for text in texts.filter(pa.array(short)).cast(pa.binary()).to_pylist()
+        ]
         short[short] = blank
         texts, lines = texts.filter(pa.array(~short)), lines[~short]
     try:
@@ -206,7 +206,9 @@ def _readable(
         except UnicodeDecodeError as error:
             kept[at] = False
             shown = raw.decode(errors="replace").rstrip("\r\n")
-            letters.add(piece.name, int(lines[at]), "unreadable", f"not UTF-8: {error.reason}", shown)
+            letters.add(
+                piece.name, int(lines[at]), "unreadable", f"not UTF-8: {error.reason}", shown
+            )
     return texts.filter(pa.array(kept)), lines[kept]
 
 
@@ -240,7 +242,7 @@ def _first_line(piece: Piece) -> str:
     return start[: int(ends[0])].decode(errors="replace")
 
 
-def csv_records(  # noqa: PLR0913  # what a cell is takes this many words
+def csv_records(  # what a cell is takes this many words
     piece: Piece,
     names: list[str],
     letters: DeadLetters,
@@ -340,7 +342,7 @@ def _open(line: bytes) -> bool:
     return inside
 
 
-def _cells(  # noqa: PLR0913  # a record's cells need its place, its names and its text
+def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and its text
     piece: Piece,
     own: list[str],
     names: list[str],
@@ -358,7 +360,9 @@ def _cells(  # noqa: PLR0913  # a record's cells need its place, its names and i
             at = row.number - 1
             kept[at] = False
             reason = f"{row.actual_columns} cells instead of {row.expected_columns}"
-            letters.add(piece.name, int(lines[at]), "unreadable", reason, texts[at].as_py().rstrip("\r\n"))
+            letters.add(
+                piece.name, int(lines[at]), "unreadable", reason, texts[at].as_py().rstrip("\r\n")
+            )
         texts, lines = texts.filter(pa.array(kept)), lines[kept]
     if table.num_rows != len(texts):
         raise InputError(

@@ -65,7 +65,7 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _client(endpoint: str | None) -> Any:  # noqa: ANN401  # boto3 makes its classes while it runs
-    import boto3  # type: ignore[import-untyped]  # noqa: PLC0415  # a second of start for few sources
+    import boto3  # noqa: PLC0415  # a second of start for few sources
 
     return boto3.client("s3", endpoint_url=endpoint)
 
@@ -81,7 +81,7 @@ class _Asked:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         from boto3.exceptions import Boto3Error  # noqa: PLC0415  # as above
-        from botocore.exceptions import (  # type: ignore[import-untyped]  # noqa: PLC0415  # as above
+        from botocore.exceptions import (  # noqa: PLC0415  # as above
             BotoCoreError,
             ClientError,
         )

@@ -34,6 +34,13 @@ _FORMATS: Final[dict[str, Format]] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+# What a mapping's `source: format` says for sure. The others are a look at the first byte away.
+_SAID: Final[dict[str, Format]] = {
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+    "json": "json",
+}
 _PACKED: Final[dict[str, unpack.Packing]] = {".gz": "gz", ".zst": "zst"}
 _QUERIES: Final = ("sqlite", "duckdb", "postgresql", "postgres")
 _NATURAL = re.compile(r"(\d+)")
@@ -183,9 +190,7 @@ def pieces(
     return [msgspec.structs.replace(piece, number=at) for at, piece in enumerate(found)]
 
 
-def _open(
-    origin: Origin, place: str, format_name: str | None, unpacked: Path
-) -> Iterator[Piece]:
+def _open(origin: Origin, place: str, format_name: str | None, unpacked: Path) -> Iterator[Piece]:
     if origin.query is not None:
         yield Piece(0, origin.name, place, "query", query=origin.query)
     elif zipfile.is_zipfile(place):
@@ -215,11 +220,9 @@ def _members(origin: Origin, place: str) -> Iterator[Piece]:
 
 def _format(name: str, place: str, told: str | None) -> tuple[Format, unpack.Packing]:
     suffix, packing = _suffix(name)
-    if told in {"csv", "tsv", "parquet", "json"}:
-        return told, packing  # type: ignore[return-value]  # mypy does not narrow by a set
-    guess = _FORMATS.get(suffix)
-    if guess in {"csv", "tsv", "parquet"}:
-        return guess, packing  # type: ignore[return-value]  # the same
+    guess = _SAID.get(told or "") or _FORMATS.get(suffix)
+    if guess is not None and guess != "ndjson":
+        return guess, packing
     start = unpack.start(place, packing, size=4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] == b"[":
         return "json", packing

@@ -7,7 +7,7 @@ leaves no stage or a whole one. A stage knows what it was made from; asked for t
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import re
 import secrets
@@ -64,7 +64,7 @@ def import_name(work: Path, given: str | None, *, now_ms: int) -> str:
     there = manifest.read(work / "stage")
     if there is not None:
         return there.import_id
-    day = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC).strftime("%Y%m%d")
+    day = dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC).strftime("%Y%m%d")
     return f"import-{day}-{secrets.token_hex(3)}"
 
 
@@ -100,7 +100,7 @@ def _fingerprint(origins: Sequence[Origin], mapping: Mapping, options: Options) 
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 
 
-def _make(  # noqa: PLR0913  # one call's state, passed on
+def _make(  # noqa: PLR0917  # one call's state, passed on
     work: Path,
     made: Path,
     scratch: Path,
@@ -161,7 +161,9 @@ def _make(  # noqa: PLR0913  # one call's state, passed on
         hot_devices=_named(hot_devices, names),
         hot_users=_named(hot_users, names),
         hot_people=found.hot,
-        kiosks=[Kiosk(kind, names[node], events) for kind, node, events in crowded if node in names],
+        kiosks=[
+            Kiosk(kind, names[node], events) for kind, node, events in crowded if node in names
+        ],
     )
 
 
@@ -195,7 +197,10 @@ def _crowded(joined: People, device: Ints, user: Ints, count: Ints) -> list[tupl
             at = np.minimum(np.searchsorted(kiosks, node), len(kiosks) - 1)
             mine = kiosks[at] == node
             events = np.bincount(at[mine], weights=count[mine], minlength=len(kiosks))
-            found += [(kind, *pair) for pair in zip(kiosks.tolist(), events.astype(int).tolist(), strict=True)]
+            found += [
+                (kind, *pair)
+                for pair in zip(kiosks.tolist(), events.astype(int).tolist(), strict=True)
+            ]
     return sorted(found, key=lambda kiosk: -kiosk[2])[:_KIOSKS_MAX]
 
 
@@ -204,7 +209,7 @@ def _distinct(node: Ints) -> int:
 
 
 def _date(day: int) -> str:
-    return str(datetime.date(1970, 1, 1) + datetime.timedelta(days=day))
+    return str(dt.date(1970, 1, 1) + dt.timedelta(days=day))
 
 
 def _by_day(found: Sorted) -> dict[str, int]:
@@ -229,4 +234,3 @@ def _days(made: Path, found: Sorted) -> None:
         "events": pa.array([events for _key, events in rows], pa.int64()),
     }
     pq.write_table(pa.table(table), made / "days.parquet")
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 import zstandard
 from isal import isal_zlib
@@ -18,7 +18,13 @@ Unpack = Callable[[Iterator[bytes]], Generator[bytes, None, bytes]]
 Packing = Literal["", "gz", "zst"]
 
 # What reading raises when the bytes break off or were damaged.
-BROKEN = (EOFError, OSError, zipfile.BadZipFile, zstandard.ZstdError, isal_zlib.error)
+BROKEN: tuple[type[Exception], ...] = (
+    EOFError,
+    OSError,
+    zipfile.BadZipFile,
+    zstandard.ZstdError,
+    cast("type[Exception]", isal_zlib.error),
+)
 
 _READ = 256 * 1024  # read from the file at once
 _PACKED = 16 * 1024  # given to Zstandard at once: it cannot be told how much to give back

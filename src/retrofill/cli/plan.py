@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from retrofill.backfill.manifest import Manifest, Options
     from retrofill.backfill.plan import Plan
 
-EXAMPLE = "Example: retrofill plan history.ndjson.gz --map history.map.yaml --to http://localhost:8090"
+EXAMPLE = (
+    "Example: retrofill plan history.ndjson.gz --map history.map.yaml --to http://localhost:8090"
+)
 _BAR = 24  # characters of the longest bar
 _DAYS_SHOWN = 31
 
 
-def command(  # noqa: PLR0913 - the options of the verb
+def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
     source: Annotated[
         list[str], typer.Argument(help="Files, folders, globs, s3://… or database addresses.")
     ],
@@ -34,11 +36,15 @@ def command(  # noqa: PLR0913 - the options of the verb
         typer.Option("--map", help="A mapping's file or a preset's name; else one that fits."),
     ] = None,
     to: Annotated[str, typer.Option(help="URL, amplitude or amplitude-eu.")] = "amplitude",
-    profile: Annotated[str | None, typer.Option(help="Whose limits; else the destination's.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Whose limits; else the destination's.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="The work directory.")] = Path("retrofill-work"),
     name: Annotated[str | None, typer.Option("--import", help="The import's id.")] = None,
     query: Annotated[str | None, typer.Option(help="The SQL of a database source.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help="The S3 endpoint, where it is not AWS.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="The S3 endpoint, where it is not AWS.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="First day or time (UTC) taken.")] = None,
     until: Annotated[str | None, typer.Option(help="First day or time (UTC) not taken.")] = None,
     sample: Annotated[str, typer.Option(help="Part of the people, such as 5%.")] = "100%",
@@ -61,7 +67,8 @@ def command(  # noqa: PLR0913 - the options of the verb
     """Stage a source and say what its import will do and take; nothing is sent."""
     from rich.console import Console
 
-    from retrofill.backfill import mapping_file, plan, profile as profiles, stage
+    from retrofill.backfill import mapping_file, plan, stage
+    from retrofill.backfill import profile as profiles
     from retrofill.backfill.manifest import Options
 
     now_ms = SystemClock().now_ms()
@@ -167,7 +174,11 @@ def show(made: Plan, console: Console, *, work: Path) -> None:
     _table(console, "Users with most events", {one.id: one.events for one in made.hot_users})
     people = {f"rows {one.seq:,} … of set {one.set}": one.events for one in made.hot_people}
     _table(console, "People with most events", people)
-    _table(console, "Shared ids that join nobody", {f"{one.kind} {one.id}": one.events for one in made.kiosks})
+    _table(
+        console,
+        "Shared ids that join nobody",
+        {f"{one.kind} {one.id}": one.events for one in made.kiosks},
+    )
     for warning in made.warnings:
         console.print(f"[yellow]![/] {warning}")
     console.print(f"Import [bold]{made.import_id}[/] is staged in {work}; nothing was sent.")
@@ -182,17 +193,30 @@ def _figures(made: Plan, sentence: Callable[[float], str]) -> Sequence[tuple[str
     )
     return (
         ("Import", f"{made.import_id} to {made.destination}, limits of {made.profile}"),
-        ("Rows", f"{made.rows:,}: {made.events:,} events, {made.dead_letters:,} dead letters, {made.duplicates:,} duplicates"),
+        (
+            "Rows",
+            f"{made.rows:,}: {made.events:,} events, {made.dead_letters:,} dead letters, {made.duplicates:,} duplicates",
+        ),
         ("Time", f"{first} to {last}"),
         ("People", f"{made.people:,}, of {made.users:,} user ids and {made.devices:,} device ids"),
-        ("Volume", f"{made.billed:,} events count; {made.bytes / 1e6:,.1f} MB in {made.requests:,} requests"),
-        ("Duration", f"at least {sentence(made.duration_s)} ({made.because}); days of quota: {made.quota_days}"),
+        (
+            "Volume",
+            f"{made.billed:,} events count; {made.bytes / 1e6:,.1f} MB in {made.requests:,} requests",
+        ),
+        (
+            "Duration",
+            f"at least {sentence(made.duration_s)} ({made.because}); days of quota: {made.quota_days}",
+        ),
         ("Profiles", f"User properties at the destination are {sync}"),
     )
 
 
 def _date(moment_ms: int | None) -> str:
-    return "–" if moment_ms is None else f"{datetime.fromtimestamp(moment_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    return (
+        "–"
+        if moment_ms is None
+        else f"{datetime.fromtimestamp(moment_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    )
 
 
 def _shortened(days: dict[str, int]) -> dict[str, int]:
