@@ -188,7 +188,9 @@ class Engine:
     # Projects.
 
     def add_project(self, project: Project) -> None:
-        """Serve a project from now on."""
+        """Serve a project from now on; one that is served already stays as it is."""
+        if project.number in self._admissions:
+            return
         self._projects[project.api_key] = project
         stored = self.projects_store.settings(project.number)
         settings = (

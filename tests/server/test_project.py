@@ -1,0 +1,84 @@
+"""GET and PUT /api/1/project on a live server: what the operator sets holds from the next request on, and stays."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.server.live import Live
+
+pytestmark = pytest.mark.slow
+
+
+def call(live: Live, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    token = base64.b64encode(b"KEY:SECRET").decode()
+    request = urllib.request.Request(
+        live.address + path,
+        None if body is None else json.dumps(body).encode(),
+        {"Authorization": f"Basic {token}"} if path.startswith("/api") else {},
+        method=method,
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as problem:
+        with problem:
+            return problem.code, json.loads(problem.read())
+
+
+def send(live: Live, count: int, device: str = "device-1") -> tuple[int, Any]:
+    events = [{"device_id": device, "event_type": "View"}] * count
+    return call(live, "POST", "/batch", {"api_key": "KEY", "events": events})
+
+
+def test_limits_and_silenced_devices_hold_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        assert send(live, 4)[0] == 200
+        settings = {"limits": {"batch_eps": 1, "window_s": 2}, "silenced_devices": ["device-2"]}
+        status, said = call(live, "PUT", "/api/1/project", settings)
+        assert (status, said["limits"]["batch_eps"], said["settings"]) == (200, 1, settings)
+        status, said = send(live, 3)
+        assert (status, said["eps_threshold"], said["throttled_events"]) == (429, 1, [0, 1, 2])
+        status, said = send(live, 1, "device-2")
+        assert (status, said["error"]) == (400, "Events silenced for device_id")
+        assert said["silenced_devices"] == ["device-2"]
+    with Live(tmp_path) as live:
+        assert call(live, "GET", "/api/1/project")[1]["settings"] == settings
+        assert send(live, 3)[0] == 429
+        assert call(live, "PUT", "/api/1/project", {})[0] == 200
+        assert send(live, 3, "device-2")[0] == 200
+
+
+def test_a_limit_that_cannot_be_is_named(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        for settings, word in (
+            ({"limits": {"batch_ep": 1}}, "batch_ep"),
+            ({"limits": {"batch_eps": "many"}}, "batch_eps"),
+            ({"silenced": []}, "silenced"),
+        ):
+            status, said = call(live, "PUT", "/api/1/project", settings)
+            assert status == 400
+            assert word in json.dumps(said)
+
+
+def test_a_daily_quota_counts_stored_rows_and_names_the_id(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        assert call(live, "PUT", "/api/1/project", {"limits": {"daily_quota": 5}})[0] == 200
+        events = [
+            {"device_id": "device-1", "event_type": "View", "insert_id": str(n)} for n in range(4)
+        ]
+        for _ in range(3):  # repeats are no rows
+            status, _said = call(live, "POST", "/batch", {"api_key": "KEY", "events": events})
+            assert status == 200
+        status, said = send(live, 2)
+        assert status == 429
+        assert said["exceeded_daily_quota_devices"] == {"device-1": 4}
+        assert said["throttled_events"] == [0, 1]
+        assert send(live, 1)[0] == 200
+    with Live(tmp_path) as live:
+        assert send(live, 1)[0] == 429
