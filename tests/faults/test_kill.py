@@ -76,8 +76,7 @@ class Sender(threading.Thread):
     def _round(self) -> None:
         events = []
         for person in self._random.sample(self.people, 3):
-            for _ in range(self._random.randint(1, 8)):
-                events.append(self._event(person))
+            events += [self._event(person) for _ in range(self._random.randint(1, 8))]
         self._random.shuffle(events)
         events.sort(
             key=lambda one: int(one["event_properties"]["n"])
