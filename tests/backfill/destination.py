@@ -68,7 +68,7 @@ class Misbehaving:
     413. device_limit: events of a device in 30 s before it is throttled for real. forget: no fault after so many requests.
     """
 
-    def __init__(  # noqa: PLR0913 - a script
+    def __init__(
         self,
         seed: int = 0,
         *,
@@ -231,7 +231,7 @@ class Misbehaving:
             case "reset before" | "reset after" | "hang" | "cut":
                 if kind != "reset before":
                     self._store_if_good(events)
-                fault = kind.split()[0]
+                fault = kind.split(maxsplit=1)[0]
                 return Reply(200, b'{"code": 200, "events_inge', fault=fault)
             case "html 200":
                 self._store_if_good(events)

@@ -95,7 +95,9 @@ def write(
         columns = {
             "person": [m.person for m in mine],
             "seq": list(range(len(mine))),
-            "time_ms": [json.loads(m.text)["time"] for m in mine] if len(mine) < 10_000 else [0] * len(mine),
+            "time_ms": [json.loads(m.text)["time"] for m in mine]
+            if len(mine) < 10_000
+            else [0] * len(mine),
             "device_id": [m.device for m in mine],
             "user_id": [m.user for m in mine],
             "insert_id": [m.insert_id for m in mine],
@@ -133,9 +135,7 @@ def write(
         hot_devices=[],
         hot_users=[],
         hot_people=[],
-        kiosks=[
-            Kiosk("device", name, sum(m.device == name for m in made)) for name in kiosks
-        ],
+        kiosks=[Kiosk("device", name, sum(m.device == name for m in made)) for name in kiosks],
     )
     (stage / "manifest.json").write_bytes(msgspec.json.encode(manifest))
     return manifest

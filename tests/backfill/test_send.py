@@ -15,6 +15,9 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.backfill import staged
+from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Wire
+from tests.backfill.virtual import START_S, VirtualClock, run
 
 from retrofill.backfill import manifest as manifests
 from retrofill.backfill.feed import Feed
@@ -23,9 +26,6 @@ from retrofill.backfill.profile import PROFILES, Profile, adjust
 from retrofill.backfill.send import Outcome, Sender
 from retrofill.core.schedule import Rates
 from retrofill.errors import FinalError
-from tests.backfill import staged
-from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Wire
-from tests.backfill.virtual import START_S, VirtualClock, run
 
 SMALL = Profile(
     name="amplitude",
@@ -160,9 +160,9 @@ def test_a_well_behaved_destination_gets_everything_once(tmp_path: Path) -> None
     assert outcome.progress.taken == len(made)
     assert to.repeats == 0
     check_whole(tmp_path, made, to)
-    assert [json.dumps(e, separators=(",", ":")) for e in to.stored if e["user_id"] == "user-3"] == [
-        one.text for one in made if one.person == 3
-    ]
+    assert [
+        json.dumps(e, separators=(",", ":")) for e in to.stored if e["user_id"] == "user-3"
+    ] == [one.text for one in made if one.person == 3]
 
 
 def test_bodies_can_be_compressed(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_whatever_happens_everything_arrives_once_in_order_within_the_limits(
 
 
 def test_only_who_is_named_waits(tmp_path: Path) -> None:
-    made = staged.history({n: 40 for n in range(1, 30)})
+    made = staged.history(dict.fromkeys(range(1, 30), 40))
     staged.write(tmp_path, made)
     to = Misbehaving()
     hot = "device-7-0"
@@ -308,7 +308,9 @@ def test_an_unknown_key_ends_the_run_at_once(tmp_path: Path) -> None:
     staged.write(tmp_path, staged.history({1: 20}))
     to = Misbehaving()
     answer = {"code": 400, "error": "Invalid API key: key"}
-    to.handle = lambda body, at: type(Misbehaving().handle(body, at))(400, json.dumps(answer).encode())  # type: ignore[method-assign] - the script of this test
+    to.handle = lambda body, at: type(Misbehaving().handle(body, at))(
+        400, json.dumps(answer).encode()
+    )  # type: ignore[method-assign] - the script of this test
     with pytest.raises(FinalError, match="does not know the API key"):
         send(tmp_path, to, OPEN)
     assert letters(tmp_path) == []
@@ -354,7 +356,7 @@ def test_what_may_be_forgotten_is_listed_and_not_sent_again(tmp_path: Path) -> N
 
 
 def test_a_resumed_run_sends_nothing_twice_but_what_was_under_way(tmp_path: Path) -> None:
-    made = staged.history({n: 30 for n in range(40)})
+    made = staged.history(dict.fromkeys(range(40), 30))
     staged.write(tmp_path, made)
     to = Misbehaving()
     send(tmp_path, to, SMALL, stop_after=3.03)
@@ -366,7 +368,7 @@ def test_a_resumed_run_sends_nothing_twice_but_what_was_under_way(tmp_path: Path
 
 
 def test_memory_for_text_stays_bounded_however_long_people_are(tmp_path: Path) -> None:
-    made = staged.history({n: 4000 for n in range(12)})
+    made = staged.history(dict.fromkeys(range(12), 4000))
     staged.write(tmp_path, made, group=512)
     manifest = manifests.read(tmp_path / "stage")
     assert manifest is not None

@@ -19,7 +19,9 @@ class _Jumping(selectors.SelectSelector):
         self.passed = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "nothing is under way and nothing is due: it would wait for ever"
+        assert timeout is not None, (
+            "nothing is under way and nothing is due: it would wait for ever"
+        )
         self.passed += timeout
         return []
 

@@ -6,12 +6,9 @@ import heapq
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from retrofill.core.schedule import (
     Rates,
@@ -227,5 +224,4 @@ def test_a_history_takes_little_longer_than_it_must(shape: str) -> None:
     sent = list(play(people, rates))
     assert sum(one.events for one in sent) == sum(one.rows for one in people)
     took = sent[-1].at - START
-    print(f"{shape}: {took / bound(people, rates):.4f} of {bound(people, rates):.0f} s")
     assert took <= 1.01 * bound(people, rates)

@@ -128,7 +128,7 @@ def _good(body: bytes) -> bool:
     return (
         glance.strings(body)
         and glance.groups(groups)
-        and not any(map(_HUGE, tables))
+        and not _HUGE(b"".join(tables))
         and (not raws or glance.raws(raws, spare=spare))
     )
 

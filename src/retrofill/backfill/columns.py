@@ -148,7 +148,7 @@ class Columns:
         text = "text"
         if self.style == "native":
             text = self._row()
-        return f"SELECT file, line, {text} AS text, false AS unreadable{more} FROM source"  # noqa: S608  # names are quoted
+        return f"SELECT file, line, {text} AS text, false AS unreadable{more} FROM source"  # names are quoted
 
     def _json_frame(self) -> str:
         pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "'/'"
@@ -163,7 +163,7 @@ class Columns:
             for number in range(len(self.used))
         )
         return (
-            f"SELECT *{plain} FROM (SELECT file, line, text, x IS NULL AS unreadable{values} "  # noqa: S608  # names are constants
+            f"SELECT *{plain} FROM (SELECT file, line, text, x IS NULL AS unreadable{values} "  # names are constants
             f"FROM (SELECT file, line, text, TRY(json_extract(text, [{pointers}])) AS x FROM source))"
         )
 

@@ -196,10 +196,10 @@ class _Compiler:
 
     def _kept(self, where: str | None) -> str:
         if where is None:
-            return f"SELECT *, false AS doubtful FROM ({self.columns.frame()})"  # noqa: S608
-        tested = f"SELECT *, {where} AS keep FROM ({self.columns.frame()})"  # noqa: S608
+            return f"SELECT *, false AS doubtful FROM ({self.columns.frame()})"
+        tested = f"SELECT *, {where} AS keep FROM ({self.columns.frame()})"
         return (
-            f"SELECT * EXCLUDE (keep), keep IS NULL AS doubtful FROM ({tested}) "  # noqa: S608
+            f"SELECT * EXCLUDE (keep), keep IS NULL AS doubtful FROM ({tested}) "
             "WHERE unreadable OR keep IS NULL OR keep.v"
         )
 
@@ -236,7 +236,7 @@ class _Compiler:
         found: dict[str, Any] = msgspec.json.decode(row[0])
         return found
 
-    def _renamed(self, node: Any, own: frozenset[str], *, lenient: bool) -> Any:  # noqa: ANN401  # a tree of JSON
+    def _renamed(self, node: Any, own: frozenset[str], *, lenient: bool) -> Any:  # a tree of JSON
         """Return the tree with the source's names replaced. own: the names of lambdas around it."""
         if isinstance(node, list):
             return [self._renamed(one, own, lenient=lenient) for one in node]
@@ -276,7 +276,7 @@ class _Compiler:
         field = value.field
         try:
             value.type_name = self._type(value.sql, kept)
-            whole = f"SELECT *, {value.sql} AS w{number} FROM ({kept})"  # noqa: S608
+            whole = f"SELECT *, {value.sql} AS w{number} FROM ({kept})"
             self._type(self._tried(value, number), whole if value.windowed else kept)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
@@ -286,7 +286,7 @@ class _Compiler:
 
     def _type(self, sql: str, relation: str) -> str:
         try:
-            asked = f"DESCRIBE SELECT {sql} AS v FROM ({relation})"  # noqa: S608
+            asked = f"DESCRIBE SELECT {sql} AS v FROM ({relation})"
             row = self.connection.execute(asked).fetchone()
         except duckdb.Error as error:
             raise InputError(_first_line(error)) from error
@@ -315,10 +315,10 @@ class _Compiler:
             f"{self._verdict(values)} AS bad",
             f"CASE WHEN bad IS NULL THEN {self._body(values)} END AS body",
         )
-        sql = f"SELECT *{windows} FROM ({kept})"  # noqa: S608  # here and below: SQL of our own making
+        sql = f"SELECT *{windows} FROM ({kept})"  # here and below: SQL of our own making
         for layer in layers:
-            sql = f"SELECT *, {layer} FROM ({sql})"  # noqa: S608
-        return f"SELECT {self._output(values)} FROM ({sql})"  # noqa: S608
+            sql = f"SELECT *, {layer} FROM ({sql})"
+        return f"SELECT {self._output(values)} FROM ({sql})"
 
     def _tried(self, value: _Value, number: int) -> str:
         """Return SQL for {v: …}, NULL where the row's value does not fit; just for v where it always does.
@@ -478,7 +478,7 @@ def _refuse_window(node: dict[str, Any]) -> None:
         raise InputError("A window function cannot stand in `where`")
 
 
-def _contains(node: Any, kind: str) -> bool:  # noqa: ANN401  # a tree of JSON
+def _contains(node: Any, kind: str) -> bool:  # a tree of JSON
     if isinstance(node, list):
         return any(_contains(one, kind) for one in node)
     if isinstance(node, dict):

@@ -111,7 +111,7 @@ class Judgement(Struct, frozen=True):
     problem: str = ""
 
 
-def judge(answer: Answer, events: int, now: float) -> Judgement:
+def judge(answer: Answer, events: int, now: float) -> Judgement:  # noqa: PLR0911 - one for each kind of answer
     """Say what an answer means for a request of so many events. Raises nothing, whatever came back."""
     pause = retry_after(answer.retry_after, now)
     if answer.status == 0:
@@ -144,8 +144,10 @@ def judge(answer: Answer, events: int, now: float) -> Judgement:
 def retry_after(text: str, now: float) -> float:
     """Seconds to wait as a Retry-After header says them: a number or an HTTP date; 0 if it says nothing."""
     with contextlib.suppress(ValueError):
-        return min(max(0.0, float(text)), RETRY_AFTER_MAX_S) if text.strip().isdigit() else 0.0 + (
-            _date_pause(text, now)
+        return (
+            min(max(0.0, float(text)), RETRY_AFTER_MAX_S)
+            if text.strip().isdigit()
+            else 0.0 + (_date_pause(text, now))
         )
     return 0.0
 
@@ -167,7 +169,11 @@ def _object(body: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_LISTS = ("events_with_invalid_fields", "events_with_missing_fields", "events_with_invalid_id_lengths")
+_LISTS = (
+    "events_with_invalid_fields",
+    "events_with_missing_fields",
+    "events_with_invalid_id_lengths",
+)
 
 
 def _refusal(body: dict[str, Any], events: int) -> Refusal:
@@ -244,7 +250,8 @@ class Connection(asyncio.Protocol):
         self._transport.write(b"".join((self._head, length, *body)))
         timer = loop.call_later(ANSWER_S, self._give_up)
         try:
-            return await waiter
+            answer: Answer = await waiter
+            return answer
         finally:
             timer.cancel()
             self._waiter = None

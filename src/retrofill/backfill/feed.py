@@ -32,13 +32,20 @@ from retrofill.backfill.manifest import Manifest
 from retrofill.core.schedule import Rates, Stretch, Work
 from retrofill.errors import CorruptError
 
-LANE_ROWS = 2048  # ours: whoever has more rows is a lane, so that streamed people end within two row groups
-LANE_SHARE = 0.002  # ours: and whoever would alone take this part of the whole time
-LANES_OPEN = 64  # ours: lanes open at once
-LANE_BYTES = 48 * 1024 * 1024  # ours: of these, all together
+LANE_ROWS = (
+    2048  # ours: whoever has more rows is a lane, so that streamed people end within two row groups
+)
+LANE_SHARE = 0.005  # ours: and whoever would alone take this part of the whole time
+LANES_OPEN = (12, 64)  # ours: lanes open at once, fewer when requests are large
+LANE_BYTES = 24 * 1024 * 1024  # ours: of these, all together
 KIOSK_ROWS = 1200  # ours: rows at hand of one kiosk
-HISTORY_PER_S = 50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
-CACHED_GROUPS = 4  # row groups kept as read, for lanes and for looking rows up
+HISTORY_PER_S = (
+    50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
+)
+RELEASE_AFTER = 8  # ours: row groups read before Arrow is asked to give memory back
+CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
+
+DETAILS = ["person", "json", "device_id", "user_id", "insert_id", "file", "line"]
 
 Ints = NDArray[np.int64]
 
@@ -48,21 +55,20 @@ class Block:
 
     __slots__ = ("data", "first", "meter", "offsets", "people", "set", "size")
 
-    def __init__(self, number: int, first: int, text: pa.Array, people: Ints, meter: list[int]) -> None:
+    def __init__(
+        self, number: int, first: int, text: pa.Array, people: Ints, meter: list[int]
+    ) -> None:
         joined = pc.binary_join_element_wise(text, "", ",")
-        if joined.type == pa.large_string():
-            kind = np.int64
-        else:
-            kind = np.int32
+        kind = np.int64 if joined.type == pa.large_string() else np.int32
         buffers = joined.buffers()
         start = joined.offset
         offsets = np.frombuffer(buffers[1], dtype=kind)[start : start + len(joined) + 1]
         self.set = number
         self.first = first
         self.data = memoryview(buffers[2]) if buffers[2] is not None else memoryview(b"")
-        self.offsets: list[int] = offsets.tolist()
+        self.offsets = offsets
         self.people = people
-        self.size = self.offsets[-1] - self.offsets[0] + 40 * len(people)
+        self.size = int(offsets[-1]) - int(offsets[0]) + 16 * len(people)
         self.meter = meter
         meter[0] += self.size
 
@@ -71,7 +77,7 @@ class Block:
 
     def text(self, start: int, stop: int) -> memoryview:
         """Rows start..stop of the block, joined by commas."""
-        return self.data[self.offsets[start] : self.offsets[stop] - 1]
+        return self.data[int(self.offsets[start]) : int(self.offsets[stop]) - 1]
 
 
 class Cut(NamedTuple):
@@ -82,7 +88,7 @@ class Cut(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override] # a tuple's own count is not wanted here
         """How many rows."""
         return self.stop - self.start
 
@@ -101,7 +107,6 @@ class Row(NamedTuple):
     insert_id: str
     file: int
     line: int
-    updates: bool
 
 
 class Lane:
@@ -158,7 +163,13 @@ class Feed:
     """What is still to be sent, as works. One thread at a time."""
 
     def __init__(
-        self, stage: Path, manifest: Manifest, rates: Rates, done: Rows, *, round_trip_s: float = 0.05
+        self,
+        stage: Path,
+        manifest: Manifest,
+        rates: Rates,
+        done: Rows,
+        *,
+        round_trip_s: float = 0.05,
     ) -> None:
         self.rates = rates
         self.loaded = [0]  # bytes of all blocks alive
@@ -181,6 +192,10 @@ class Feed:
         self._shelf: list[tuple[float, int, Lane]] = []
         self._open_lanes = 0
         self._turn = 0
+        self._reads = 0
+        fewest, most = LANES_OPEN
+        self._lanes_open = min(most, max(fewest, 16_000 // rates.events_per_request))
+        self._details: tuple[int, int, pa.Table] | None = None
         self._survey()
         self._stream = self._streamed()
         self.streaming = True
@@ -264,58 +279,57 @@ class Feed:
         return works
 
     def _streamed(self) -> Iterator[list[Work]]:
-        tails: dict[int, list[Cut]] = {}
-        depth = max((one.groups for one in self._sets), default=0)
-        for at in range(depth):
-            for number, one in enumerate(self._sets):
-                if at < one.groups:
-                    works = self._group(number, at, tails)
-                    if works:
-                        yield works
-                if at == one.groups - 1 and tails.get(number):
-                    cuts = tails.pop(number)
-                    works = self._single(cuts)
-                    if works:
-                        yield works
+        """Set after set, group after group. Whoever stands last in a group may go on in the next one."""
+        for number, one in enumerate(self._sets):
+            tail: list[Cut] = []
+            for group in range(one.groups):
+                works, tail = self._group(number, group, tail)
+                if works:
+                    yield works
+            works = self._single(tail)
+            if works:
+                yield works
 
-    def _group(self, number: int, group: int, tails: dict[int, list[Cut]]) -> list[Work]:
-        """The works of one row group. Its last person may go on in the next one and waits in `tails`."""
+    def _group(self, number: int, group: int, tail: list[Cut]) -> tuple[list[Work], list[Cut]]:
+        """The works of one row group and the rows of its last person, who may go on. tail: those of the group before."""
         one = self._sets[number]
         start, stop = int(one.starts[group]), int(one.starts[group + 1])
-        open_ = self._done.missing(number, start, stop)
-        if not open_:
-            return self._single(tails.pop(number)) if tails.get(number) else []
-        table = one.file.read_row_group(group, columns=["person", "json"], use_threads=False)
-        people = table.column("person").to_numpy()
-        block = Block(number, start, _flat(table.column("json")), people, self.loaded)
         left = np.zeros(stop - start, bool)
-        for first, last in open_:
+        for first, last in self._done.missing(number, start, stop):
             left[first - start : last - start] = True
         self._leave_out_lanes(number, start, stop, left)
         rows = np.flatnonzero(left)
         if len(rows) == 0:
-            return self._single(tails.pop(number)) if tails.get(number) else []
+            return self._single(tail), []
+        table = one.file.read_row_group(group, columns=["person", "json"], use_threads=False)
+        people, text = table.column("person").to_numpy(), _flat(table.column("json"))
         runs = _runs(rows, people)
         works: list[Work] = []
-        tail = tails.pop(number, [])
-        if tail and int(tail[-1].block.people[tail[-1].stop - 1]) != int(people[runs[0][0]]):
+        if tail and int(tail[-1].block.people[-1]) != int(people[runs[0][0]]):
             works += self._single(tail)
             tail = []
-        last_person = int(people[runs[-1][1] - 1])
-        waits = [run for run in runs if int(people[run[0]]) == last_person]
-        if tail:
-            head_person = int(people[runs[0][0]])
-            head = [run for run in runs if int(people[run[0]]) == head_person]
-            cuts = [*tail, *(Cut(block, a, b) for a, b in head)]
-            runs = runs[len(head) :]
-            if head_person == last_person:
-                tails[number] = cuts
-                return works
-            works += self._single(cuts)
-        tails[number] = [Cut(block, a, b) for a, b in waits]
-        runs = runs[: len(runs) - len(waits)]
-        works += self._bundles(block, runs)
-        return works
+        ends = int(people[runs[-1][0]])
+        if tail and int(people[runs[0][0]]) != ends:
+            # The tail's person ends here, in the first runs.
+            head = [run for run in runs if int(people[run[0]]) == int(people[runs[0][0]])]
+            works += self._single([*tail, *self._copies(number, start, text, people, head)])
+            runs, tail = runs[len(head) :], []
+        last_runs = [run for run in runs if int(people[run[0]]) == ends]
+        tail = [*tail, *self._copies(number, start, text, people, last_runs)]
+        runs = runs[: len(runs) - len(last_runs)]
+        if runs:
+            works += self._bundles(Block(number, start, text, people, self.loaded), runs)
+        return works, tail
+
+    def _copies(
+        self, number: int, start: int, text: pa.Array, people: Ints, runs: list[tuple[int, int]]
+    ) -> list[Cut]:
+        """Rows in blocks of their own, so that the row group need not be kept for them."""
+        blocks = [
+            Block(number, start + a, text.slice(a, b - a), people[a:b].copy(), self.loaded)
+            for a, b in runs
+        ]
+        return [Cut(block, 0, len(block.people)) for block in blocks]
 
     def _leave_out_lanes(self, number: int, start: int, stop: int, left: NDArray[np.bool_]) -> None:
         firsts, lasts = self._people_left[number], self._lane_ends[number]
@@ -418,12 +432,12 @@ class Feed:
         """Whether another lane should be opened now."""
         while self._shelf and self._shelf[0][0] <= now:
             self._line_up(heapq.heappop(self._shelf)[2])
-        return bool(self._lanes) and self._open_lanes < LANES_OPEN
+        return bool(self._lanes) and self._open_lanes < self._lanes_open
 
     @property
     def lanes_full(self) -> bool:
         """Whether lanes wait only because so many are open."""
-        return bool(self._lanes) and self._open_lanes >= LANES_OPEN
+        return bool(self._lanes) and self._open_lanes >= self._lanes_open
 
     @property
     def at_end(self) -> bool:
@@ -527,24 +541,33 @@ class Feed:
 
     def _chunk_rows(self) -> int:
         mean = max(1, self._manifest.bytes // max(1, self._manifest.events))
-        share = LANE_BYTES // max(8, min(LANES_OPEN, self._open_lanes + len(self._lanes)))
+        share = LANE_BYTES // max(8, min(self._lanes_open, self._open_lanes + len(self._lanes)))
         return max(2 * self.rates.events_per_request, share // mean)
 
     # Looking rows up
 
     def _rows_of(self, number: int, first: int, last: int) -> pa.Table:
-        """Every column of rows first..last of a set, all within one row group."""
+        """Text and ids of rows first..last of a set, all within one row group."""
         one = self._sets[number]
         group = one.group_of(first)
         table = self._cache.pop((number, group), None)
         if table is None:
-            names = ["person", "json", "device_id", "user_id", "insert_id", "file", "line"]
-            table = one.file.read_row_group(group, columns=names, use_threads=False)
             while len(self._cache) >= CACHED_GROUPS:
                 del self._cache[next(iter(self._cache))]
+            table = one.file.read_row_group(group, columns=self._columns, use_threads=False)
+            self._reads += 1
+            if self._reads % RELEASE_AFTER == 0:
+                # Read for a part of each: what Arrow keeps of that for itself adds up otherwise.
+                pa.default_memory_pool().release_unused()
         self._cache[number, group] = table
         start = int(one.starts[group])
         return table.slice(first - start, last - first)
+
+    @property
+    def _columns(self) -> list[str]:
+        return (
+            ["person", "json", "device_id", "user_id"] if self.rates.by_id else ["person", "json"]
+        )
 
     def stretches(self, cuts: Iterable[Cut]) -> list[Stretch]:
         """Whose rows these are: consecutive rows of the same ids together."""
@@ -575,37 +598,52 @@ class Feed:
             first = stop
 
     def _stretches_of(self, number: int, first: int, last: int) -> list[Stretch]:
-        table = self._rows_of(number, first, last)
+        table = self._ids_of(number, first, last)
         devices = table.column("device_id").combine_chunks().dictionary_encode()
         users = table.column("user_id").combine_chunks().dictionary_encode()
         updates = self._updates(table)
-        codes = np.stack([
-            _codes(devices),
-            _codes(users),
-            updates.astype(np.int64),
-        ])
-        edges = np.flatnonzero((codes[:, 1:] != codes[:, :-1]).any(axis=0)) + 1
-        edges = [0, *edges.tolist(), last - first]
+        codes = np.stack(
+            [
+                _codes(devices),
+                _codes(users),
+                updates.astype(np.int64),
+            ]
+        )
+        cuts = np.flatnonzero((codes[:, 1:] != codes[:, :-1]).any(axis=0)) + 1
+        edges: list[int] = [0, *cuts.tolist(), last - first]
         device_ids, user_ids = devices.dictionary.to_pylist(), users.dictionary.to_pylist()
         found = []
         for start, stop in pairwise(edges):
             device = device_ids[codes[0, start]] if codes[0, start] >= 0 else None
             user = user_ids[codes[1, start]] if codes[1, start] >= 0 else None
             # A device that was not sent is derived from the user: it has the same limits.
-            found.append(
-                Stretch(device or f"\0{user}", user, stop - start, bool(updates[start]))
-            )
+            found.append(Stretch(device or f"\0{user}", user, stop - start, bool(updates[start])))
         return found
+
+    def _ids_of(self, number: int, first: int, last: int) -> pa.Table:
+        """The same rows with ids, also where no limit looks at them."""
+        table = self._rows_of(number, first, last)
+        return table if "device_id" in table.column_names else self._detail(number, first, last)
+
+    def _detail(self, number: int, first: int, last: int) -> pa.Table:
+        """Everything that is known of some rows. The last row group that was asked for is kept."""
+        one = self._sets[number]
+        group = one.group_of(first)
+        if self._details is None or self._details[:2] != (number, group):
+            table = one.file.read_row_group(group, columns=DETAILS, use_threads=False)
+            self._details = (number, group, table)
+        return self._details[2].slice(first - int(one.starts[group]), last - first)
 
     def _updates(self, table: pa.Table) -> NDArray[np.bool_]:
         if not self.rates.updates_per_h:
             return np.zeros(len(table), bool)
         mask = pc.match_substring(table.column("json"), '"user_properties":{')
-        return mask.to_numpy(zero_copy_only=False).astype(bool)
+        found: NDArray[np.bool_] = mask.to_numpy(zero_copy_only=False).astype(bool)
+        return found
 
     def row(self, number: int, row: int) -> Row:
         """What is known of one row."""
-        found = self._rows_of(number, row, row + 1).to_pylist()[0]
+        found = self._detail(number, row, row + 1).to_pylist()[0]
         return Row(
             found["person"],
             found["device_id"],
@@ -613,7 +651,6 @@ class Feed:
             found["insert_id"],
             found["file"],
             found["line"],
-            updates='"user_properties":{' in found["json"],
         )
 
     def letter(self, cut: Cut, reason: str) -> str:
@@ -642,16 +679,20 @@ class Feed:
         """The same rows in a block of their own, so that the large one can go."""
         table = self._rows_of(cut.block.set, cut.span.first, cut.span.first + cut.count)
         people = cut.block.people[cut.start : cut.stop].copy()
-        block = Block(cut.block.set, cut.span.first, _flat(table.column("json")), people, self.loaded)
+        block = Block(
+            cut.block.set, cut.span.first, _flat(table.column("json")), people, self.loaded
+        )
         return Cut(block, 0, cut.count)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
     flat = column.combine_chunks()
     return flat.chunk(0) if isinstance(flat, pa.ChunkedArray) else flat
 
 
-def _codes(encoded: Any) -> Ints:  # noqa: ANN401 - pyarrow has no types
+def _codes(encoded: Any) -> Ints:
     codes: Ints = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     return codes
 
@@ -704,11 +745,11 @@ def _at(
     columns = ["person", "device_id", "user_id"]
     for batch in one.file.iter_batches(batch_size=1 << 16, columns=columns, use_threads=False):
         for kind, column in (("device", 1), ("user", 2)):
-            mask = pc.fill_null(pc.is_in(batch.column(column), value_set=values[kind]), False)
-            found = batch.filter(mask)
-            pairs = zip(
-                found.column(0).to_pylist(), found.column(column).to_pylist(), strict=True
+            mask = pc.fill_null(
+                pc.is_in(batch.column(column), value_set=values[kind]), fill_value=False
             )
+            found = batch.filter(mask)
+            pairs = zip(found.column(0).to_pylist(), found.column(column).to_pylist(), strict=True)
             for person, name in set(pairs):
                 places.setdefault(person, (kind, name))
     for person, first, count in zip(who.tolist(), firsts.tolist(), counts.tolist(), strict=True):

@@ -208,10 +208,10 @@ def _required(guesses: Sequence[Guess]) -> list[Guess]:
     found = {guess.field: guess for guess in guesses}
     open_questions = {
         "event_type": Guess("event_type", "'Imported'", "no column names the event: which is it?"),
-        "time": Guess("time", "TODO", "no column looks like a time: which is it?"),
+        "time": Guess("time", "?", "no column looks like a time: which is it?"),
     }
     if "user_id" not in found and "device_id" not in found:
-        open_questions["user_id"] = Guess("user_id", "TODO", "no column names a user or a device")
+        open_questions["user_id"] = Guess("user_id", "?", "no column names a user or a device")
     order = ["user_id", "device_id", "event_type", "time", "insert_id"]
     needed = [found.get(name) or open_questions.get(name) for name in order]
     others = [

@@ -1,6 +1,6 @@
 """From rows to events: the mapping's query over the source, its answer checked, counted and put down.
 
-One pass over the source, streaming. Events go to a spill file as they come; who is one person is known only at the end,
+One pass over the source, streaming. Events go to a spill as they come; who is one person is known only at the end,
 so that sorting comes after (`order`). What stays in memory: the distinct (device, user) pairs, and a thin sample of rows
 from which the sorting takes its borders.
 """
@@ -27,11 +27,12 @@ from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
 from retrofill.backfill.source import Piece
+from retrofill.backfill.spill import Spill
 from retrofill.core.mapping import Field, Mapping, literal
 from retrofill.errors import InputError
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
-_ROWS = 20_000  # of one batch on its way
+_ROWS = 4096  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample
@@ -135,16 +136,14 @@ class Intake:
             mapping, self.columns, connection, id_length_min=options.id_length_min
         )
 
-    def run(self, spill: Path, *, seen: Callable[[int], None] = lambda _rows: None) -> Taken:
-        """Read all rows, write the events among them to the spill file. Raises InputError when too many are bad."""
+    def run(self, spill: Spill, *, seen: Callable[[int], None] = lambda _rows: None) -> Taken:
+        """Read all rows, put the events among them into the spill. Raises InputError when too many are bad."""
         self._register(self._records())
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_file(spill, SPILLED, options=options) as writer:
-            for batch in self._answers():
-                events = self._take(batch)
-                if events.num_rows:
-                    writer.write_batch(events)
-                seen(self.taken.rows)
+        for batch in self._answers():
+            events = self._take(batch)
+            if events.num_rows:
+                spill.add(events)
+            seen(self.taken.rows)
         self._judge()
         return self.taken
 
@@ -166,7 +165,7 @@ class Intake:
         names = ", ".join(literal(piece.place) for piece in self.pieces)
         numbers = ", ".join(str(piece.number) for piece in self.pieces)
         return (
-            "CREATE OR REPLACE TEMP VIEW source AS SELECT * EXCLUDE (filename, file_row_number), "  # noqa: S608  # names are quoted
+            "CREATE OR REPLACE TEMP VIEW source AS SELECT * EXCLUDE (filename, file_row_number), "  # names are quoted
             f"CAST([{numbers}][list_position([{names}], filename)] AS INTEGER) AS file, "
             "CAST(file_row_number + 1 AS BIGINT) AS line "
             f"FROM read_parquet([{names}], filename = true, file_row_number = true, union_by_name = true)"
@@ -292,7 +291,7 @@ def _names(expression: str, name: str) -> bool:
     return name.rpartition(".")[2].lower() in expression.lower()
 
 
-def _numbers(batch: pa.RecordBatch, name: str) -> Any:  # noqa: ANN401  # an array of the column's type
+def _numbers(batch: pa.RecordBatch, name: str) -> Any:  # an array of the column's type
     return batch.column(name).to_numpy(zero_copy_only=False)
 
 
@@ -358,10 +357,10 @@ def _look_native(pieces: Sequence[Piece]) -> Source:
     names = ", ".join(literal(piece.place) for piece in pieces)
     with duckdb.connect() as connection:
         found = connection.execute(
-            f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # noqa: S608  # names are quoted
+            f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # names are quoted
         ).fetchall()
         table = connection.execute(
-            f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # noqa: S608  # the same
+            f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # the same
         ).to_arrow_table()
     return Source("native", {(row[0],): row[1] for row in found}, [], None, [], table)
 

@@ -61,7 +61,7 @@ class Span(NamedTuple):
 
     set: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment] # a tuple's own count is not wanted here
 
 
 class Final(NamedTuple):
@@ -285,8 +285,10 @@ class Journal:
         """Note events that count against a daily quota."""
         self._rows.append(
             (
-                "INSERT INTO arrivals VALUES (?, ?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET count = count + excluded.count",
+                (
+                    "INSERT INTO arrivals VALUES (?, ?, ?, ?)"
+                    " ON CONFLICT DO UPDATE SET count = count + excluded.count"
+                ),
                 (kind, name, hour, count),
             )
         )

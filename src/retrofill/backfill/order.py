@@ -12,7 +12,8 @@ and rows whose insert_id an earlier row of the device has are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from numpy.typing import NDArray
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
+from retrofill.backfill.spill import Spill
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
 ROW_GROUP_ROWS = 20_000
+_PART_ROWS = 80_000  # taken, finished and written at once
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 
@@ -59,7 +62,7 @@ class Borders(Struct, frozen=True):
 
 def borders(person: Ints, time_ms: Ints, *, buckets: int) -> Borders:
     """Return borders that part the sampled rows evenly."""
-    if buckets < 2 or len(person) == 0:  # noqa: PLR2004  # one bucket has no border
+    if buckets < 2 or len(person) == 0:  # one bucket has no border
         return Borders(np.zeros(0, np.int64), np.zeros(0, np.int64))
     order = np.lexsort((time_ms, person))
     at = order[np.linspace(0, len(order) - 1, buckets + 1).astype(np.int64)[1:-1]]
@@ -139,7 +142,7 @@ class Sorter:
     ) -> None:
         self.folder, self.people, self.options = folder, people, options
         self.doubles = Doubles(keys)
-        self._wanted = frozenset(wanted.tolist())
+        self._wanted = wanted
         self.refused = refused
         self.found = Sorted()
         self._set = -1
@@ -149,13 +152,13 @@ class Sorter:
         self._person: HotPerson | None = None  # whose rows are being written
         self._head, self._tail = _frame(options)
 
-    def run(self, spill: Path, edges: Borders, scratch: Path) -> Sorted:
-        """Sort the spill into set files."""
-        paths = self._scatter(spill, edges, scratch)
-        for path in paths:
-            if path.exists():
-                self._bucket(_whole(path))
-                path.unlink()
+    def run(self, spill: Spill, edges: Borders, scratch: Path) -> Sorted:
+        """Sort the spill into set files. Without borders it is one bucket."""
+        if len(edges.persons) == 0:
+            self._bucket(spill.whole())
+        else:
+            for bucket in self._scatter(spill, edges, scratch):
+                self._bucket(bucket.whole())
         self._close_person()
         while self._set < self.options.sets - 1:
             self._next_set()
@@ -164,50 +167,56 @@ class Sorter:
         self.found.hot = self.found.hot[:_HOT]
         return self.found
 
-    def _scatter(self, spill: Path, edges: Borders, scratch: Path) -> list[Path]:
-        if len(edges.persons) == 0:
-            return [spill]
-        paths = [scratch / f"bucket-{at}.arrow" for at in range(len(edges.persons) + 1)]
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        writers = [pa.ipc.new_file(path, SPILLED, options=options) for path in paths]
-        for batch in _gathered(spill):
-            person = self.people.of(_ints(batch, "device_node"), _ints(batch, "user_node"))
-            bucket = edges.bucket(person, _ints(batch, "time_ms"))
+    def _scatter(self, spill: Spill, edges: Borders, scratch: Path) -> list[Spill]:
+        buckets = [
+            Spill(scratch / f"bucket-{at}.arrow", SPILLED, memory_bytes=0)
+            for at in range(len(edges.persons) + 1)
+        ]
+        for part in spill.parts():
+            person = self.people.of(_ints(part, "device_node"), _ints(part, "user_node"))
+            bucket = edges.bucket(person, _ints(part, "time_ms"))
             order = np.argsort(bucket, kind="stable")
-            rows = batch.take(pa.array(order)).combine_chunks()
-            at = np.searchsorted(bucket[order], np.arange(len(paths) + 1))
-            for number, writer in enumerate(writers):
+            (rows,) = part.take(pa.array(order)).combine_chunks().to_batches()
+            at = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
+            for number, one in enumerate(buckets):
                 if at[number + 1] > at[number]:
-                    writer.write_table(rows.slice(at[number], at[number + 1] - at[number]))
-        for writer in writers:
-            writer.close()
-        spill.unlink()
-        return paths
+                    one.add(rows.slice(at[number], at[number + 1] - at[number]))
+        return buckets
 
     def _bucket(self, table: pa.Table) -> None:
-        if table.num_rows == 0:
-            return
         person = self.people.of(_ints(table, "device_node"), _ints(table, "user_node"))
         if self.options.sample < 1:
             kept = sampled(person, self.options.sample)
             self.found.left_out += int(np.count_nonzero(~kept))
             table, person = table.filter(pa.array(kept)), person[kept]
-        order = np.lexsort(
-            (_ints(table, "line"), _ints(table, "file"), _ints(table, "time_ms"), person)
+        time_ms = _ints(table, "time_ms")
+        order = np.lexsort((_ints(table, "line"), _ints(table, "file"), time_ms, person))
+        person, time_ms = person[order], time_ms[order]
+        # What shares person and time stays together, so that equal events are seen side by side.
+        apart = np.flatnonzero((person[1:] != person[:-1]) | (time_ms[1:] != time_ms[:-1])) + 1
+        wanted = np.arange(_PART_ROWS, len(order), _PART_ROWS)
+        cuts = (
+            np.unique(apart[np.searchsorted(apart, wanted[wanted <= apart[-1]])])
+            if len(apart)
+            else apart
         )
-        table, person = self._without_doubles(table.take(pa.array(order)), person[order])
+        for start, end in pairwise([0, *cuts.tolist(), len(order)]):
+            if end > start:
+                self._part(table.take(pa.array(order[start:end])), person[start:end])
+
+    def _part(self, table: pa.Table, person: Ints) -> None:
+        """Finish and write sorted rows."""
+        table, person = self._without_doubles(table, person)
         table = table.set_column(
             table.schema.get_field_index("insert_id"), "insert_id", _insert_ids(table, person)
         )
         self._name(table)
         parts = set_of(person, self.options.sets)
         at = np.flatnonzero(np.diff(parts, prepend=-1))
-        for start, end in zip(at, [*at[1:], len(parts)], strict=True):
+        for start, end in pairwise([*at.tolist(), len(parts)]):
             while self._set < parts[start]:
                 self._next_set()
-            for first in range(start, end, 2 * ROW_GROUP_ROWS):
-                last = min(first + 2 * ROW_GROUP_ROWS, end)
-                self._write(table.slice(first, last - first), person[first:last])
+            self._write(table.slice(start, end - start), person[start:end])
 
     def _without_doubles(self, table: pa.Table, person: Ints) -> tuple[pa.Table, Ints]:
         body = table.column("body")
@@ -230,9 +239,10 @@ class Sorter:
         """Note how the wanted nodes are spelled."""
         for node, name in (("device_node", "device_id"), ("user_node", "user_id")):
             nodes = _ints(table, node)
-            found, rows = np.unique(nodes, return_index=True)
-            for number, row in zip(found.tolist(), rows.tolist(), strict=True):
-                if number in self._wanted and number not in self.found.names:
+            rows = np.flatnonzero(np.isin(nodes, self._wanted))
+            found, first = np.unique(nodes[rows], return_index=True)
+            for number, row in zip(found.tolist(), rows[first].tolist(), strict=True):
+                if number not in self.found.names:
                     self.found.names[number] = table.column(name)[row].as_py()
 
     def _write(self, table: pa.Table, person: Ints) -> None:
@@ -401,18 +411,3 @@ def _ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:
         column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
     )
     return np.asarray(found, np.int64)
-
-
-def _whole(path: Path) -> pa.Table:
-    with pa.OSFile(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
-def _gathered(path: Path) -> Iterator[pa.Table]:
-    """Yield the spill's rows, some batches together."""
-    with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-        for start in range(0, reader.num_record_batches, 4):
-            end = min(start + 4, reader.num_record_batches)
-            yield pa.Table.from_batches(
-                [reader.get_batch(at) for at in range(start, end)]
-            ).combine_chunks()

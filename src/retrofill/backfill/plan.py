@@ -150,7 +150,7 @@ def _throttled(found: Manifest, profile: Profile) -> list[Throttled]:
     return sorted(held, key=lambda one: -one.events)
 
 
-def _warnings(found: Manifest, profile: Profile, throttled: list[Throttled]) -> Any:  # noqa: ANN401  # texts
+def _warnings(found: Manifest, profile: Profile, throttled: list[Throttled]) -> Any:  # texts
     if found.first_ms is not None and found.first_ms < _EARLY_MS:
         yield "The first event is from before 1990: is `time` in seconds? It wants milliseconds"
     if found.duplicates.different:

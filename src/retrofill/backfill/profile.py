@@ -140,7 +140,7 @@ def choose(where: Target, name: str | None) -> Profile:
     return PROFILES[name]
 
 
-def adjust(  # noqa: PLR0913 - the numbers of a destination
+def adjust(
     profile: Profile,
     *,
     events_per_s: int | None = None,

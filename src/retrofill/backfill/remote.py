@@ -64,7 +64,7 @@ def _split(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _client(endpoint: str | None) -> Any:  # noqa: ANN401  # boto3 makes its classes while it runs
+def _client(endpoint: str | None) -> Any:  # boto3 makes its classes while it runs
     import boto3  # noqa: PLC0415  # a second of start for few sources
 
     return boto3.client("s3", endpoint_url=endpoint)

@@ -7,6 +7,8 @@ journal and, where there was one, the last verification; it may be made while a 
 from __future__ import annotations
 
 import html
+import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date, timedelta
@@ -24,6 +26,10 @@ from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.profile import Profile
 from retrofill.backfill.status import duration, moment, status
 from retrofill.core.schedule import Bound, lower_bound
+
+# pygal puts a finder for its plugins before every later import of the process, in a form that Python has given up. We
+# use no plugins.
+sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != "pygal"]
 
 BARS_MAX = 120  # days beyond this are drawn as weeks or months
 POINTS_MAX = 240
@@ -163,9 +169,11 @@ def _plan_and_outcome(
     return "<h2>Plan and outcome</h2>" + _table(rows, ("", "plan", "outcome"))
 
 
-def _figure(chart: Any) -> str:  # noqa: ANN401 - pygal has no types
+def _figure(chart: Any) -> str:
     svg = chart.render(is_unicode=True)
-    return f"<figure>{svg[svg.index('<svg') :]}</figure>"
+    # The scripts would show tooltips; a page that runs nothing needs none.
+    svg = re.sub(r"<script.*?</script>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return f"<figure>{svg}</figure>"
 
 
 def _options(**more: object) -> dict[str, object]:

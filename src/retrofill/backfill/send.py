@@ -47,7 +47,7 @@ MEMORY_MARGIN_S = 3600.0  # ours: a destination's memory is trusted this much le
 GROW_AFTER = 32  # ours: so many full requests taken after a 413, and larger ones are tried again
 GROW_BY = 1.25
 READY_ROWS = 8192  # ours: rows kept ready to go
-LOADED_BYTES = 96 * 1024 * 1024  # ours: text in memory
+LOADED_BYTES = 32 * 1024 * 1024  # ours: text in memory
 SHELVE_S = 60.0  # ours: a lane that sleeps longer gives its place to another
 PROGRESS_S = 1.0  # ours: how often the journal notes how far the run is
 HEAD = b'","events":['
@@ -144,7 +144,7 @@ class Flight:
 class Sender:
     """Sends what a feed holds, until all of it is settled or it is told to stop."""
 
-    def __init__(  # noqa: PLR0913 - the parts of a run
+    def __init__(
         self,
         *,
         feed: Feed,
@@ -434,7 +434,7 @@ class Sender:
             while not self._stopping:
                 await self._sleep(when - self._clock.now())
                 if self._stopping:
-                    break
+                    break  # type: ignore[unreachable] # it was set while we slept
                 now = self._clock.now()
                 when = (
                     max(self._paused_until, self.schedule.again(flight.request, now))

@@ -24,11 +24,12 @@ from msgspec import Struct
 
 from retrofill.backfill import manifest, order, people, source
 from retrofill.backfill.deadletter import DeadLetters
-from retrofill.backfill.intake import Intake, Taken, connect
+from retrofill.backfill.intake import SPILLED, Intake, Taken, connect
 from retrofill.backfill.manifest import Duplicates, File, Hot, Kiosk, Manifest, Options
 from retrofill.backfill.order import Sorted, Sorter
 from retrofill.backfill.people import Ints, People
 from retrofill.backfill.source import Origin
+from retrofill.backfill.spill import Spill
 from retrofill.core.mapping import Mapping
 from retrofill.errors import InputError
 
@@ -113,7 +114,7 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     told = asked.mapping.format
     pieces = source.pieces(origins, scratch=scratch, format_name=told, endpoint=asked.endpoint)
     letters = DeadLetters(work / DEAD_LETTERS)
-    spill = scratch / "spill.arrow"
+    spill = Spill(scratch / "spill.arrow", SPILLED)
     with letters:
         with connect(scratch) as connection:
             intake = Intake(pieces, asked.mapping, options, connection, letters)
@@ -134,7 +135,7 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
             refused=lambda file, *rest: letters.add(pieces[file].name, *rest),
         )
         taken.keys = []
-        found = sorter.run(spill, _borders(taken, joined), scratch)
+        found = sorter.run(spill, _borders(taken, joined, spill), scratch)
     _days(made, found)
     names = found.names
     return Manifest(
@@ -167,7 +168,9 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     )
 
 
-def _borders(taken: Taken, joined: People) -> order.Borders:
+def _borders(taken: Taken, joined: People, spill: Spill) -> order.Borders:
+    if spill.in_memory:
+        return order.borders(*taken.borders.rows()[1:], buckets=1)
     device, user, time_ms = taken.borders.rows()
     buckets = -(-taken.bytes // order.BUCKET_BYTES)
     return order.borders(joined.of(device, user), time_ms, buckets=buckets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def duration(seconds: float) -> str:
     """A time span as a person says it: its two largest units."""
     whole = round(seconds)
     units = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    for (size, name), (small, small_name) in zip(units, units[1:], strict=False):
+    for (size, name), (small, small_name) in itertools.pairwise(units):
         if whole >= size:
             rest = whole % size // small
             return f"{whole // size} {name}" + (f" {rest} {small_name}" if rest else "")

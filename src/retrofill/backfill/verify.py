@@ -231,7 +231,7 @@ def _disorder(people: NDArray[np.int64], places: NDArray[np.int64]) -> int:
 # Reading
 
 
-def _read_back(  # noqa: PLR0913 - one call's state, passed on
+def _read_back(  # noqa: PLR0917 - called once, by position of the same names
     deal: Deal,
     work: Path,
     folder: Path,
@@ -353,7 +353,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                     with archive.open(name) as member:
                         if name.endswith(".gz"):
                             with gzip.open(member) as unpacked:
-                                yield from io.BufferedReader(unpacked)  # type: ignore[arg-type] - a GzipFile reads as a raw stream
+                                yield from io.BufferedReader(unpacked)
                         else:
                             yield from member
         elif start.startswith(b"\x1f\x8b"):

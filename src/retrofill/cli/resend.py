@@ -14,7 +14,7 @@ from retrofill.errors import InputError
 EXAMPLE = "Example: retrofill resend --work retrofill-work --from 2026-03-01T10:00Z --to 2026-03-01T12:00Z"
 
 
-def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
+def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by position
     from_: Annotated[str, typer.Option("--from", help="First upload time of the window, UTC.")],
     to: Annotated[str, typer.Option("--to", help="Last upload time of the window, UTC.")],
     work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
@@ -26,7 +26,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     """Send again what was acknowledged in a window of upload time: the same insert_ids, in the same order."""
     import sys
 
-    from retrofill.backfill import drive, keys as key_ring, resend
+    from retrofill.backfill import drive, resend
+    from retrofill.backfill import keys as key_ring
 
     keys = key_ring.find(api_key, None, key_file)
     key_ring.need_api_key(keys)

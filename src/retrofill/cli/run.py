@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -241,10 +241,14 @@ def tell_plan(
         return
     lines = [
         f"import {found.import_id}: {found.events:,} events of {found.people:,} people to {to.name}",
-        f"{facts['from']} to {facts['until']}; {facts['refused']:,} rows refused,"
-        f" {found.duplicates.same:,} duplicates in the source",
-        f"{facts['requests']:,} requests, profile {profile.name}; at least"
-        f" {duration(bound.seconds)} ({bound.reason}) beside the round trips",
+        (
+            f"{facts['from']} to {facts['until']}; {facts['refused']:,} rows refused,"
+            f" {found.duplicates.same:,} duplicates in the source"
+        ),
+        (
+            f"{facts['requests']:,} requests, profile {profile.name}; at least"
+            f" {duration(bound.seconds)} ({bound.reason}) beside the round trips"
+        ),
         "user properties: live values stay as they are, $skip_user_properties_sync is set"
         if found.options.skip_user_properties_sync
         else f"user properties are synced, {profile.rates.updates_per_h:,} updates an hour a person"
@@ -275,7 +279,7 @@ class Display:
         self._task: Any = None
         self._said = 0.0
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         if sys.stderr.isatty() and not self._json:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn

@@ -17,7 +17,7 @@ EXAMPLE = "Example: retrofill verify --work retrofill-work --api-key KEY --secre
 SHOWN = 1000  # findings printed; all of them are in WORK/verify.ndjson
 
 
-def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
+def command(
     work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
     api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
     secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
@@ -28,7 +28,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     """Read everything back and compare it event by event. Exit 1 if anything is not as it was sent."""
     import msgspec
 
-    from retrofill.backfill import drive, keys as key_ring, verify
+    from retrofill.backfill import drive, verify
+    from retrofill.backfill import keys as key_ring
     from retrofill.backfill.report import VERIFIED
 
     keys = key_ring.find(api_key, secret_key, key_file)

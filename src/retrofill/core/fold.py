@@ -24,7 +24,7 @@ from retrofill.core.block import COLUMNS, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
 from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
 from retrofill.core.throttle import UpdateWindow
-from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, Limits
+from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, TIME_MS_MAX, Limits
 
 Group = tuple[str, str]  # type, value
 
@@ -248,7 +248,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     for event, is_dropped in zip(batch.events, dropped, strict=True):
         row += 1
         time = event.time
-        event_time = (client_upload_ms if time is None else time) + skew
+        event_time = client_upload_ms if time is None else time
+        if skew:
+            event_time = min(max(event_time + skew, 0), TIME_MS_MAX)
         if is_dropped:
             add_person(0)
             add_time(event_time)

@@ -52,7 +52,9 @@ class Rates(Struct, frozen=True, kw_only=True):
     @property
     def by_id(self) -> bool:
         """Whether any limit looks at who an event belongs to."""
-        return bool(self.device_per_s or self.user_per_s or self.quota_per_day or self.updates_per_h)
+        return bool(
+            self.device_per_s or self.user_per_s or self.quota_per_day or self.updates_per_h
+        )
 
     @property
     def safe_rows(self) -> int:
@@ -66,7 +68,7 @@ class Stretch(NamedTuple):
 
     device: str | None
     user: str | None
-    count: int
+    count: int  # type: ignore[assignment] # a tuple's own count is not wanted here
     updates: bool = False
 
 
@@ -103,7 +105,7 @@ class Window:
         """When there will be room for so many. Beyond the limit: when the window is empty."""
         needed = self.used + min(count, self.limit) - self.limit
         until = 0.0
-        for until, gone in self._log:
+        for until, gone in self._log:  # noqa: B007 - the last one is the answer
             needed -= gone
             if needed <= 0:
                 break
@@ -234,7 +236,7 @@ class Piece(NamedTuple):
     """So many rows of a work, as part of a request."""
 
     work: Work
-    count: int
+    count: int  # type: ignore[assignment] # a tuple's own count is not wanted here
     stretches: list[Stretch]
 
 
@@ -267,7 +269,9 @@ class Schedule:
         self._turn = 0
         self._critical = False
         self.ready_rows = 0
-        self.left = 0  # rows that are not sent yet, over all; the caller sets it, `take` counts it down
+        self.left = (
+            0  # rows that are not sent yet, over all; the caller sets it, `take` counts it down
+        )
         self.round_trip_s = 0.1  # how long an answer takes; the caller keeps it true
 
     # What is there to send
@@ -461,7 +465,8 @@ class Schedule:
         """Add as much of a work as may go; if nothing may, it sleeps."""
         self.ready_rows -= work.rows
         if work.stretches is None:
-            count, taken = min(room, work.rows), []
+            count = min(room, work.rows)
+            taken: list[Stretch] = []
         else:
             count, taken, until = self._charge(request, work, room, now)
             if count == 0:

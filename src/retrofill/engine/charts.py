@@ -9,6 +9,7 @@ Source: contract, read 5; identity 3 to 5.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -342,7 +343,7 @@ def _segmented(
             )
         summed, groups = groups[0], groups[1:]
     groups += [condition.property_("user", one, statement) for one in asked.groups]
-    if len(groups) > 2:  # noqa: PLR2004 # contract, read 1: at most two
+    if len(groups) > 2:  # contract, read 1: at most two
         raise InputError(f"{len(groups)} properties to group by, at most 2")
     found = condition.both(chosen, inside, filters)
     rows = _counted(view, asked.when, found, groups, statement, summed=summed)
@@ -441,7 +442,7 @@ def session_lengths(view: View, when: Range, bins_ms: Sequence[int] = _BINS_MS) 
         f"WHERE start >= {when.start_ms} AND start < {when.end_ms} GROUP BY ms",
         statement,
     ).fetchall()
-    pairs = list(zip(bins_ms, bins_ms[1:], strict=False))
+    pairs = list(itertools.pairwise(bins_ms))
     counts = [
         sum(count for ms, count in lengths if low <= ms < high or ms == high == bins_ms[-1])
         for low, high in pairs

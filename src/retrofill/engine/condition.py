@@ -117,7 +117,7 @@ def _strictly(text: str, kind: type[Wanted], name: str) -> Wanted:
     if not isinstance(value, dict):
         raise InputError(f"{name} must be a JSON object with event_type")
     _known_keys(value, kind, name)
-    found = _convert(value, kind, name)
+    found: Wanted = _convert(value, kind, name)
     for each in value.get("filters", ()):
         _known_keys(each, Filter, f"{name}.filters")
     for each in value.get("group_by", ()):

@@ -11,6 +11,7 @@ who has come back since as a new person. A deleted user's later events make a ne
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -196,26 +197,32 @@ class Deletions:
 
     async def run_due(self, reader: Reader, erase: Erase) -> int:
         """Run every job whose day has come. Returns how many people were deleted."""
-        today = self._today().isoformat()
-        due = self._read(
+        gone = 0
+        for project, day in await asyncio.to_thread(self._due):
+            people, everyone = await asyncio.to_thread(self._people, reader, project, day)
+            await erase(project, everyone)
+            done = (project, day, self._today().isoformat())
+            await asyncio.to_thread(
+                self._write, "INSERT OR IGNORE INTO done VALUES (?, ?, ?)", [done]
+            )
+            gone += people
+        return gone
+
+    def _due(self) -> list[tuple[int, str]]:
+        return self._read(
             "SELECT DISTINCT project, day FROM entries LEFT JOIN done USING (project, day) "
             "WHERE on_day IS NULL AND day <= ? ORDER BY day, project",
-            (today,),
+            (self._today().isoformat(),),
         )
-        gone = 0
-        for project, day in due:
-            people = [
-                one
-                for (one,) in self._read(
-                    "SELECT amplitude_id FROM entries WHERE project = ? AND day = ?", (project, day)
-                )
-            ]
-            with reader.view(project) as view:
-                everyone = _with_merged(view, people)
-            await erase(project, everyone)
-            self._write("INSERT OR IGNORE INTO done VALUES (?, ?, ?)", [(project, day, today)])
-            gone += len(people)
-        return gone
+
+    def _people(self, reader: Reader, project: int, day: str) -> tuple[int, list[int]]:
+        """Return how many people a job has, and every amplitude_id that is one of them."""
+        rows = self._read(
+            "SELECT amplitude_id FROM entries WHERE project = ? AND day = ?", (project, day)
+        )
+        people = [one for (one,) in rows]
+        with reader.view(project) as view:
+            return len(people), _with_merged(view, people)
 
     def _today(self) -> date:
         return datetime.fromtimestamp(self._clock.now_ms() / MS_PER_S, UTC).date()

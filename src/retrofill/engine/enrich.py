@@ -65,7 +65,7 @@ class Enricher:
         return True
 
 
-def _name(place: Any) -> str | None:  # noqa: ANN401 - a record of the database
+def _name(place: Any) -> str | None:
     name = (place or {}).get("names", {}).get("en")
     return name if isinstance(name, str) else None
 

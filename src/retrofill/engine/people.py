@@ -14,9 +14,8 @@ from msgspec import Raw, Struct
 
 from retrofill.core.block import COLUMNS, Flag, Kind
 from retrofill.core.person import FORGOTTEN, Person
-from retrofill.engine.export import lines
+from retrofill.engine import lines
 from retrofill.engine.query import Reader, Statement, View
-from retrofill.lake import arrow
 from retrofill.limits import MATCHES_MAX
 
 _INT64_MAX = 2**63 - 1
@@ -240,12 +239,11 @@ class _Stream:
         """Return a page of rows as the export writes them."""
         way = "DESC" if latest else "ASC"
         order = f"ORDER BY event_time {way}, block {way}, row {way}"
-        source = self._rows(arrow.SCHEMA.names, tuple(arrow.SCHEMA.names))
+        source = self._rows(lines.COLUMNS, lines.COLUMNS)
         page = self._view.ask(
             f"SELECT * FROM {source} {order} LIMIT {int(limit)} OFFSET {int(offset)}"
         ).to_arrow_table()
-        text = b"".join(lines(self._view, page))
-        return [Raw(line) for line in text.split(b"\n")[:-1]]
+        return [Raw(line) for line in lines.text_of(page).split(b"\n")[:-1]]
 
 
 # Source: contract, events 7: `$revenue`, or else price × quantity.

@@ -157,7 +157,6 @@ class Projects:
             raise store_error(problem, self._path) from problem
         return Project(number, name, api_key, secret_key)
 
-
     def settings(self, number: int) -> bytes | None:
         """Return what `set_settings` stored, or None."""
         row = self._connection.execute(
