@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from tests.backfill.staging import events, letters, ndjson, rows, run
 
 from retrofill.backfill import manifest, order, people
 from retrofill.backfill.manifest import SET_SCHEMA
+from retrofill.backfill.spill import Spill
 from retrofill.errors import CorruptError, InputError
 
 MAPPING = {
@@ -371,3 +373,17 @@ def walked(device: list[int], user: list[int], limit: int) -> list[int]:
         return min(users) if users else node
 
     return [component(u or d) for d, u in zip(device, user, strict=True)]
+
+
+def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: Path) -> None:
+    schema = pa.schema([("n", pa.int64())])
+    batches = [pa.record_batch([[at, at + 1]], schema=schema) for at in range(0, 20, 2)]
+    for bound in (0, 50, 1 << 20):
+        whole, parts = (Spill(tmp_path / name, schema, memory_bytes=bound) for name in ("a", "b"))
+        for batch in batches:
+            whole.add(batch)
+            parts.add(batch)
+        assert whole.in_memory == (bound == 1 << 20)
+        assert whole.whole()["n"].to_pylist() == list(range(20))
+        assert sorted(n for part in parts.parts() for n in part["n"].to_pylist()) == list(range(20))
+        assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Raw, Struct
@@ -26,6 +27,7 @@ _HEAD: Final = b'{"api_key":"-","events":[{'
 _KNOWN: Final = tuple(field.encode_name for field in msgspec.structs.fields(Event))
 
 # A whole number that may be beyond 64 bits, which a property table does not hold.
+_ZERO, _TEN = np.uint8(0x30), 10
 _HUGE = re.compile(rb"\d{19}").search
 
 
@@ -128,9 +130,17 @@ def _good(body: bytes) -> bool:
     return (
         glance.strings(body)
         and glance.groups(groups)
-        and not _HUGE(b"".join(tables))
+        and not _huge(b"".join(tables))
         and (not raws or glance.raws(raws, spare=spare))
     )
+
+
+def _huge(text: bytes) -> bool:
+    """Say whether 19 digits may stand in a row: three of them at every sixth place, looked at closer."""
+    digit = (
+        np.frombuffer(text, np.uint8)[::6] - _ZERO < _TEN
+    )  # unsigned: what is below 0 is far above 9
+    return bool((digit[2:] & digit[1:-1] & digit[:-2]).any()) and _HUGE(text) is not None
 
 
 def _body(part: pa.StringArray) -> bytes:

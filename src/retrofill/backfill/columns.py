@@ -54,7 +54,9 @@ def _see(found: dict[str, Any], above: Path, seen: dict[Path, Counter[str]]) -> 
         path = (*above, key)
         if path not in seen and len(seen) >= _PATHS_MAX:
             continue
-        kinds = seen.setdefault(path, Counter())
+        kinds = seen.get(path)
+        if kinds is None:
+            kinds = seen[path] = Counter()
         if value is not None:
             kinds[_kind(value)] += 1
         if isinstance(value, dict) and len(path) < _DEPTH_SEEN:

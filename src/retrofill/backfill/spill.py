@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; beyond it all go to the file
+MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a packed file does
 _TOGETHER = 4  # batches of the file read as one
 
 
