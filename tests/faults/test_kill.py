@@ -43,6 +43,7 @@ Deletions._today = lambda self: (
 SENDERS = 4
 PEOPLE_PER_SENDER = 6
 PAUSE_S = 0.02  # between two requests of a sender: the machine has others to serve
+DELETED_S = 120  # kills leave deletions to be done, one after another
 MOMENT_S = 10  # the wait for a moment of some kind
 ANSWER_S = 30
 
@@ -318,7 +319,7 @@ def check(server: Process, senders: list[Sender]) -> None:
         person for sender in senders if isinstance(sender, Deleter) for person in sender.gone
     }
     rows_left = _left(server, victims)
-    end = time.monotonic() + MOMENT_S
+    end = time.monotonic() + DELETED_S
     while rows_left and time.monotonic() < end:
         time.sleep(0.2)
         rows_left = _left(server, victims)
