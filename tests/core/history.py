@@ -62,7 +62,7 @@ class History:
             number=len(self.blocks) + 1,
             server_upload_ms=now_ms,
             fresh=self.fresh,
-            limits={1: self.limits},
+            updates_max={1: self.limits.property_updates_per_h},
             dropped=[0] * len(events),
             keys=bytes(16 * len(events)),
         )

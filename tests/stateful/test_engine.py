@@ -123,7 +123,7 @@ class EngineBesideModel(RuleBasedStateMachine):
         for number, blob in enumerate(self.history, 1):
             block = block_codec.decode(blob)
             assert block.number == number
-            refold(state, block, batches_of(block), limits={1: PROFILES["none"]})
+            refold(state, block, batches_of(block))
         again, live = state.project(1), self.engine.state.project(1)
         for shelf, other in ((again.devices, live.devices), (again.users, live.users)):
             for key, value in shelf.young.items():

@@ -119,7 +119,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         _projects(engine, named)
         deletions = Deletions(settings.data / "deletions.sqlite", clock)
     except Error:
-        asyncio.run(_give_up(engine))
+        asyncio.run(engine.close())
         raise
     reader = Reader(
         engine.lake,
@@ -141,12 +141,6 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         (lambda: deletions.run_due(reader, engine.forget),),
         close,
     )
-
-
-async def _give_up(engine: Engine) -> None:
-    """Close an engine that will not be used, the ordinary way."""
-    await engine.start()
-    await engine.close()
 
 
 def _projects(engine: Engine, named: list[tuple[str, str, str]]) -> None:

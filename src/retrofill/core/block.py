@@ -96,7 +96,11 @@ class Merge(Struct, array_like=True, frozen=True, gc=False):
 
 
 class Part(Struct, array_like=True, frozen=True, gc=False):
-    """One request of a block. body: JSON object with the array `events`; see `core.event.Batch`."""
+    """One request of a block. body: JSON object with the array `events`; see `core.event.Batch`.
+
+    updates_max: the hourly property updates that were allowed when it was folded, 0 = any number. The operator may
+    change that at any time, and what was decided must fold the same.
+    """
 
     project: int
     path: str
@@ -105,6 +109,7 @@ class Part(Struct, array_like=True, frozen=True, gc=False):
     remote: str | None
     rows: int
     body: bytes
+    updates_max: int = 0
 
 
 class Block(Struct, array_like=True, frozen=True, gc=False):

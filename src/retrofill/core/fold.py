@@ -24,34 +24,17 @@ from retrofill.core.block import COLUMNS, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
 from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
 from retrofill.core.throttle import UpdateWindow
-from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, TIME_MS_MAX, Limits
+from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, TIME_MS_MAX
 
 Group = tuple[str, str]  # type, value
 
 # What an event says of the built-in columns, in the order of `block.COLUMNS`; the two device names are derived.
+_VERSION = COLUMNS.index("version_name")
 _said = attrgetter(
-    "platform",
-    "os_name",
-    "os_version",
-    "device_brand",
-    "device_manufacturer",
-    "device_model",
-    "carrier",
-    "country",
-    "region",
-    "city",
-    "dma",
-    "language",
-    "app_version",
-    "version_name",
-    "ip",
-    "library",
-    "start_version",
-    "paying",
+    *COLUMNS[:_VERSION], "app_version", "version_name", "ip", "library", "start_version", "paying"
 )
 _MODEL = COLUMNS.index("device_model")
 _LIBRARY = COLUMNS.index("library")
-_VERSION = COLUMNS.index("version_name")
 _START = COLUMNS.index("start_version")
 _PAYING = COLUMNS.index("paying")
 _FAMILIES = {"iPhone": "Apple iPhone", "iPad": "Apple iPad", "iPod": "Apple iPod"}
@@ -136,7 +119,7 @@ def fold(
     number: int,
     server_upload_ms: int,
     fresh: int,
-    limits: Mapping[int, Limits],
+    updates_max: Mapping[int, int],
     dropped: Sequence[int],
     keys: bytes,
     forgotten: Sequence[tuple[int, int]] = (),
@@ -146,6 +129,7 @@ def fold(
 
     batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, true for a
     duplicate. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
+    updates_max: the property updates of a person in an hour, by project, 0 = any number.
     forgotten: (project, amplitude_id) of people to delete before the first event.
     """
     columns = _Columns(
@@ -174,7 +158,7 @@ def fold(
             client_upload_ms=client_upload_ms,
             server_upload_ms=server_upload_ms,
             fresh=fresh,
-            updates_max=limits[project].property_updates_per_h,
+            updates_max=updates_max[project],
             dropped=dropped[first : first + rows],
         )
         parts.append(
@@ -186,6 +170,7 @@ def fold(
                 batch.remote,
                 rows,
                 batch.body,
+                updates_max[project],
             )
         )
         first += rows

@@ -61,8 +61,8 @@ class Admission:
         self._quota = Quota()
         self.change(settings)
 
-    def change(self, settings: ProjectSettings) -> None:
-        """Take other settings. Raises InputError naming the limit that cannot be."""
+    def limits_of(self, settings: ProjectSettings) -> Limits:
+        """Return the limits that settings make of the profile. Raises InputError naming the one that cannot be."""
         unknown = settings.limits.keys() - set(Limits.__struct_fields__)
         if unknown:
             raise InputError(
@@ -70,13 +70,17 @@ class Admission:
                 mend="docs/limits.md names them all",
             )
         try:
-            self.limits = msgspec.convert(
+            return msgspec.convert(
                 {**msgspec.to_builtins(self._profile), **settings.limits}, Limits
             )
         except msgspec.ValidationError as problem:
             raise InputError(
                 f"A limit cannot be: {problem}", mend="See docs/limits.md"
             ) from problem
+
+    def change(self, settings: ProjectSettings) -> None:
+        """Take other settings. Raises InputError as `limits_of` does."""
+        self.limits = self.limits_of(settings)
         self.settings = settings
         self._silenced = frozenset(settings.silenced_devices)
 

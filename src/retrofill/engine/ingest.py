@@ -168,7 +168,7 @@ class Engine:
         for block in self.blocks.read(min(sealed, checkpointed) + 1, last):
             batches = batches_of(block)
             if block.number > checkpointed:
-                refold(self.state, block, batches, limits=self._limits_of)
+                refold(self.state, block, batches)
             if block.number > sealed:
                 self._remember(block)
                 self._count_stored(block, batches)
@@ -212,18 +212,16 @@ class Engine:
         """Return the limits of a project."""
         return self._admissions[number].limits
 
-    @property
-    def _limits_of(self) -> dict[int, Limits]:
-        return {number: admission.limits for number, admission in self._admissions.items()}
-
     def settings(self, number: int) -> ProjectSettings:
         """Return what the operator set for a project."""
         return self._admissions[number].settings
 
     def set_settings(self, number: int, settings: ProjectSettings) -> None:
         """Store what the operator sets for a project; it holds from the next request on. Raises InputError."""
-        self._admissions[number].change(settings)
+        admission = self._admissions[number]
+        admission.limits_of(settings)
         self.projects_store.set_settings(number, msgspec.json.encode(settings))
+        admission.change(settings)
 
     # Life.
 
@@ -235,11 +233,10 @@ class Engine:
     async def close(self) -> None:
         """Answer what waits, commit, seal, save and give the directory up."""
         self._closing = True
-        if self._tasks:
-            self._wake.set()
-            self._due.set()
-            await asyncio.gather(*self._tasks)
+        self._wake.set()
+        self._due.set()
         try:
+            await asyncio.gather(*self._tasks)
             if self._problem is None:
                 await self.seal()
                 await self.checkpoint()
@@ -293,7 +290,12 @@ class Engine:
         if self._problem is None:
             self._problem = str(problem)
             log.error("engine_stopped", reason=str(problem))
-        self._queue.fail(StoreError(str(problem)))
+        failure = StoreError(str(problem))
+        self._queue.fail(failure)
+        while self._forgetting:
+            _, done = self._forgetting.popleft()
+            if not done.done():
+                done.set_exception(failure)
 
     # Ingest.
 
@@ -322,7 +324,8 @@ class Engine:
             while self._forgetting:
                 forgotten, done = self._forgetting.popleft()
                 await self._commit([], forgotten=forgotten)
-                done.set_result(None)
+                if not done.done():  # who asked may have been cancelled
+                    done.set_result(None)
             while self._queue:
                 await self._commit(self._take())
             if self._closing:
@@ -336,11 +339,12 @@ class Engine:
         while self._queue and events < BLOCK_EVENTS_MAX:
             batch = self._queue.first()
             admission = self._admissions[batch.project]
+            near = admission.near_quota(batch, now_ms=now_ms)
+            alone = near or batch.path == "/usermap"
+            if alone and taken:  # it is judged by what the others leave, so they come first
+                break
             verdict = admission.admit(batch, now_ms=now_ms)
-            near = verdict is None and admission.near_quota(batch, now_ms=now_ms)
-            if near:
-                if taken:  # near its quota a request is judged alone, once the others are counted
-                    break
+            if verdict is None and near:
                 dropped = self._dropped([batch], now_ms)[1]
                 verdict = admission.over_quota(batch, dropped, now_ms=now_ms)
             _, future = self._queue.take()
@@ -351,7 +355,7 @@ class Engine:
             admission.count(batch, now_ms=now_ms)
             taken.append((batch, future))
             events += len(batch.events)
-            if near:
+            if alone:
                 break
         return taken
 
@@ -393,7 +397,10 @@ class Engine:
             number=self.state.block + 1,
             server_upload_ms=server_upload_ms,
             fresh=self.state.fresh,
-            limits=self._limits_of,
+            updates_max={
+                number: admission.limits.property_updates_per_h
+                for number, admission in self._admissions.items()
+            },
             dropped=dropped,
             keys=keyed.packed,
             forgotten=forgotten,
@@ -491,6 +498,10 @@ class Engine:
     async def _seal(self) -> None:
         first, last = self.unsealed[0].number, self.unsealed[-1].number
         await self._sealer.seal(first, last)
+        await asyncio.to_thread(
+            self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
+        )
+        self.duplicates.filed(first, last, oldest_block=self._oldest_block())
         sealed_events = 0
         while self.unsealed and self.unsealed[0].number <= last:
             sealed_events += self.unsealed.popleft().rows
@@ -498,10 +509,6 @@ class Engine:
         self._figures.seals += 1
         self._figures.sealed_events += sealed_events
         self._figures.last_seal_ms = self._clock.now_ms()
-        await asyncio.to_thread(
-            self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
-        )
-        self.duplicates.filed(first, last, oldest_block=self._oldest_block())
         log.info("sealed", first=first, last=last, events=sealed_events)
         await self._sealer.compact()
 
@@ -560,6 +567,8 @@ class Engine:
 
     async def forget(self, project: int, amplitude_ids: list[int]) -> None:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""
+        if self._problem is not None:
+            raise StoreError("The store has failed", mend="Start the server again")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
         self._wake.set()

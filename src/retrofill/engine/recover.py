@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from retrofill.core import fold, identity
 from retrofill.core.block import Block, Kind
 from retrofill.core.event import Batch, decode
 from retrofill.engine.state import State
 from retrofill.errors import CorruptError
-from retrofill.limits import Limits
 
 
 def fill_devices(batch: Batch) -> None:
@@ -39,9 +36,7 @@ def batches_of(block: Block) -> list[Batch]:
     return batches
 
 
-def refold(
-    state: State, block: Block, batches: list[Batch], *, limits: Mapping[int, Limits]
-) -> None:
+def refold(state: State, block: Block, batches: list[Batch]) -> None:
     """Fold the next block again and take what it changes.
 
     Raises CorruptError if the fold does not decide what the block says was decided.
@@ -52,7 +47,7 @@ def refold(
         number=block.number,
         server_upload_ms=block.server_upload_ms,
         fresh=state.fresh,
-        limits=limits,
+        updates_max={part.project: part.updates_max for part in block.parts},
         dropped=[kind == Kind.DROPPED for kind in block.kind],
         keys=block.keys,
         forgotten=block.forgotten,

@@ -199,8 +199,8 @@ class State:
     def project(self, number: int) -> ProjectState:
         """Return the state of a project, empty at first."""
         state = self.projects.get(number)
-        if state is None:
-            state = self.projects[number] = ProjectState(number, self._checkpoint)
+        if state is None:  # readers ask in threads of their own: whoever is first made the only one
+            state = self.projects.setdefault(number, ProjectState(number, self._checkpoint))
         return state
 
     def known(self, batches: list[Batch]) -> dict[int, Known]:

@@ -1,0 +1,138 @@
+"""The engine between a request and a restart: what was decided stays decided, whatever is set or cancelled since."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from retrofill.clock import SystemClock
+from retrofill.config import Settings
+from retrofill.core import event as events
+from retrofill.core.event import Batch, Refusal
+from retrofill.core.throttle import Accepted
+from retrofill.engine.admission import ProjectSettings
+from retrofill.engine.ingest import Engine
+from retrofill.errors import FullError
+
+pytestmark = pytest.mark.slow
+
+
+def opened(data: Path, limits: str = "amplitude") -> Engine:
+    engine = Engine.open(Settings(data=data, limits=limits), clock=SystemClock())
+    engine.add_project(engine.projects_store.add("one", "key", "secret"))
+    return engine
+
+
+def batch(*wire: dict[str, Any], path: str = "/batch") -> Batch:
+    found = [msgspec.json.decode(msgspec.json.encode(one), type=events.Event) for one in wire]
+    body = events.encode(found)
+    return Batch(1, path, body, found, len(body), SystemClock().now_ms())
+
+
+def update(value: int) -> Batch:
+    return batch({"event_type": "View", "user_id": "ann-111", "user_properties": {"n": value}})
+
+
+def n_of_ann(engine: Engine) -> Any:
+    person = engine.person(1, engine.state.project(1).users.get("ann-111") or 0)
+    assert person is not None
+    return person.properties["n"]
+
+
+@pytest.mark.parametrize("limits", ["amplitude", "none"])
+def test_a_limit_changed_after_a_commit_changes_nothing_that_was_decided(
+    tmp_path: Path, limits: str
+) -> None:
+    async def first() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        engine.set_settings(1, ProjectSettings({"property_updates_per_h": 1}))
+        for value in (1, 2):
+            assert isinstance(await engine.ingest(update(value)), Accepted)
+        engine.set_settings(1, ProjectSettings())
+        assert n_of_ann(engine) == 1
+        await engine.abandon()
+
+    asyncio.run(first())
+    again = opened(tmp_path, limits)
+    assert n_of_ann(again) == 1
+    asyncio.run(again.close())
+
+
+def test_a_cancelled_deletion_stops_neither_the_engine_nor_its_closing(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        forgetting = asyncio.create_task(engine.forget(1, [100_000_000_001]))
+        await asyncio.sleep(0)
+        forgetting.cancel()
+        assert isinstance(await engine.ingest(update(2)), Accepted)
+        assert engine.problem() is None
+        await engine.close()
+
+    asyncio.run(run())
+    asyncio.run(opened(tmp_path).close())
+
+
+def test_two_mappings_that_make_a_circle_are_not_both_taken_in_one_block(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        there, back = (
+            batch(
+                {
+                    "event_type": "$usermap",
+                    "user_id": one,
+                    "user_properties": {"global_user_id": other},
+                },
+                path="/usermap",
+            )
+            for one, other in (("ann-111", "bob-222"), ("bob-222", "ann-111"))
+        )
+        outcomes = await asyncio.gather(engine.ingest(there), engine.ingest(back))
+        assert [type(one) for one in outcomes] == [Accepted, Refusal]
+        assert engine.aliases(1) == {"ann-111": "bob-222"}
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_settings_that_cannot_be_stored_do_not_hold(tmp_path: Path) -> None:
+    engine = opened(tmp_path)
+
+    def full(_number: int, _settings: bytes) -> None:
+        raise FullError("No room is left on the device")
+
+    engine.projects_store.set_settings = full  # type: ignore[method-assign] # the fault
+    with pytest.raises(FullError):
+        engine.set_settings(1, ProjectSettings({"batch_eps": 1}))
+    assert engine.limits(1).batch_eps == 1000
+    asyncio.run(engine.close())
+
+
+def test_blocks_stay_until_their_key_file_is_written(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        await engine.checkpoint()
+        write, seen = engine.duplicates.sealed, []
+
+        def watched(first: int, last: int, *, oldest_block: int) -> None:
+            asyncio.run_coroutine_threadsafe(engine._delete_blocks(), loop).result(20)
+            seen.append([number for number, _ in engine.blocks.numbers()])
+            write(first, last, oldest_block=oldest_block)
+
+        loop = asyncio.get_running_loop()
+        engine.duplicates.sealed = watched  # type: ignore[method-assign] # it only looks on
+        await engine.seal()
+        assert seen == [[1]]
+        await engine.close()
+        assert (tmp_path / "keys").is_dir()
+
+    asyncio.run(run())
