@@ -17,6 +17,7 @@ from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine
 from retrofill.errors import FullError
+from retrofill.limits import MS_PER_DAY
 
 pytestmark = pytest.mark.slow
 
@@ -136,3 +137,31 @@ def test_blocks_stay_until_their_key_file_is_written(tmp_path: Path) -> None:
         assert (tmp_path / "keys").is_dir()
 
     asyncio.run(run())
+
+
+def test_a_repeat_after_the_window_is_stored_also_when_its_times_were_let_go(
+    tmp_path: Path,
+) -> None:
+    class Moved(SystemClock):
+        by_ms = 0
+
+        def now_ms(self) -> int:
+            return super().now_ms() + self.by_ms
+
+    clock = Moved()
+
+    async def run() -> int:
+        engine = Engine.open(Settings(data=tmp_path), clock=clock)
+        engine.add_project(engine.projects_store.add("one", "key", "secret"))
+        await engine.start()
+        once = {"event_type": "View", "user_id": "ann-111", "insert_id": "one"}
+        for by_ms in (0, 0, 8 * MS_PER_DAY, 0):
+            clock.by_ms += by_ms
+            await engine.ingest(batch({"event_type": "Other", "user_id": "bob-222"}))
+            await engine.checkpoint()
+            await engine.ingest(batch(once))
+        duplicates = engine.figures.duplicates
+        await engine.close()
+        return duplicates
+
+    assert asyncio.run(run()) == 2

@@ -234,7 +234,10 @@ class State:
                 low = middle + 1
             else:
                 high = middle
-        return times[low - 1][0] + 1 if low else 1
+        if low:
+            return times[low - 1][0] + 1
+        # Times that no window reaches any more are let go (`saved`), and so are the blocks before the first one kept.
+        return times[0][0] if times else self.block + 1
 
     def capture(self) -> tuple[Meta, dict[int, Changed], list[tuple[int, int]]]:
         """Take what the next checkpoint must write, between two blocks."""
