@@ -110,7 +110,7 @@ def write(
         name = f"set-{number}.parquet"
         pq.write_table(pa.table(columns, schema=SET_SCHEMA), stage / name, row_group_size=group)
         people = len({m.person for m in mine})
-        files.append(SetFile(name, len(mine), sum(columns["bytes"]), people))
+        files.append(SetFile(name, len(mine), sum(len(m.text.encode()) for m in mine), people))
     manifest = Manifest(
         fingerprint="made by hand",
         import_id="imp",

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.backfill import staged
-from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Wire
+from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Reply, Wire
 from tests.backfill.virtual import START_S, VirtualClock, run
 
 from retrofill.backfill import manifest as manifests
@@ -254,7 +254,7 @@ def test_only_who_is_named_waits(tmp_path: Path) -> None:
             return to._throttle(events, {hot: 400}, {}, at)
         return honest(body, at)
 
-    to.handle = handle  # type: ignore[method-assign] - the script of this test
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
     times: dict[str, float] = {}
     stored = to._store
 
@@ -263,7 +263,7 @@ def test_only_who_is_named_waits(tmp_path: Path) -> None:
             times[event["insert_id"]] = to.arrivals[-1].at
         stored(events)
 
-    to._store = store  # type: ignore[method-assign] - the same
+    to._store = store  # type: ignore[method-assign]  # the same
     assert send(tmp_path, to, OPEN).complete
     check_whole(tmp_path, made, to)
     others = [at for name, at in times.items() if not name.startswith("i-7-")]
@@ -294,10 +294,10 @@ def test_a_quota_answer_rests_the_id_until_the_next_full_hour(tmp_path: Path) ->
             if len(asked) == 1:
                 text = json.dumps({"code": 429, "exceeded_daily_quota_users": {"user-1": 500_000}})
                 to.arrivals.append(Arrival(at, 0, Counter(), Counter()))
-                return type(honest(b'{"events":[]}', at))(429, text.encode())
+                return Reply(429, text.encode())
         return honest(body, at)
 
-    to.handle = handle  # type: ignore[method-assign] - the script of this test
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
     assert send(tmp_path, to, OPEN).complete
     assert asked[1] >= (START_S // 3600 + 1) * 3600
     assert asked[1] < (START_S // 3600 + 1) * 3600 + 5
@@ -308,9 +308,8 @@ def test_an_unknown_key_ends_the_run_at_once(tmp_path: Path) -> None:
     staged.write(tmp_path, staged.history({1: 20}))
     to = Misbehaving()
     answer = {"code": 400, "error": "Invalid API key: key"}
-    to.handle = lambda body, at: type(Misbehaving().handle(body, at))(
-        400, json.dumps(answer).encode()
-    )  # type: ignore[method-assign] - the script of this test
+    reply = Reply(400, json.dumps(answer).encode())
+    to.handle = lambda _body, _at: reply  # type: ignore[method-assign, assignment]  # the script of this test
     with pytest.raises(FinalError, match="does not know the API key"):
         send(tmp_path, to, OPEN)
     assert letters(tmp_path) == []
@@ -319,7 +318,7 @@ def test_an_unknown_key_ends_the_run_at_once(tmp_path: Path) -> None:
 def test_a_destination_that_forbids_everything_ends_the_run(tmp_path: Path) -> None:
     staged.write(tmp_path, staged.history({1: 20}))
     to = Misbehaving()
-    to.handle = lambda body, at: type(Misbehaving().handle(body, at))(404)  # type: ignore[method-assign] - the script of this test
+    to.handle = lambda _body, _at: Reply(404)  # type: ignore[method-assign, assignment]  # the script of this test
     with pytest.raises(FinalError, match="404"):
         send(tmp_path, to, OPEN)
 
@@ -386,7 +385,7 @@ def test_the_options_of_a_request_allow_short_ids(tmp_path: Path) -> None:
     to = Misbehaving()
     bodies: list[bytes] = []
     honest = to.handle
-    to.handle = lambda body, at: (bodies.append(body), honest(body, at))[1]  # type: ignore[method-assign, func-returns-value] - the script of this test
+    to.handle = lambda body, at: (bodies.append(body), honest(body, at))[1]  # type: ignore[method-assign, func-returns-value]  # the script of this test
     assert send(tmp_path, to, OPEN).complete
     body = msgspec.json.decode(bodies[0])
     assert body["options"] == {"min_id_length": 1}

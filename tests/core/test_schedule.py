@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from retrofill.core.schedule import (
     Rates,
@@ -62,7 +64,7 @@ class Sent(NamedTuple):
 
 def person(name: str, rows: int, *, devices: int = 1, turn: int = 50) -> Person:
     """A person whose rows change the device every `turn` rows."""
-    stretches = []
+    stretches: list[Stretch] = []
     while rows:
         count = min(rows, turn if devices > 1 else rows)
         stretches.append(Stretch(f"{name}-{len(stretches) % devices}", name, count))
@@ -71,7 +73,12 @@ def person(name: str, rows: int, *, devices: int = 1, turn: int = 50) -> Person:
 
 
 def play(
-    people: Iterable[Person], rates: Rates, *, round_trip: float = 0.05, connections: int = 64
+    people: Iterable[Person],
+    rates: Rates,
+    *,
+    round_trip: float = 0.05,
+    connections: int = 64,
+    tracked: bool = False,
 ) -> Iterator[Sent]:
     """Send everything to a destination that says 200 to all after one round trip; yield what arrives."""
     schedule = Schedule(rates)
@@ -82,6 +89,7 @@ def play(
     for key, one in enumerate(people):
         shared = max(rows[str(s.device)] * (len(owners[str(s.device)]) > 1) for s in one.stretches)
         safe = not rates.by_id or (not shared and one.rows <= rates.safe_rows)
+        safe = safe and not tracked
         way = max(shared, one.rows)
         schedule.offer(
             Work(
@@ -225,3 +233,154 @@ def test_a_history_takes_little_longer_than_it_must(shape: str) -> None:
     assert sum(one.events for one in sent) == sum(one.rows for one in people)
     took = sent[-1].at - START
     assert took <= 1.01 * bound(people, rates)
+
+
+def check(sent: list[Sent], rates: Rates) -> None:
+    """No second and no half minute holds more than a limit; no request more than a second's allowance."""
+    _check([(one.at, one.events) for one in sent], rates.events_per_s)
+    _check([(one.at, 1) for one in sent], rates.requests_per_s)
+    for kind, limit in (("devices", rates.device_per_s), ("users", rates.user_per_s)):
+        by_id: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+        for one in sent:
+            for name, count in getattr(one, kind).items():
+                assert not limit or count <= limit
+                by_id[name].append((one.at, count))
+        for times in by_id.values():
+            _check(times, limit)
+
+
+def _check(times: list[tuple[float, int]], limit: int) -> None:
+    for seconds in (1, 30):
+        first = total = 0
+        for at, count in times:
+            total += count
+            while times[first][0] <= at - seconds:
+                total -= times[first][1]
+                first += 1
+            assert not limit or total <= limit * seconds
+
+
+RATES = st.builds(
+    Rates,
+    events_per_s=st.sampled_from([0, 7, 50, 100, 333]),
+    requests_per_s=st.sampled_from([0, 3, 10, 40]),
+    device_per_s=st.sampled_from([0, 1, 5, 30]),
+    user_per_s=st.sampled_from([0, 2, 40]),
+    events_per_request=st.integers(1, 60),
+)
+
+
+@given(
+    RATES,
+    st.lists(st.tuples(st.integers(1, 120), st.integers(1, 3)), min_size=1, max_size=25),
+    st.floats(0.001, 2.0),
+)
+def test_no_window_ever_holds_more_than_a_limit(
+    rates: Rates, lengths: list[tuple[int, int]], round_trip: float
+) -> None:
+    people = [person(f"p{n}", rows, devices=d, turn=7) for n, (rows, d) in enumerate(lengths)]
+    people += kiosk(4, 3)
+    sent = list(play(people, rates, round_trip=round_trip, tracked=True))
+    assert sum(one.events for one in sent) == sum(one.rows for one in people)
+    assert all(one.events <= rates.events_per_request for one in sent)
+    check(sent, rates)
+
+
+def test_one_hot_device_holds_nobody_back() -> None:
+    others = [person(f"p{n}", 20) for n in range(1000)]
+    hot = Person("hot", [Stretch("hot-0", "hot", 30_000)])
+    alone = list(play(others, LARGE))[-1].at
+    beside = list(play([hot, *others], LARGE))
+    last = max(one.at for one in beside if any(key != "0" for key, _ in one.people))
+    # The hot device takes its 300 of the 1000 events a second; the others have the rest.
+    assert last - START <= (alone - START) * 1000 / 700 * 1.05
+
+
+def test_a_held_id_waits_and_nobody_else() -> None:
+    schedule = Schedule(OPEN)
+    for key, name in enumerate(("calm", "held")):
+        schedule.offer(Work(key, 10, person=name, stretches=[Stretch(name, name, 10)]))
+    schedule.hold("device", "held", START + 30)
+    request = schedule.take(START)
+    assert request is not None
+    assert [piece.work.key for piece in request.pieces] == [0]
+    assert schedule.take(START + 29.9) is None
+    assert schedule.wake == START + 30
+    assert schedule.held(START + 29.9) == 1
+    later = schedule.take(START + 30)
+    assert later is not None
+    assert [piece.work.key for piece in later.pieces] == [1]
+
+
+def test_a_daily_quota_is_kept_over_24_hours_of_the_clock() -> None:
+    rates = Rates(device_per_s=100, quota_per_day=1000, events_per_request=100)
+    people = [Person("p", [Stretch("d", "u", 3500)])]
+    sent = list(play(people, rates))
+    for one in sent:
+        hour = one.at // 3600
+        day = [s.events for s in sent if hour - 24 < s.at // 3600 <= hour]
+        assert sum(day) <= 1000
+    least = lower_bound(rates, events=3500, hottest_device=3500, start_s=START)
+    assert least.reason == "daily quota"
+    assert sent[-1].at - START <= 1.001 * least.seconds
+
+
+def test_property_updates_are_paced_by_the_hour_and_other_rows_are_not() -> None:
+    rates = Rates(updates_per_h=100, events_per_request=50)
+    updating = Person("p", [Stretch("d", "u", 250, updates=True)])
+    plain = Person("q", [Stretch("e", "v", 5000)])
+    sent = list(play([updating, plain], rates))
+    at = [one.at - START for one in sent if any(key == "0" for key, _ in one.people)]
+    assert 7200 <= at[-1] <= 7300
+    assert max(o.at for o in sent if any(k == "1" for k, _ in o.people)) - START < 60
+
+
+def test_a_lower_limit_is_learned_once() -> None:
+    schedule = Schedule(AMPLITUDE)
+    assert not schedule.learn(1000)
+    assert not schedule.learn(0)
+    assert schedule.learn(30)
+    assert not schedule.learn(30)
+    assert (schedule.rates.device_per_s, schedule.rates.user_per_s) == (30, 30)
+
+
+def test_a_refused_piece_goes_back_to_the_front_in_order() -> None:
+    schedule = Schedule(Rates(device_per_s=100, events_per_request=7))
+    stretches = [Stretch("a", "u", 5), Stretch("b", "u", 5)]
+    work = Work(1, 10, person="p", stretches=stretches)
+    schedule.offer(work)
+    request = schedule.take(START)
+    assert request is not None
+    assert request.pieces[0].stretches == [Stretch("a", "u", 5), Stretch("b", "u", 2)]
+    schedule.put_back(request.pieces[0])
+    assert work.stretches is not None
+    assert [(s.device, s.count) for s in work.stretches] == [("a", 5), ("b", 2), ("b", 3)]
+    assert work.rows == 10
+
+
+def test_the_same_request_again_counts_again_and_waits_for_room() -> None:
+    schedule = Schedule(Rates(events_per_s=20, device_per_s=10, events_per_request=10))
+    schedule.offer(Work(1, 10, person="p", stretches=[Stretch("a", "u", 10)]))
+    request = schedule.take(START)
+    assert request is not None
+    later = schedule.again(request, START + 0.5)
+    assert START + 1 < later < START + 1.01
+    assert schedule.again(request, later) == 0.0
+    assert schedule.again(request, later + 0.5) > later + 0.5
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason", "seconds"),
+    [
+        ({"events": 10_000}, "events in all", 10),
+        ({"events": 10_000, "hottest_device": 6000}, "hottest device", 20),
+        ({"events": 1000, "hottest_user": 9000}, "hottest user", 9),
+        ({"events": 1000, "longest_person": 3000}, "longest person", 30),
+    ],
+)
+def test_the_bound_names_what_it_takes_longest_for(
+    numbers: dict[str, int], reason: str, seconds: float
+) -> None:
+    found = lower_bound(AMPLITUDE, round_trip_s=0.1, **numbers)
+    assert found.reason == reason
+    assert found.seconds == pytest.approx(seconds)

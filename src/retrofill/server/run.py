@@ -204,6 +204,8 @@ class Server:
         self._socket_rests()
         await asyncio.sleep(_SETTLE_S)
         listener.close()
+        # A connection taken just now has its request still on the way: ended here, it would be reset.
+        await asyncio.sleep(_SETTLE_S)
         for connection in self._connections():
             connection.wind_down()
         await self._gone(STOP_S_MAX, hurry=True)

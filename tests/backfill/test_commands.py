@@ -1,0 +1,196 @@
+"""The commands, from a source to a verified import, as a person would type them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tests.backfill.destination import Misbehaving
+from tests.backfill.exporting import Exporting, row, serving
+from tests.backfill.test_kill import listening
+from typer.testing import CliRunner, Result
+
+from retrofill.backfill import drive
+from retrofill.backfill import keys as key_ring
+from retrofill.backfill.profile import PROFILES, adjust, choose, target
+from retrofill.cli import report, resend, run, status, undo_recipe, verify
+from retrofill.errors import Error, InputError
+
+pytestmark = pytest.mark.slow
+
+app = typer.Typer()
+for name, module in (
+    ("run", run),
+    ("status", status),
+    ("verify", verify),
+    ("report", report),
+    ("resend", resend),
+    ("undo-recipe", undo_recipe),
+):
+    app.command(name, epilog=module.EXAMPLE)(module.command)
+
+MAP = """
+source: {format: ndjson}
+event:
+  user_id: user
+  device_id: device
+  event_type: event
+  time: at
+  insert_id: id
+  event_properties: {n: n}
+"""
+KEYS = ["--api-key", "key"]
+
+
+def source(folder: Path, rows: int) -> list[str]:
+    lines = [
+        json.dumps(
+            {
+                "user": f"user-{n % 9}",
+                "device": f"device-{n % 9}",
+                "event": "Seen",
+                "at": 1_600_000_000_000 + n,
+                "id": f"i-{n % 9}-{n // 9}",
+                "n": n,
+            }
+        )
+        for n in range(rows)
+    ]
+    (folder / "history.ndjson").write_text("\n".join(lines))
+    (folder / "map.yaml").write_text(MAP)
+    return [str(folder / "history.ndjson"), "--map", str(folder / "map.yaml")]
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def objects(found: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def test_a_history_is_sent_shown_and_reported(tmp_path: Path) -> None:
+    given = source(tmp_path, 500)
+    work = str(tmp_path / "work")
+    to = Misbehaving()
+    with listening(to) as url:
+        line = ["run", *given, "--to", url, "--work", work, "--import", "old", *KEYS]
+        found = call(*line, "--profile", "retrofill", "--yes", "--json")
+        assert found.exit_code == 0, found.output
+        plan, *_, end = objects(found)
+        assert (plan["import"], plan["events"]) == ("old", 500)
+        assert (end["complete"], end["acknowledged"], end["waiting"]) == (True, 500, 0)
+        assert len(to.stored) == 500
+        assert "key" not in found.output.replace("keys", "")
+        again = call(*line, "--profile", "retrofill")
+        assert again.exit_code == 0
+        assert len(to.stored) == 500
+        assert to.repeats == 0
+        assert objects(call("status", "--work", work, "--json"))[0]["state"] == "complete"
+        assert "Seen  500" in call("undo-recipe", "--work", work).stdout
+        page = call("report", "--work", work).stdout.strip()
+        assert "<html" in Path(page).read_text()
+        lost = call(
+            "resend", "--work", work, "--from", "2020-01-01", "--to", "2100-01-01", "--yes", *KEYS
+        )
+        assert lost.exit_code == 0, lost.output
+        assert to.repeats == 500
+
+
+def test_a_run_that_cannot_reach_its_destination_never_says_complete(tmp_path: Path) -> None:
+    given = source(tmp_path, 20)
+    found = call(
+        "run", *given, "--to", "http://127.0.0.1:9", "--work", str(tmp_path / "w"), "--yes",
+        "--profile", "retrofill", "--give-up-after", "2s", *KEYS,
+    )  # fmt: skip
+    assert found.exit_code == 1
+    assert "not complete" in found.output
+    assert "20 waiting" in found.output
+    assert "to go on: retrofill" in found.output
+
+
+def test_verify_finds_what_is_missing_and_repair_sends_it(tmp_path: Path) -> None:
+    given = source(tmp_path, 90)
+    work = tmp_path / "work"
+    to = Misbehaving()
+    data = Exporting()
+    keys = [*KEYS, "--secret-key", "secret"]
+    with listening(to) as url, serving(data):
+        line = ["run", *given, "--to", url, "--work", str(work), "--profile", "retrofill", "--yes"]
+        assert call(*line, *KEYS).exit_code == 0
+        at = to.arrivals[-1].at
+        data.rows = [(int(at * 1000), row(event, int(at * 1000))) for event in to.stored]
+        gone = data.rows.pop()[1]["$insert_id"]
+        # The reading half of this destination has another address.
+        kept = drive.remembered
+        with pytest.MonkeyPatch.context() as patch:
+
+            def split(folder: Path) -> Any:
+                where, profile = kept(folder)
+                return type(where)(where.name, where.ingest, data.url), profile
+
+            patch.setattr(drive, "remembered", split)
+            found = call("verify", "--work", str(work), *keys)
+            assert found.exit_code == 1
+            assert "1 missing · 0 doubled · 0 different · 0 extra" in found.stdout
+            assert f"missing    {gone}" in found.stdout
+            repaired = call("verify", "--work", str(work), "--repair", *keys)
+            assert repaired.exit_code == 0, repaired.output
+            assert to.repeats == 1
+
+
+def refused(*words: str) -> Error:
+    found = call(*words)
+    assert isinstance(found.exception, Error), found.output
+    assert found.exception.code == 2
+    return found.exception
+
+
+def test_wrong_lines_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    given = source(tmp_path, 5)
+    base = ["run", *given, "--work", str(tmp_path / "w"), "--profile", "retrofill", *KEYS]
+    to = ["--to", "http://127.0.0.1:9"]
+    assert "no destination" in str(refused(*base, "--to", "nowhere"))
+    assert "no time span" in str(refused(*base, *to, "--give-up-after", "soon"))
+    assert "is no part" in str(refused(*base, *to, "--sample", "200%"))
+    assert "is no time" in str(refused(*base, *to, "--until", "later"))
+    assert "cannot name an import" in str(refused(*base, *to, "--import", "a b"))
+    assert "Nobody is here to be asked" in str(refused(*base, *to))
+    assert "out of range" in str(refused(*base, *to, "--events-per-request", "5000", "--yes"))
+    assert "No API key" in str(refused(*base[:-2], *to))
+    assert "Nothing is staged" in str(refused("status", "--work", str(tmp_path / "none")))
+
+
+def test_keys_come_from_the_line_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETROFILL_API_KEY", "from-environment")
+    file = tmp_path / "keys"
+    file.write_text("# mine\nexport RETROFILL_API_KEY='from-file'\nsecret_key = hush\n")
+    assert key_ring.find(None, None, None).api_key == "from-environment"
+    assert key_ring.find(None, None, file) == key_ring.Keys("from-file", "hush")
+    assert key_ring.find("given", None, file).api_key == "given"
+    assert "hush" not in repr(key_ring.find(None, None, file))
+    file.write_text("nothing")
+    with pytest.raises(InputError, match="names no key"):
+        key_ring.find(None, None, file)
+
+
+def test_a_destination_says_itself_whether_it_is_ours() -> None:
+    with serving(Exporting(), health=b'{"service":"retrofill"}') as ours:
+        assert choose(target(ours.url), None).name == "retrofill"
+    with serving(Exporting()) as other:
+        assert choose(target(other.url), None).name == "amplitude"
+    assert choose(target("amplitude"), None).name == "amplitude"
+    assert target("http://h/2/httpapi").ingest == "http://h/2/httpapi"
+    assert target("http://h/base/").read == "http://h/base"
+    with pytest.raises(InputError, match="no profile"):
+        choose(target("amplitude"), "x")
+
+
+def test_property_updates_count_only_when_they_are_synced() -> None:
+    assert adjust(PROFILES["amplitude"], skip_sync=False).rates.updates_per_h == 1800
+    assert adjust(PROFILES["amplitude"]).rates.updates_per_h == 0

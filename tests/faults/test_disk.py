@@ -1,0 +1,206 @@
+"""A disk that is full, read-only or fails to sync: 503, nothing acknowledged that is not there, whole when opened anew.
+
+The server is a real process; only what it asks of the disk fails, from the moment on at which a flag appears. A full
+disk is real as well: the kernel refuses to let its files grow. In each case the server takes events until it meets
+the fault, refuses all of them from then on, also when the fault has gone, and recovers by an ordinary start.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.faults.process import Process, Row
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = "SEAL_EVENTS=300 SEAL_AGE_MS=300 CHECKPOINT_EVENTS=500 CHECKPOINT_AGE_MS=300"
+FAILS_S = 60
+EVENTS = 50
+
+# Before: `flagged()` says whether the disk is broken.
+_FLAG = """
+import errno, os, sqlite3
+from pathlib import Path
+def flagged(flag=Path({flag!r})):
+    return flag.exists()
+def broken(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+"""
+_READ_ONLY = """
+def wrapped(original):
+    def call(self, *args, **more):
+        if flagged():
+            self._writer.execute("PRAGMA query_only=ON")
+        return original(self, *args, **more)
+    return call
+"""
+FAULTS = {
+    "a read-only block store": _READ_ONLY
+    + "from retrofill.hot.sqlite import Blocks\nBlocks.append = wrapped(Blocks.append)\n",
+    "a read-only block store when blocks go": _READ_ONLY
+    + "from retrofill.hot.sqlite import Blocks\nBlocks.delete = wrapped(Blocks.delete)\n",
+    "a read-only checkpoint": _READ_ONLY
+    + "from retrofill.hot.checkpoint import Checkpoint\nCheckpoint.save = wrapped(Checkpoint.save)\n",
+    # The row may be on disk, nobody knows: it must not be acknowledged, and not be doubled when it is sent again.
+    "a block whose sync fails": """
+from retrofill.hot.sqlite import Blocks, store_error
+original = Blocks.append
+def append(self, number, rows, blob):
+    original(self, number, rows, blob)
+    if flagged():
+        raise store_error(sqlite3.OperationalError("disk I/O error"), self.path)
+Blocks.append = append
+""",
+    # Lake files and key files: whatever this process syncs itself.
+    "a failing fsync": """
+sync = os.fsync
+os.fsync = lambda file: broken() if flagged() else sync(file)
+""",
+    "a lake that cannot commit": """
+from retrofill.lake.files import Files, store_error
+def committing(self, path):
+    if flagged():
+        raise store_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path)
+Files.committing = committing
+""",
+}
+# In the process that writes lake files.
+IN_CHILD = """
+from retrofill.engine import seal
+seal._CHILD = {child!r} + seal._CHILD
+"""
+FAULTS["a failing fsync of the sealer"] = IN_CHILD
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[[str], Process]]:
+    servers: list[Process] = []
+
+    def start(first: str) -> Process:
+        server = Process(tmp_path / "data", settings=SETTINGS, first=first)
+        servers.append(server)
+        server.start()
+        server.wait_until_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.end()
+
+
+class History:
+    """One person's events, each with its number and a running total. pending: sent, but not acknowledged."""
+
+    def __init__(self, server: Process) -> None:
+        self._server = server
+        self.count = 0
+        self.pending: list[Row] = []
+
+    def send(self) -> int:
+        """Send what is pending, or the next events; return the status."""
+        if not self.pending:
+            self.pending = [
+                {
+                    "event_type": "step",
+                    "user_id": "user-1",
+                    "insert_id": f"step-{number}",
+                    "event_properties": {"n": number, "padding": "x" * 200},
+                    "user_properties": {"$add": {"total": 1}},
+                }
+                for number in range(self.count + 1, self.count + EVENTS + 1)
+            ]
+        status, said = self._server.send(self.pending)
+        assert status == said["code"]
+        if status == 200:
+            self.count += len(self.pending)
+            self.pending = []
+        return status
+
+    def send_until_refused(self) -> None:
+        end = time.monotonic() + FAILS_S
+        while (status := self.send()) == 200:
+            assert time.monotonic() < end, "the fault was never met"
+            time.sleep(0.01)
+        assert status == 503
+
+    def check(self) -> None:
+        """Everything acknowledged is there, once, in order; of what is not, all or nothing."""
+        rows = self._server.export()
+        numbers = [row["event_properties"]["n"] for row in rows]
+        assert numbers == list(range(1, len(rows) + 1))
+        assert [row["user_properties"]["total"] for row in rows] == numbers
+        assert len(rows) in {self.count, self.count + len(self.pending)}
+
+
+def recovered(server: Process, history: History, mend: Callable[[], object]) -> None:
+    """Refuse until opened anew, then be whole."""
+    assert server.ask("GET", "/healthz")[0] == 503
+    mend()
+    assert history.send() == 503
+    server.stop()
+    server.start()
+    server.wait_until_ready()
+    history.check()
+    assert history.send() == 200
+    history.check()
+    assert not history.pending
+    for _ in range(20):
+        assert history.send() == 200
+    history.check()
+    server.stop()
+    server.start()
+    server.wait_until_ready()
+    history.check()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failing_disk_loses_nothing_that_was_acknowledged(
+    started: Callable[[str], Process], tmp_path: Path, fault: str
+) -> None:
+    flag = tmp_path / "flag"
+    first = _FLAG.format(flag=str(flag))
+    if FAULTS[fault] is IN_CHILD:
+        first = IN_CHILD.format(child=first + FAULTS["a failing fsync"])
+    else:
+        first += FAULTS[fault]
+    server = started(first)
+    history = History(server)
+    for _ in range(10):
+        assert history.send() == 200
+    flag.touch()
+    history.send_until_refused()
+    recovered(server, history, flag.unlink)
+
+
+def test_a_full_disk_loses_nothing_that_was_acknowledged(
+    started: Callable[[str], Process],
+) -> None:
+    server = started("")
+    history = History(server)
+    for _ in range(10):
+        assert history.send() == 200
+    assert server.running is not None
+    bytes_max = max(path.stat().st_size for path in server.data.rglob("*") if path.is_file())
+    unlimited = resource.prlimit(
+        server.running.pid, resource.RLIMIT_FSIZE, (bytes_max, resource.RLIM_INFINITY)
+    )
+    history.send_until_refused()
+    pid = server.running.pid
+    recovered(server, history, lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited))
+
+
+def test_a_directory_that_cannot_be_written_is_told_and_nothing_starts(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the directory should be")
+    server = Process(tmp_path / "data")
+    server.start()
+    assert server.running is not None
+    try:
+        assert server.running.wait(60) == 2
+        assert "mend:" in server.said()
+        assert "Traceback" not in server.said()
+    finally:
+        server.end()

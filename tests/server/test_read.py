@@ -1,0 +1,304 @@
+"""The read APIs through the whole application, in one process and without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+import pytest
+from tests.engine.stored import DAY_MS, PROJECT, Stored, block
+from tests.lake.blocks import START_MS
+
+from retrofill.config import Project
+from retrofill.core.person import Person
+from retrofill.engine.deletion import Deletions
+from retrofill.limits import DELETION_DAYS, PERSON_READS_PER_PROJECT, READS_PER_PROJECT, Limits
+from retrofill.server.app import App
+from retrofill.server.read import Reads
+
+from .conftest import KEY, SECRET, FakeEngine
+
+RANGE = {"start": "20260101", "end": "20260102"}
+HOURS = {"start": "20260101T00", "end": "20260101T23"}
+E = json.dumps({"event_type": "e"})
+
+
+class Clock:
+    """A day after the first event."""
+
+    def now_ms(self) -> int:
+        return START_MS + DAY_MS
+
+
+class Site:
+    """An application over one lake, asked in one process."""
+
+    def __init__(self, folder: Path) -> None:
+        events = [
+            {"person": one, "user_id": f"user-{one}", "insert_id": str(one)} for one in (1, 2)
+        ]
+        self.stored = Stored(
+            folder / "lake", [block(1, events[:1]), block(2, events[1:])], sealed=1
+        )
+        self.stored.people = {one: Person(one, f"user-{one}") for one in (1, 2)}
+        self.deletions = Deletions(folder / "deletions.sqlite", Clock())
+        self.limits = Limits()
+        self.reads = Reads(
+            self.stored.reader, self.deletions, limits=lambda _: self.limits, clock=Clock()
+        )
+        engine = FakeEngine()
+        engine.projects = {KEY: Project(PROJECT, "shop", KEY, SECRET)}
+        self.app = App(clock=Clock())
+        self.app.open(engine, self.reads.routes())
+
+    def run(
+        self, use: Callable[[httpx.AsyncClient], Awaitable[Any]], auth: Any = (KEY, SECRET)
+    ) -> Any:
+        async def main() -> Any:
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://x", auth=auth
+            ) as client:
+                return await use(client)
+
+        return asyncio.run(main())
+
+    def get(self, path: str, **given: Any) -> httpx.Response:
+        url = f"{path}?{urlencode(given, doseq=True)}"
+        return self.run(lambda client: client.get(url))  # type: ignore[no-any-return]
+
+    def send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        return self.run(lambda client: client.request(method, path, content=content))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    found = Site(tmp_path)
+    yield found
+    found.reads.close()
+    found.deletions.close()
+
+
+def test_an_export_is_a_zip_of_gzipped_lines(site: Site) -> None:
+    answer = site.get("/api/2/export", **HOURS)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/zip")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    whole = zipfile.ZipFile(io.BytesIO(answer.content))
+    text = b"".join(gzip.decompress(whole.read(name)) for name in whole.namelist())
+    assert [json.loads(line)["$insert_id"] for line in text.splitlines()] == ["1", "2"]
+    assert site.stored.pins == []
+
+
+def test_an_export_of_nothing_is_404_and_one_over_the_limit_400(site: Site) -> None:
+    assert site.get("/api/2/export", start="20250101T00", end="20250101T23").status_code == 404
+    site.limits = Limits(export_bytes=10)
+    answer = site.get("/api/2/export", **HOURS)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid")
+    assert site.stored.pins == []
+
+
+def test_people_are_searched_and_shown(site: Site) -> None:
+    found = site.get("/api/2/usersearch", user="user-1").json()
+    assert found == {
+        "matches": [{"user_id": "user-1", "amplitude_id": 1}],
+        "type": "match_user_or_device_id",
+    }
+    shown = site.get("/api/2/useractivity", user=1).json()
+    assert shown["userData"]["num_events"] == 1
+    assert [row["$insert_id"] for row in shown["events"]] == ["1"]
+    unknown = site.get("/api/2/useractivity", user=77, limit=5, offset=0, direction="earliest")
+    assert (unknown.status_code, unknown.json()["events"]) == (200, [])
+
+
+def test_charts_answer_in_their_shapes(site: Site) -> None:
+    users = site.get("/api/2/users", **RANGE).json()["data"]
+    assert (users["series"], users["seriesLabels"], users["xValues"]) == (
+        [[2, 0]],
+        [0],
+        ["2026-01-01", "2026-01-02"],
+    )
+    assert users["seriesMeta"] == [{"segmentIndex": 0}]
+    assert site.get("/api/2/users", m="new", i=7, **RANGE).json()["data"]["series"] == [[2]]
+    found = site.get("/api/2/events/segmentation", e=E, m="totals", n="any", i=1, **RANGE).json()[
+        "data"
+    ]
+    assert (found["series"], found["seriesCollapsed"]) == ([[2, 0]], [[{"setId": "", "value": 2}]])
+    assert site.get("/api/2/sessions/average", **RANGE).json()["data"]["series"] == [[0, 0]]
+    assert site.get("/api/2/sessions/peruser", **RANGE).json()["data"]["series"] == [[0, 0]]
+    assert len(site.get("/api/2/sessions/length", **RANGE).json()["data"]["xValues"]) == 9
+    (event_type,) = site.get("/api/2/events/list").json()["data"]
+    assert (event_type["value"], event_type["totals"]) == ("e", 2)
+
+
+def test_what_connectors_ask_for_and_we_do_not_have_is_empty(site: Site) -> None:
+    for version in (2, 3):
+        assert site.get(f"/api/{version}/annotations").json() == {"data": []}
+    assert site.get("/api/3/cohorts").json() == {"cohorts": []}
+
+
+def test_mappings_are_read(site: Site) -> None:
+    site.stored.aliases = {"user-1": "user-2"}
+    for given in ('["user-1","user-2"]', "user-1,user-2", ["user-1", "user-2"]):
+        found = site.get("/api/2/usermap", user_ids=given).json()
+        assert found["user-1"]["mapped_to"] == [{"amplitude_id": 2, "user_id": "user-2"}]
+        assert found["user-2"]["mapped_from"] == [{"amplitude_id": 1, "user_id": "user-1"}]
+
+
+REFUSED = [
+    ("export", {}, "start"),
+    ("export", {"start": "20260101T00"}, "end"),
+    ("export", {"start": "20260101", "end": "20260102"}, "start must be an hour"),
+    ("export", {**HOURS, "unknown": 1}, "unknown"),
+    ("usersearch", {}, "user"),
+    ("useractivity", {}, "user"),
+    ("useractivity", {"user": "ada"}, "integer"),
+    ("useractivity", {"user": 2**63}, "user must be"),
+    ("useractivity", {"user": 1, "limit": 1001}, "limit must be 0 to 1000"),
+    ("useractivity", {"user": 1, "offset": -1}, "offset"),
+    ("useractivity", {"user": 1, "direction": "up"}, "direction"),
+    ("users", {}, "start, end"),
+    ("users", {**RANGE, "m": "old"}, "m must be"),
+    ("users", {**RANGE, "i": 2}, "i must be"),
+    ("users", {**RANGE, "i": -300000}, "i must be"),
+    ("users", {**RANGE, "g": "shoe size"}, "shoe size"),
+    ("users", {**RANGE, "s": "{"}, "JSON"),
+    ("users", {**RANGE, "start": ["20260101", "20260102"]}, "2 times"),
+    ("sessions/average", {"start": "20260101"}, "end"),
+    ("sessions/average", {**RANGE, "g": "country"}, "g"),
+    ("sessions/length", {**RANGE, "timeHistogramConfigBinMin": 1}, "timeHistogramConfigBinMin"),
+    ("events/list", {"x": 1}, "x"),
+    ("events/segmentation", RANGE, "give e"),
+    ("events/segmentation", {**RANGE, "e": E, "m": "formula"}, "m must be"),
+    ("events/segmentation", {**RANGE, "e": E, "m": "sums"}, "group_by"),
+    ("events/segmentation", {**RANGE, "e": E, "formula": "A"}, "formula"),
+    ("events/segmentation", {**RANGE, "e": E, "rollingWindow": 7}, "rollingWindow"),
+    ("events/segmentation", {**RANGE, "e": E, "limit": 1001}, "limit"),
+    ("events/segmentation", {**RANGE, "e": E, "n": "inactive"}, "n must be"),
+    ("usermap", {}, "user_ids"),
+    ("usermap", {"user_ids": "[1"}, "JSON"),
+    ("deletions/users", {"start_day": "2026-01-01"}, "end_day"),
+    ("deletions/users", {"start_day": "20260101", "end_day": "2026-01-02"}, "YYYY-MM-DD"),
+]
+
+
+@pytest.mark.parametrize(("path", "given", "says"), REFUSED)
+def test_a_parameter_that_is_not_understood_is_refused(
+    site: Site, path: str, given: dict[str, Any], says: str
+) -> None:
+    answer = site.get(f"/api/2/{path}", **given)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["http_code"], error["type"]) == (400, 400, "invalid")
+    assert says in error["message"]
+
+
+def test_without_the_keys_nothing_is_read(site: Site) -> None:
+    for auth in (None, (KEY, "wrong"), ("wrong", SECRET)):
+        answer = site.run(lambda client: client.get("/api/2/events/list"), auth=auth)
+        assert (answer.status_code, answer.json()["error"]["http_code"]) == (401, 401)
+
+
+@pytest.mark.parametrize(
+    ("url", "most"),
+    [
+        ("/api/2/events/list", READS_PER_PROJECT),
+        ("/api/2/export?start=20260101T00&end=20260101T01", READS_PER_PROJECT),
+        ("/api/2/usersearch?user=ada", PERSON_READS_PER_PROJECT),
+    ],
+)
+def test_one_request_too_many_at_once_is_429(
+    site: Site, monkeypatch: pytest.MonkeyPatch, url: str, most: int
+) -> None:
+    gate = threading.Event()
+    view = site.stored.reader.view
+    monkeypatch.setattr(site.stored.reader, "view", lambda number: gate.wait(60) and view(number))
+
+    async def crowd(client: httpx.AsyncClient) -> tuple[int, list[int]]:
+        under_way = [asyncio.ensure_future(client.get(url)) for _ in range(most)]
+        while sum(site.reads._under_way.values()) < most:  # noqa: ASYNC110 # the counters tell no event
+            await asyncio.sleep(0)
+        refused = await client.get(url)
+        gate.set()
+        return refused.status_code, [(await one).status_code for one in under_way]
+
+    assert site.run(crowd) == (429, [200] * most)
+    assert site.run(lambda client: client.get(url)).status_code == 200
+    assert site.stored.pins == []
+
+
+def test_a_deletion_is_asked_for_listed_and_taken_back(site: Site) -> None:
+    body = {
+        "amplitude_ids": [1],
+        "user_ids": ["user-2"],
+        "requester": "me",
+        "include_mapped_user_ids": "True",
+    }
+    day = f"2026-01-{2 + DELETION_DAYS:02}"
+    (job,) = site.send("POST", "/api/2/deletions/users", body).json()
+    entry = {"amplitude_id": 1, "requested_on_day": "2026-01-02", "requester": "me"}
+    assert job["amplitude_ids"][0] == {**entry, "user_id": "user-1"}
+    assert {key: job[key] for key in job if key != "amplitude_ids"} == {
+        "day": day,
+        "status": "staging",
+    }
+    (listed,) = site.get(
+        "/api/2/deletions/users", start_day="2026-01-02", end_day="2026-02-01"
+    ).json()
+    assert listed["active_scrub_done_date"] is None
+    assert listed["amplitude_ids"] == [entry, {**entry, "amplitude_id": 2}]
+    assert site.send("DELETE", f"/api/2/deletions/users/1/{day}").json() == entry
+    assert site.send("DELETE", f"/api/2/deletions/users/1/{day}").status_code == 400
+    assert (
+        site.get("/api/2/deletions/users", start_day="2025-01-02", end_day="2025-02-01").json()
+        == []
+    )
+
+
+@pytest.mark.parametrize("flag", ["ignore_invalid_id", "ignore_invalid_ids", "delete_from_org"])
+@pytest.mark.parametrize("value", [True, "true", "True"])
+def test_unknown_ids_are_listed_when_they_are_to_be_ignored(
+    site: Site, flag: str, value: Any
+) -> None:
+    body = {"amplitude_ids": [1, 99], "requester": "me"}
+    assert site.send("POST", "/api/2/deletions/users", {**body, flag: False}).status_code == 400
+    (job,) = site.send("POST", "/api/2/deletions/users", {**body, flag: value}).json()
+    assert (job["invalid_ids"], [one["amplitude_id"] for one in job["amplitude_ids"]]) == (
+        [99],
+        [1],
+    )
+    assert ("app" in job) == (flag == "delete_from_org")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        {},
+        {"amplitude_ids": []},
+        {"amplitude_ids": ["x"]},
+        {"user_ids": [{}]},
+        {"amplitude_ids": [2**70]},
+    ],
+)
+def test_a_deletion_that_is_not_understood_is_400(site: Site, body: Any) -> None:
+    assert site.send("POST", "/api/2/deletions/users", body).status_code == 400
+
+
+def test_a_deletion_that_is_too_large_is_413(site: Site) -> None:
+    assert site.send("POST", "/api/2/deletions/users", b" " * 300_000).status_code == 413
+
+
+def test_a_day_or_id_that_cannot_be_is_400(site: Site) -> None:
+    for path in ("x/2026-01-20", "1/20260120", f"{2**70}/2026-01-20"):
+        assert site.send("DELETE", f"/api/2/deletions/users/{path}").status_code == 400
