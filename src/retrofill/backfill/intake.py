@@ -32,7 +32,7 @@ from retrofill.core.mapping import Field, Mapping, literal
 from retrofill.errors import InputError
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
-_ROWS = 20_000  # of one batch on its way
+_ROWS = 8_192  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample

@@ -34,7 +34,7 @@ class Spill:
             return
         self._held.append(batch)
         if self.bytes > self._memory_bytes:
-            options = pa.ipc.IpcWriteOptions(compression="lz4")
+            options = pa.ipc.IpcWriteOptions()
             self._writer = pa.ipc.new_file(self.path, self.schema, options=options)
             for one in self._held:
                 self._writer.write_batch(one)
