@@ -82,6 +82,9 @@ def test_a_row_has_what_its_event_sent() -> None:
         "partner_id": "p",
         "plan": {"branch": "main"},
         "path": "/2/httpapi",
+        "said": 0,
+        "sent_groups": None,
+        "updates_max": 0,
     }
     assert found == expected
     assert list(found) == arrow.SCHEMA.names

@@ -81,6 +81,7 @@ class World:
             bytes(rows),
             array("i", range(rows)).tobytes(),
             self.random.randbytes(16 * rows),
+            bytes(4 * rows),
             tables,
             [],
         )
@@ -181,6 +182,7 @@ def block_of(
         bytes(flags or [Flag(0)] * rows),
         array("i", [-1 if kind is Kind.DROPPED else 0 for kind in kinds]).tobytes(),
         bytes(16 * rows),
+        bytes(4 * rows),
         [encode(list(shown.values()))],
         merges or [],
     )

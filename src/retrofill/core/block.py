@@ -22,6 +22,7 @@ class Kind(IntEnum):
     GROUP_IDENTIFY = 2
     ALIAS = 3
     DISPLACED = 4  # a live event dropped as the duplicate of an import's row
+    UNDONE = 5  # a row of an import that was undone
     DROPPED = 255  # a duplicate: it has no row
 
 
@@ -56,6 +57,10 @@ COLUMNS = (
     "device_family",
     "device_type",
 )
+
+
+# Those an event can say itself, from the first on; the two after them are derived from the device.
+SAYABLE = COLUMNS[: COLUMNS.index("device_family")]
 
 
 class Table(Struct, array_like=True, frozen=True, gc=False):
@@ -118,6 +123,7 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
     amplitude_id: int64. event_time_ms: int64. created_ms: int64, first-seen as known then, -1 if none.
     kind: uint8. flags: uint8. table: int32, index into `tables` (each the JSON of a Table), -1 if none.
     keys: 16 bytes each, the event's dedupe key, zeros if it has none.
+    said: int32, bit i is set if the event itself says column i of SAYABLE.
     forgotten: (project, amplitude_id) of people deleted by this block: whoever uses their ids later is new.
     """
 
@@ -132,6 +138,7 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
     flags: bytes
     table: bytes
     keys: bytes
+    said: bytes
     tables: list[bytes]
     merges: list[Merge]
     forgotten: list[tuple[int, int]] = []

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from retrofill.core import identity, language, person, properties
-from retrofill.core.block import COLUMNS, Block, Flag, Kind, Merge, Part
+from retrofill.core.block import COLUMNS, SAYABLE, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
 from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
 from retrofill.core.throttle import UpdateWindow
@@ -58,9 +58,9 @@ _SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE = (
 _TABLE_KINDS = frozenset({_EVENT, _IDENTIFY})
 _kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
 
-# Column values that were said before, each kept once: whoever says the same again is recognised by identity, without
+# Column values that were said before, each kept once, with which columns they are: whoever says the same again is recognised by identity, without
 # touching the strings that were kept for the person. Emptied at its bound; only speed depends on it.
-_said_before: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
+_said_before: dict[tuple[str | None, ...], tuple[tuple[str | None, ...], int]] = {}
 
 _SAID_MAX = 65_536
 
@@ -108,6 +108,7 @@ class _Columns(Struct):
     kind: bytearray
     flags: bytearray
     table: array[int]
+    said: array[int]
     tables: list[bytes]
     merges: list[Merge]
 
@@ -133,7 +134,15 @@ def fold(
     forgotten: (project, amplitude_id) of people to delete before the first event.
     """
     columns = _Columns(
-        array("q"), array("q"), array("q"), bytearray(), bytearray(), array("i"), [], []
+        array("q"),
+        array("q"),
+        array("q"),
+        bytearray(),
+        bytearray(),
+        array("i"),
+        array("i"),
+        [],
+        [],
     )
     changes: dict[int, Changes] = {}
     parts: list[Part] = []
@@ -186,6 +195,7 @@ def fold(
         bytes(columns.flags),
         columns.table.tobytes(),
         keys,
+        columns.said.tobytes(),
         columns.tables,
         columns.merges,
         list(forgotten),
@@ -219,6 +229,8 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     add_kind = columns.kind.append
     add_flags = columns.flags.append
     add_table = columns.table.append
+    add_said = columns.said.append
+    said_before = _said_before.get
     tables = columns.tables
     skew = skew_ms(batch.received_ms, client_upload_ms)
     remote = batch.remote
@@ -243,6 +255,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             add_kind(_DROPPED)
             add_flags(0)
             add_table(_NO_TABLE)
+            add_said(0)
             continue
         user, device = event.user_id, event.device_id
         kind = _ALIAS if aliases else _kind_of(event.event_type, _EVENT)
@@ -302,7 +315,10 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         said = _said(event)
         if said[14] == "$remote":
             said = (*said[:14], remote, *said[15:])
-        said = _said_before.setdefault(said, said)
+        entry = said_before(said)
+        if entry is None:
+            entry = _said_before[said] = said, _which(said)
+        said, which = entry
         event_groups = event.groups
         shown = b""
         if skip:
@@ -388,6 +404,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         add_created(who.first_seen_ms)
         add_kind(kind)
         add_flags(flags)
+        add_said(which)
         if tables and tables[-1] is shown:
             add_table(len(tables) - 1)
         else:
@@ -416,6 +433,14 @@ def _is_revenue(event: Event) -> bool:
         return False
     text = bytes(raw)
     return b"$" in text and (b'"$revenue"' in text or b'"$price"' in text)
+
+
+def _which(said: tuple[str | None, ...]) -> int:
+    """Which columns of SAYABLE an event says, as bits."""
+    tag_and_before, versions, after = said[:12], said[12:14], said[14:]
+    columns = (*tag_and_before, next((one for one in versions if one is not None), None), *after)
+    assert len(columns) == len(SAYABLE)
+    return sum(1 << place for place, one in enumerate(columns) if one is not None)
 
 
 def _columns(

@@ -128,6 +128,7 @@ class _Event(Struct, gc=False):
     adid: str | None = None
     partner_id: str | None = None
     plan: Raw = Raw()
+    groups: Raw = Raw()
     ingestion_metadata: _Origin | None = None
 
 
@@ -180,6 +181,7 @@ _rare = attrgetter(
     "ingestion_metadata",
     "event_id",
     "plan",
+    "groups",
 )
 _NONE_RARE = _rare(_Event(""))
 _RARE_COLUMNS = (
@@ -190,6 +192,7 @@ _RARE_COLUMNS = (
     "import_id",
     "event_id",
     "plan",
+    "sent_groups",
 )
 # What is shown of a person beside the properties, and of the groups: few distinct sets stand behind many rows.
 SHOWN = ("groups", "group_properties", *COLUMNS)
@@ -239,6 +242,8 @@ def columns(blocks: Sequence[Block], vocabulary: Vocabulary) -> dict[str, Column
         **json,
         **_rest(events, json),
         **_snapshots(blocks, in_blocks, vocabulary),
+        "said": _packed([block.said for block in blocks], np.int32)[kept],
+        "updates_max": in_parts.numbers([part.updates_max for part in parts]),
         "path": Repeated([part.path for part in parts], in_parts.index()),
     }
 
@@ -301,16 +306,23 @@ def _client_event_times(events: list[_Event], client_upload: Numbers) -> Column:
 def _snapshots(
     blocks: Sequence[Block], in_blocks: _Spread, vocabulary: Vocabulary
 ) -> dict[str, Column]:
-    """Tables are JSON as the fold writes it, without blanks: what follows the user's properties begins with a comma."""
     tables = [table for block in blocks for table in block.tables]
+    counts = np.array([len(block.tables) for block in blocks], np.int64)
+    first = in_blocks.numbers((np.cumsum(counts) - counts).tolist())
+    index = _packed([block.table for block in blocks], np.int32)[in_blocks.kept] + first
+    return snapshots(tables, index, vocabulary)
+
+
+def snapshots(tables: Sequence[bytes], index: Numbers, vocabulary: Vocabulary) -> dict[str, Column]:
+    """Return the columns `user_properties` and `shown` of rows that show tables[index].
+
+    Tables are JSON as the fold writes it, without blanks: what follows the user's properties begins with a comma.
+    """
     heads = _decode_heads(b"[" + b",".join(tables) + b"]")
     users = [head.user_properties for head in heads]
     tails = [table[len(user) + 1 :] for table, user in zip(tables, users, strict=True)]
     assert all(tail[0] == _COMMA for tail in tails)
     places = np.array(vocabulary.places(tails), np.int32)
-    counts = np.array([len(block.tables) for block in blocks], np.int64)
-    first = in_blocks.numbers((np.cumsum(counts) - counts).tolist())
-    index = _packed([block.table for block in blocks], np.int32)[in_blocks.kept] + first
     return {"user_properties": Repeated(users, index), "shown": places[index]}
 
 
@@ -339,6 +351,7 @@ def _rest(events: list[_Event], json: dict[str, Column]) -> dict[str, Column]:
         return dict.fromkeys(_RARE_COLUMNS)
     rest: dict[str, Any] = {name: [None] * len(events) for name in _RARE_COLUMNS}
     rest["plan"] = [b""] * len(events)
+    rest["sent_groups"] = [b""] * len(events)
     event_properties: Any = json["event_properties"]
     for row in special:
         event = events[row]
@@ -349,6 +362,7 @@ def _rest(events: list[_Event], json: dict[str, Column]) -> dict[str, Column]:
         rest["location_lng"][row] = event.location_lng
         rest["event_id"][row] = event.event_id
         rest["plan"][row] = _object(event.plan)
+        rest["sent_groups"][row] = _object(event.groups)
         if origin is not None and origin.source_name == _IMPORTER:
             rest["import_id"][row] = origin.source_version
         event_properties[row] = _with_revenue(event, event_properties[row])

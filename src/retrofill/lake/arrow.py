@@ -56,10 +56,14 @@ SCHEMA = pa.schema(
         ("partner_id", pa.string()),
         ("plan", pa.string()),
         ("path", pa.string()),
+        # What only a second fold needs beside `sent`: see core.refold.
+        ("said", pa.int32()),
+        ("sent_groups", pa.string()),
+        ("updates_max", pa.int32()),
     ]
 )
 JSON_COLUMNS = frozenset(
-    {"event_properties", "user_properties", "sent", "groups", "group_properties", "plan"}
+    {"event_properties", "user_properties", "sent", "groups", "group_properties", "plan", "sent_groups"}
 )
 # Table `merges`: at (partition, block, row) two people were shown to be one. A row has the fields in this order.
 MERGES = pa.schema(
@@ -129,6 +133,24 @@ def widen(rows: pa.Table, values: dict[str, pa.DictionaryArray]) -> pa.Table:
         for field in SCHEMA
     ]
     return pa.Table.from_arrays(columns, schema=FILE)
+
+
+def shown_again(
+    rows: pa.Table, tables: Sequence[bytes], index: np.ndarray[Any, Any]
+) -> dict[str, pa.Array]:
+    """Return the columns of a snapshot for rows that now show tables[index], typed as in `SCHEMA`."""
+    vocabulary = Vocabulary()
+    found = row.snapshots(tables, index, vocabulary)
+    places = found["shown"]
+    assert isinstance(places, np.ndarray)
+    found = {"user_properties": found["user_properties"]} | {
+        name: Repeated(side, places) for name, side in vocabulary.columns().items()
+    }
+    return {
+        name: _array(values, SCHEMA.field(name))
+        for name, values in found.items()
+        if values is not None
+    } if rows.num_rows else {}
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -1,0 +1,286 @@
+"""Folding history again from its rows: the one operation behind undo, restore, unmerge, check and why.
+
+A row of the lake keeps what its event sent (`sent`, `sent_groups`, `said`, the skip flag), so the events of some
+people can be made again and given to the fold that made them the first time. `Refold` does that in order of position,
+with nothing known at first: what it ends with is the state that a server would have that never saw the rows left out.
+
+The rows given must be whole: everyone who shares a device or user id with one of them, and every change of a group
+that they show. Group identifies of other people are `foreign`: they change their groups and no person here.
+
+A person who is made again keeps the amplitude_id of its first row if no other person here has it already.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import groupby, repeat
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.core import fold
+from retrofill.core.block import SAYABLE, Flag, Merge
+from retrofill.core.event import Batch, Event
+from retrofill.core.fold import Changes, Group, Known
+from retrofill.core.person import Person
+
+# Amplitude_ids of people made again, until it is known who they are.
+_PROVISIONAL = 1 << 62
+_decode = msgspec.json.decode
+_SKIP, _REVENUE = int(Flag.SKIP), int(Flag.REVENUE)
+# What an event says under its own name; the version is said as `version_name`, the address as `ip`.
+_FIELDS = tuple({"ip_address": "ip"}.get(name, name) for name in SAYABLE)
+
+
+class Rows(Struct):
+    """Visible rows of one project in order of position, column by column, named as in the lake.
+
+    foreign: true for a group identify of somebody else. said_columns: the columns SAYABLE, in that order.
+    """
+
+    block: list[int]
+    row: list[int]
+    amplitude_id: list[int]
+    flags: list[int]
+    user_id: list[str | None]
+    device_id: list[str | None]
+    event_type: list[str]
+    client_event_time: list[int]
+    client_upload_time: list[int]
+    server_received_time: list[int]
+    server_upload_time: list[int]
+    path: list[str]
+    sent: list[str | None]
+    sent_groups: list[str | None]
+    said: list[int]
+    updates_max: list[int]
+    foreign: list[bool]
+    said_columns: list[list[str | None]]
+
+
+class Outcome(Struct):
+    """What the fold decides about rows, one entry each, as in a Block. table: place in `tables`."""
+
+    amplitude_id: list[int]
+    created_ms: list[int]
+    kind: bytes
+    flags: bytes
+    table: list[int]
+    tables: list[bytes]
+
+
+class Merged(Struct, frozen=True):
+    """A merge, with the position of the row that caused it."""
+
+    block: int
+    row: int
+    absorbed: int
+    surviving: int
+    event_time_ms: int
+    server_upload_ms: int
+
+
+class _Ids(dict[str, int]):
+    """Ids of people; 0 for one that was not seen."""
+
+    def __missing__(self, one: str) -> int:
+        return 0
+
+
+class Refold:
+    """The state of some people of one project after the rows given so far.
+
+    new_id: draws an amplitude_id that nobody ever had.
+    """
+
+    def __init__(self, project: int, new_id: Callable[[], int]) -> None:
+        self._project = project
+        self._new_id = new_id
+        self._next = _PROVISIONAL
+        self._final: dict[int, int] = {}  # provisional → final amplitude_id
+        self._taken: set[int] = set()
+        self.devices: dict[str, int] = _Ids()
+        self.users: dict[str, int] = _Ids()
+        self.people: dict[int, Person] = {}
+        self.groups: dict[Group, dict[str, Any]] = {}
+        self.merges: list[Merged] = []
+        self.aliases: dict[str, str] = {}
+        self._known = Known(self.devices, self.users, self.people, self.groups)
+
+    def fold(self, rows: Rows) -> Outcome:
+        """Fold the next rows. Those of one block must be given together."""
+        amplitude_ids, created = array("q"), array("q")
+        kinds, flags = bytearray(), bytearray()
+        tables: list[bytes] = []
+        places = array("q")
+        events = _events(rows)
+        first = 0
+        for number, run in groupby(rows.block):
+            last = first + sum(1 for _ in run)
+            folded = fold.fold(
+                self._batches(rows, events, first, last),
+                {self._project: self._known},
+                number=number,
+                server_upload_ms=rows.server_upload_time[first],
+                fresh=self._next,
+                updates_max={self._project: rows.updates_max[first]},
+                dropped=bytes(last - first),
+                keys=b"",
+            )
+            block = folded.block
+            decided = array("q", block.amplitude_id)
+            self._settle(folded.fresh, decided, rows.amplitude_id[first:last])
+            self._apply(folded.changes[self._project])
+            self._merge(block.merges, rows, first)
+            amplitude_ids += decided
+            created.frombytes(block.created_ms)
+            kinds += block.kind
+            flags += block.flags
+            at = len(tables)
+            places.extend(place + at for place in array("i", block.table))
+            tables += block.tables
+            first = last
+        final = self._final
+        return Outcome(
+            [final.get(one, one) for one in amplitude_ids],
+            created.tolist(),
+            bytes(kinds),
+            bytes(flags),
+            places.tolist(),
+            tables,
+        )
+
+    def changes(self, was: Changes) -> Changes:
+        """Return what must be laid over the state `was`, which names everyone here as they were, to end in this one."""
+        final = self._final
+        gone = [one for one in was.people if one not in self._taken]
+        people = {
+            final[number]: msgspec.structs.replace(
+                one,
+                amplitude_id=final[number],
+                merged_into=final.get(one.merged_into, one.merged_into),
+                shown=b"",
+            )
+            for number, one in self.people.items()
+        }
+        people |= {one: Person(one, merged_into=-1) for one in gone}
+        return Changes(
+            {**dict.fromkeys(was.devices, 0), **_renamed(self.devices, final)},
+            {**dict.fromkeys(was.users, 0), **_renamed(self.users, final)},
+            people,
+            {**{key: {} for key in was.groups}, **self.groups},
+            {},
+        )
+
+    def _batches(self, rows: Rows, events: list[Event], first: int, last: int) -> list[Batch]:
+        """The requests of one block: rows next to each other that came the same way at the same time."""
+        sides = zip(
+            rows.path[first:last],
+            rows.server_received_time[first:last],
+            rows.client_upload_time[first:last],
+            strict=True,
+        )
+        batches = []
+        at = first
+        for (path, received_ms, client_upload_ms), run in groupby(sides):
+            after = at + sum(1 for _ in run)
+            batches.append(
+                Batch(
+                    self._project, path, b"", events[at:after], 0, received_ms, client_upload_ms
+                )
+            )
+            at = after
+        return batches
+
+    def _settle(self, fresh: int, decided: Sequence[int], were: Sequence[int]) -> None:
+        """Say who the people are that a block made."""
+        if fresh == self._next:
+            return
+        for one, was in zip(decided, were, strict=True):
+            if one >= self._next and one not in self._final:
+                self._settle_one(one, was)
+        for one in range(self._next, fresh):  # nobody's row shows it any more
+            if one not in self._final:
+                self._settle_one(one, 0)
+        self._next = fresh
+
+    def _settle_one(self, provisional: int, was: int) -> None:
+        number = was if was > 0 and was not in self._taken else self._new_id()
+        self._final[provisional] = number
+        self._taken.add(number)
+
+    def _apply(self, changes: Changes) -> None:
+        self.devices.update(changes.devices)
+        self.users.update(changes.users)
+        self.people.update(changes.people)
+        self.groups.update(changes.groups)
+
+    def _merge(self, merges: list[Merge], rows: Rows, first: int) -> None:
+        final = self._final
+        for merge in merges:
+            at = first + merge.row
+            self.merges.append(
+                Merged(
+                    rows.block[at],
+                    rows.row[at],
+                    final[merge.absorbed],
+                    final[merge.surviving],
+                    merge.event_time_ms,
+                    rows.server_upload_time[at],
+                )
+            )
+
+
+def _renamed(ids: dict[str, int], final: dict[int, int]) -> dict[str, int]:
+    return {one: final[number] for one, number in ids.items()}
+
+
+def _events(rows: Rows) -> list[Event]:
+    """Make the events again as far as the fold looks at them."""
+    chosen: dict[int, list[tuple[str, list[str | None]]]] = {}
+    events = []
+    for at, (user, device, event_type, time, sent, groups, said, flags, foreign) in enumerate(
+        zip(
+            rows.user_id,
+            rows.device_id,
+            rows.event_type,
+            rows.client_event_time,
+            rows.sent,
+            rows.sent_groups,
+            rows.said,
+            rows.flags,
+            rows.foreign,
+            strict=True,
+        )
+    ):
+        fields = chosen.get(said)
+        if fields is None:
+            fields = chosen[said] = [
+                (name, column)
+                for place, (name, column) in enumerate(
+                    zip(_FIELDS, rows.said_columns or repeat([]), strict=False)
+                )
+                if said >> place & 1
+            ]
+        event = Event(
+            event_type,
+            None if foreign else user,
+            "" if foreign else device or "",
+            time,
+            **{name: column[at] for name, column in fields},  # type: ignore[arg-type] # texts, every one
+        )
+        if sent:
+            if event_type == "$groupidentify":
+                event.group_properties = _decode(sent)
+            else:
+                event.user_properties = _decode(sent)
+        if groups:
+            event.groups = _decode(groups)
+        if flags & _SKIP:
+            event.skip_user_properties_sync = True
+        if flags & _REVENUE:
+            event.revenue = 0.0
+        events.append(event)
+    return events
