@@ -11,7 +11,7 @@ A `$groupidentify` needs no id, so none counts in its key. Source: contract, eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +29,7 @@ from retrofill.hot.keys import KeyFiles
 from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
 
 Bools = NDArray[np.bool_]
+Rows = pa.RecordBatch | pa.Table
 IMPORT_SOURCE = "retrofill"
 
 
@@ -112,6 +113,27 @@ class Duplicates:
         for first, last in self._files.missing(oldest_block, sealed):
             keys, blocks, forever = _keys_of_rows(rows(first, last), limits)
             self._files.write(first, last, keys, blocks, forever=forever)
+        self._load(sealed=sealed, oldest_block=oldest_block)
+
+    def change(
+        self,
+        gone: Iterable[Rows],
+        added: Iterable[Rows],
+        limits: Limits,
+        *,
+        sealed: int,
+        oldest_block: int,
+    ) -> None:
+        """Rows of the lake are no longer stored, and others are: know it. Every block must be in the lake."""
+        removed, _, _ = _keys_of_rows(gone, lambda _: limits)
+        keys, blocks, forever = _keys_of_rows(added, lambda _: limits)
+        self._files.change(
+            removed.tobytes(), keys.tobytes(), blocks, forever=forever, oldest_block=oldest_block
+        )
+        self._fingerprints = Fingerprints()
+        self._load(sealed=sealed, oldest_block=oldest_block)
+
+    def _load(self, *, sealed: int, oldest_block: int) -> None:
         memory_from = self._files.memory_from(FINGERPRINTS_IN_MEMORY)
         runs = self._files.runs(max(memory_from, oldest_block))
         if runs:
@@ -204,7 +226,7 @@ def _kept(packed: bytes, kind: bytes) -> bytes:
 
 
 def _keys_of_rows(
-    batches: Iterator[pa.RecordBatch], limits: Callable[[int], Limits]
+    batches: Iterable[Rows], limits: Callable[[int], Limits]
 ) -> tuple[dedupe.Keys, NDArray[np.int64], Bools]:
     """Make the keys of lake rows as `keys_of` made them of events."""
     keys: list[bytes] = []

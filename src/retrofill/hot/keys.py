@@ -197,6 +197,45 @@ class KeyFiles:
         self._files = _in_order([*others, file])
         self._forget_mended()
 
+    def change(
+        self, gone: bytes, added: bytes, blocks: Ints, *, forever: Bools, oldest_block: int
+    ) -> None:
+        """Take keys out of every file, then put others in where their blocks are. On disk when this returns.
+
+        gone, added: packed keys. blocks, forever: one entry for each of `added`. Cut off, it leaves some files
+        changed and others not, each whole: doing it again ends it. What expired is not put in again.
+        """
+        removed = set(gone[at : at + 16] for at in range(0, len(gone), 16))
+        removed.discard(bytes(16))
+        high, low = table_of(b"".join(removed))[:, 0], table_of(b"".join(removed))[:, 1]
+        table = table_of(added)
+        fresh = table.any(axis=1) & (forever | (blocks >= oldest_block))
+        for file in self._files:
+            hit = np.flatnonzero(np.isin(file.high, high) & np.isin(file.low, low))
+            stays = np.ones(file.count, bool)
+            for at in hit.tolist():
+                stays[at] = _pair(file.high[at], file.low[at]) not in removed
+            mine = fresh & (blocks >= file.first) & (blocks <= file.last)
+            fresh &= ~mine
+            if stays.all() and not mine.any():
+                continue
+            path = _write(
+                self.folder,
+                file.first,
+                file.last,
+                np.concatenate([file.high[stays], table[mine, 0]]),
+                np.concatenate([file.low[stays], table[mine, 1]]),
+                np.concatenate(
+                    [file.values[stays], slot_value(blocks[mine], forever=forever[mine])]
+                ),
+            )
+            self.use(path)
+        if fresh.any():
+            for first, last in self._gaps(int(blocks[fresh].min()), int(blocks[fresh].max())):
+                mine = fresh & (blocks >= first) & (blocks <= last)
+                if mine.any():
+                    self.write(first, last, table[mine], blocks[mine], forever=forever[mine])
+
     def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
         """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.
 
@@ -343,6 +382,10 @@ def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U
     except OSError as problem:
         raise _store_error(problem, new) from problem
     return path
+
+
+def _pair(high: np.uint64, low: np.uint64) -> bytes:
+    return high.tobytes() + low.tobytes()
 
 
 def _name(first: int, last: int) -> str:

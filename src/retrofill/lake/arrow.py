@@ -135,9 +135,7 @@ def widen(rows: pa.Table, values: dict[str, pa.DictionaryArray]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=FILE)
 
 
-def shown_again(
-    rows: pa.Table, tables: Sequence[bytes], index: np.ndarray[Any, Any]
-) -> dict[str, pa.Array]:
+def shown_again(tables: Sequence[bytes], index: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
     """Return the columns of a snapshot for rows that now show tables[index], typed as in `SCHEMA`."""
     vocabulary = Vocabulary()
     found = row.snapshots(tables, index, vocabulary)
@@ -150,7 +148,7 @@ def shown_again(
         name: _array(values, SCHEMA.field(name))
         for name, values in found.items()
         if values is not None
-    } if rows.num_rows else {}
+    }
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -69,6 +69,9 @@ _DEDUPE_COLUMNS = (
     "import_id",
 )
 
+# Rows that hold no key: what they repeat does, or nobody any more.
+_HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
+
 Steps = list[tuple[int, dict[str, int]]]  # (hour since the epoch, id → rows), oldest first
 
 
@@ -90,7 +93,7 @@ class Lake:
         self.files = files
         self._db = db
         self._writing = threading.Lock()
-        self._pinning = threading.Lock()
+        self._pinning = threading.RLock()
         self._pins: Counter[int] = Counter()
         self._synced: set[Path] = set()
 
@@ -154,7 +157,8 @@ class Lake:
         columns = ", ".join(f'"{name}"' for name in _DEDUPE_COLUMNS)
         with self.snapshot() as snapshot, _told(self.folder):
             yield from snapshot.cursor.execute(
-                f'SELECT {columns} FROM lake.events WHERE "block" BETWEEN ? AND ? ORDER BY "block", "row"',  # noqa: S608 - column names of ours
+                f'SELECT {columns} FROM lake.events WHERE "block" BETWEEN ? AND ? '  # noqa: S608 - column names of ours
+                f'AND kind NOT IN ({_HIDDEN}) ORDER BY "block", "row"',
                 [first, last],
             ).to_arrow_reader(_FETCH_ROWS)
 
@@ -226,6 +230,47 @@ class Lake:
 
         self._commit(change)
         return gone
+
+    def rewrite(
+        self,
+        project: int,
+        files: Sequence[Path],
+        *,
+        places: pa.Table,
+        people: Sequence[int],
+        merges: Sequence[MergeRow],
+    ) -> None:
+        """Put files, on disk already, in the place of rows, and merges in that of those of some people, in one transaction.
+
+        places: (block, row) of every row of the files, each of which is one of the project's.
+        """
+        sides = zip(*merges, strict=True) if merges else ()
+        rows = [pa.array(side, field.type) for side, field in zip(sides, MERGES, strict=False)]
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            cursor.register("places", places)
+            cursor.execute(
+                'DELETE FROM lake.events WHERE project = ? AND ("block", "row") IN (SELECT ("block", "row") FROM places)',
+                [project],
+            )
+            for file in files:
+                cursor.execute("CALL ducklake_add_data_files('lake', 'events', ?)", [str(file)])
+            cursor.execute(
+                "DELETE FROM lake.merges WHERE project = $1 "
+                "AND (absorbed IN (SELECT unnest($2)) OR surviving IN (SELECT unnest($2)))",
+                [project, list(people)],
+            )
+            if rows:
+                cursor.register("new_merges", pa.Table.from_arrays(rows, schema=MERGES))
+                cursor.execute("INSERT INTO lake.merges SELECT * FROM new_merges")
+
+        self._commit(change)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no reader begin meanwhile, for a change of the lake that memory must follow at once."""
+        with self._pinning:
+            yield
 
     def _commit(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
         """Make one change in one transaction; files that its statements wrote are on disk before it commits."""
