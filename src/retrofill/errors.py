@@ -34,6 +34,18 @@ class SizeError(InputError):
     status = 413
 
 
+class MissingError(InputError):
+    """Nothing is stored under the name that was given."""
+
+    status = 404
+
+
+class ConflictError(InputError):
+    """What was asked for does not go with the state of its object, now."""
+
+    status = 409
+
+
 class BusyError(Error):
     """Another process holds the data directory, or a queue is at its bound."""
 

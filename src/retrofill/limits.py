@@ -163,4 +163,7 @@ DELETION_DAYS = 14  # a job runs this long after its day of request; contract: w
 DELETION_FREEZE_DAYS = 3  # a job can no longer be edited this long before its day: contract, read 7
 DELETION_RANGE_DAYS_MAX = 184  # six months: contract, read 7
 DELETION_CHECK_S = 60  # how often due jobs are looked for
+IMPORTS_LISTED_MAX = 1000  # imports in one answer, those that did something last
+IMPORTS_REFUSED_MAX = 10_000  # names whose refused requests are counted until they are saved
+IMPORT_BYTES_MAX = 4096  # body of POST /api/1/imports
 SETTINGS_BYTES_MAX = 1024 * 1024  # body of PUT /api/1/project: about 20,000 silenced devices

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from retrofill.clock import SystemClock
 from retrofill.config import Project
-from retrofill.core.event import Batch
+from retrofill.core.event import Batch, Envelope
 from retrofill.core.throttle import Accepted
 from retrofill.errors import InputError
 from retrofill.limits import Limits
@@ -64,6 +64,10 @@ class FakeEngine:
 
     def problem(self) -> str | None:
         return self.reason
+
+    def refused(self, project: int, opened: Envelope) -> None:
+        assert project == 1
+        self.calls.append(f"refused {len(opened.events or ())}")
 
     async def start(self) -> None:
         self.calls.append("start")

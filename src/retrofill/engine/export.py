@@ -42,6 +42,7 @@ from retrofill.limits import (
     MS_PER_DAY,
     MS_PER_HOUR,
     MS_PER_S,
+    TIME_MS_MAX,
 )
 
 _SAMPLE_ROWS = 1000
@@ -49,6 +50,7 @@ _READ_ROWS = 16_384  # of the lake at a time; smaller pieces cost more to set ap
 _PARTS_MAX = 100_000
 _GZIP = 31  # zlib's name for a gzip stream with a window of 2^15
 _LEVEL = 1  # of isal: level 2 saves 4 % of the bytes and costs half as much time again
+_ASKED = ("server_upload_time", "import_id")  # what decides whether a row is wanted
 _BLOCK = COLUMNS.index("block")
 _LONG = ("event_properties", "user_properties", "groups", "group_properties", "plan")
 # What a row takes beside its texts: numbers, offsets, and the words of a column that repeats itself.
@@ -56,10 +58,16 @@ _ROW_BYTES = 256
 
 
 class Hours(Struct, frozen=True):
-    """Hours of server_upload_time, both ends included, as hours since the epoch."""
+    """Hours of server_upload_time, both ends included, as hours since the epoch. import_id: of this import alone."""
 
     first: int
     last: int
+    import_id: str | None = None
+
+
+def hours_of_import(name: str) -> Hours:
+    """Return what asks for a whole import, whenever it arrived."""
+    return Hours(0, TIME_MS_MAX // MS_PER_HOUR, name)
 
 
 def hours_of(start: str, end: str) -> Hours:
@@ -132,7 +140,7 @@ def export(reader: Reader, project: int, hours: Hours, *, bytes_max: int) -> Exp
 def _parts(view: View, hours: Hours) -> Any:
     """Return the lake's rows as a numpy table, a line a run of blocks: first block, last block, rows, bytes."""
     where = _in(hours)
-    names = ("block", "server_upload_time", *_LONG)
+    names = ("block", *_ASKED, *_LONG)
     width, statement = _part_width(view, where), Statement()
     weight = " + ".join(f"coalesce(strlen({name}), 0)" for name in _LONG)
     source = view.source(
@@ -150,16 +158,18 @@ def _parts(view: View, hours: Hours) -> Any:
 
 
 def _part_width(view: View, where: str) -> int:
-    source = view.source(
-        ("block", "server_upload_time"), where=where, fresh=arrow.SCHEMA.empty_table()
-    )
+    source = view.source(("block", *_ASKED), where=where, fresh=arrow.SCHEMA.empty_table())
     first, last = view.ask(f"SELECT min(block), max(block) FROM {source}").fetchone()
     return 1 if first is None else 1 + (last - first) // _PARTS_MAX
 
 
 def _in(hours: Hours) -> str:
     first, after = hours.first * MS_PER_HOUR, (hours.last + 1) * MS_PER_HOUR
-    return f"server_upload_time >= {first} AND server_upload_time < {after}"
+    when = f"server_upload_time >= {first} AND server_upload_time < {after}"
+    if hours.import_id is None:
+        return when
+    # As digits: a statement's text holds nothing that a sender wrote.
+    return f"{when} AND import_id = decode(from_hex('{hours.import_id.encode().hex()}'))"
 
 
 def _fresh(view: View, hours: Hours) -> Iterator[pa.Table]:
@@ -171,7 +181,10 @@ def _fresh(view: View, hours: Hours) -> Iterator[pa.Table]:
             pc.equal(table["project"], view.project), pc.equal(table["kind"], int(Kind.EVENT))
         )
         when = pc.and_(pc.greater_equal(time, first), pc.less(time, after))
-        found = table.filter(pc.and_(of_us, when))
+        wanted = pc.and_(of_us, when)
+        if hours.import_id is not None:
+            wanted = pc.and_(wanted, pc.equal(table["import_id"], hours.import_id))
+        found = table.filter(wanted)
         if found.num_rows:
             yield found
 
@@ -184,7 +197,9 @@ def _weigh(view: View, hours: Hours, parts: Any, bytes_max: int) -> None:
         sample = table.slice(0, _SAMPLE_ROWS) if sample is None else sample
     rows = int(parts[:, 2].sum()) + fresh_rows
     if len(parts):
-        source = view.source(COLUMNS, where=_in(hours), fresh=arrow.SCHEMA.empty_table())
+        source = view.source(
+            (*COLUMNS, *_ASKED), where=_in(hours), fresh=arrow.SCHEMA.empty_table()
+        )
         sample = view.ask(
             f"SELECT {', '.join(COLUMNS)} FROM {source} LIMIT {_SAMPLE_ROWS}"
         ).to_arrow_table()
@@ -231,7 +246,7 @@ def _slices(parts: Any) -> list[tuple[int, int]]:
 
 def _read(view: View, hours: Hours, slices: list[tuple[int, int]]) -> Any:
     source = view.source(
-        COLUMNS,
+        (*COLUMNS, *_ASKED),
         where=f"block BETWEEN {slices[0][0]} AND {slices[-1][1]} AND {_in(hours)}",
         fresh=arrow.SCHEMA.empty_table(),
     )

@@ -31,19 +31,21 @@ from retrofill.config import Project, Settings
 from retrofill.core import block as block_codec
 from retrofill.core import fold
 from retrofill.core.block import Block, Kind
-from retrofill.core.event import Batch, Refusal
+from retrofill.core.event import Batch, Envelope, Refusal
 from retrofill.core.fold import Folded
 from retrofill.core.person import Person
 from retrofill.core.throttle import Accepted, Silenced, Throttled
 from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
+from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.recover import batches_of, fill_devices, refold
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
 from retrofill.errors import BusyError, CorruptError, Error, StoreError
 from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
+from retrofill.hot.imports import Imports
 from retrofill.hot.sqlite import Blocks
 from retrofill.lake import Lake
 from retrofill.limits import (
@@ -111,6 +113,8 @@ class Engine:
         self.lake = Lake.open(directory.lake)
         self.state = State(self._checkpoint)
         self.duplicates = Duplicates(directory.keys)
+        self.imports = Imports(directory.imports)
+        self.counting = Counting(self.imports)
         self._figures = Figures()
         self.unsealed: deque[Unsealed] = deque()
         self._unsealed_events = 0
@@ -165,8 +169,9 @@ class Engine:
             if admission.limits.daily_quota:
                 admission.load_quota(*self.lake.quota_rows(number, self._clock.now_ms()))
         last = numbers[-1][0] if numbers else max(sealed, checkpointed)
-        for block in self.blocks.read(min(sealed, checkpointed) + 1, last):
+        for block in self.blocks.read(min(sealed, checkpointed, self.counting.block) + 1, last):
             batches = batches_of(block)
+            self.counting.committed(block, batches)
             if block.number > checkpointed:
                 refold(self.state, block, batches)
             if block.number > sealed:
@@ -240,6 +245,7 @@ class Engine:
             if self._problem is None:
                 await self.seal()
                 await self.checkpoint()
+                await self.counting.save(self.state.block)
                 await self._delete_blocks()
         finally:
             await self._release()
@@ -273,6 +279,7 @@ class Engine:
         self._writer.shutdown()
         self.lake.close()
         self._checkpoint.close()
+        self.imports.close()
         self.blocks.close()
         self._directory.close()
 
@@ -349,6 +356,7 @@ class Engine:
                 verdict = admission.over_quota(batch, dropped, now_ms=now_ms)
             _, future = self._queue.take()
             if verdict is not None:
+                self.counting.refused(batch.project, names_of(batch.events))
                 if not future.done():
                     future.set_result(verdict)
                 continue
@@ -444,6 +452,7 @@ class Engine:
         self.state.apply(folded)
         self._add_keys(block, batches, imports)
         self._count_stored(block, batches)
+        self.counting.committed(block, batches)
         self._remember(block)
         figures = self._figures
         figures.blocks += 1
@@ -502,6 +511,7 @@ class Engine:
             self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
         )
         self.duplicates.filed(first, last, oldest_block=self._oldest_block())
+        await self.counting.save(last)  # before these blocks may be deleted
         sealed_events = 0
         while self.unsealed and self.unsealed[0].number <= last:
             sealed_events += self.unsealed.popleft().rows
@@ -531,9 +541,9 @@ class Engine:
         self._figures.last_checkpoint_ms = self._checkpoint_ms
 
     async def _delete_blocks(self) -> None:
-        """Delete blocks that lake, key files and checkpoint have and no reader needs, a few at a time."""
+        """Delete blocks that lake, key files, checkpoint and counts have and no reader needs, a few at a time."""
         sealed = self.unsealed[0].number - 1 if self.unsealed else self.state.block
-        last = min(sealed, self.state.saved_block, *self._pins)
+        last = min(sealed, self.state.saved_block, self.counting.block, *self._pins)
         loop = asyncio.get_running_loop()
         while self._deleted_to < last:
             step = min(self._deleted_to + DELETE_BLOCKS_STEP, last)
@@ -564,6 +574,10 @@ class Engine:
     def aliases(self, project: int) -> dict[str, str]:
         """Return user_id → global_user_id of a project."""
         return self.state.project(project).aliases
+
+    def refused(self, project: int, opened: Envelope) -> None:
+        """Note that a request was refused before it came to `ingest`."""
+        self.counting.refused(project, names_in(opened))
 
     async def forget(self, project: int, amplitude_ids: list[int]) -> None:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""

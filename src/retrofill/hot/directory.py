@@ -52,6 +52,11 @@ class Directory:
         return self.root / "keys"
 
     @property
+    def imports(self) -> Path:
+        """The SQLite file of what is known of imports."""
+        return self.root / "imports.sqlite"
+
+    @property
     def lake(self) -> Path:
         """The folder of the lake."""
         return self.root / "lake"

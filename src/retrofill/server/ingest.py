@@ -57,6 +57,9 @@ class Engine(Protocol):
     def problem(self) -> str | None:
         """Say why reads and writes do not work, or None."""
 
+    def refused(self, project: int, opened: event.Envelope) -> None:
+        """Note that a request was refused before it was handed over."""
+
     async def start(self) -> None:
         """Begin to work."""
 
@@ -210,7 +213,7 @@ class Ingest:
             return opened.refusal or reply.ingested(Accepted(0, 0), path=path, payload_bytes=0)
         self._names[project.number] = project.name
         client = scope["client"]
-        return event.parse(
+        parsed = event.parse(
             opened,
             project=project.number,
             path=path,
@@ -219,6 +222,9 @@ class Ingest:
             remote=client[0] if client else None,
             payload_bytes=len(body),
         )
+        if type(parsed) is Refusal:
+            engine.refused(project.number, opened)
+        return parsed
 
     # From an outcome to an answer.
 

@@ -227,13 +227,14 @@ _INGEST: Json = {
     ),
 }
 
+_ZIP: Json = {
+    "description": "a zip of gzipped files, one JSON row a line",
+    "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+}
 _READ: Json = {
     "/api/2/export": _read(
         "All rows that arrived in these hours (UTC, both included)",
-        {
-            "description": "a zip of gzipped files, one JSON row a line",
-            "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
-        },
+        _ZIP,
         _query("start", _HOUR, required=True),
         _query("end", _HOUR, required=True),
         _404=_EITHER,
@@ -395,6 +396,84 @@ _PROJECT: Json = {
     }
 }
 
+_NULLABLE_INT: Json = {"type": ["integer", "null"]}
+_IMPORT = _object(
+    (
+        "name",
+        "state",
+        "generation",
+        "opened_ms",
+        "events",
+        "identifies",
+        "people",
+        "first_event_ms",
+        "last_event_ms",
+        "first_arrival_ms",
+        "last_arrival_ms",
+        "duplicates",
+        "refusals",
+    ),
+    name=_TEXT,
+    state={"enum": ["open", "closed", "undoing", "undone"]},
+    generation=_INT,
+    opened_ms=_NULLABLE_INT,
+    events=_INT,
+    identifies=_INT,
+    people=_INT,
+    first_event_ms=_NULLABLE_INT,
+    last_event_ms=_NULLABLE_INT,
+    first_arrival_ms=_NULLABLE_INT,
+    last_arrival_ms=_NULLABLE_INT,
+    duplicates=_INT,
+    refusals=_INT,
+)
+_ONE_IMPORT = _json(_IMPORT, "the import")
+_IMPORT_ID: Json = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
+_IMPORTS: Json = {
+    "/api/1/imports": {
+        **_read(
+            "The imports of the project, those that did something last first",
+            _json(_object(("imports",), imports=_list(_IMPORT)), "imports"),
+        ),
+        "post": {
+            "summary": "Open an import; again changes nothing",
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": _object(
+                            ("name",),
+                            name={"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+                        )
+                    }
+                },
+            },
+            "responses": {
+                "200": _ONE_IMPORT,
+                "409": _json("Problem", "it is being undone"),
+                "413": _EITHER,
+                **_READ_ANSWERS,
+            },
+        },
+    },
+    "/api/1/imports/{id}": _read("One import", _ONE_IMPORT, _IMPORT_ID, _404=_EITHER),
+    "/api/1/imports/{id}/close": {
+        "post": {
+            "summary": "Note that all of an import was sent",
+            "parameters": [_IMPORT_ID],
+            "responses": {
+                "200": _ONE_IMPORT,
+                "404": _EITHER,
+                "409": _json("Problem", "it is undone, or being undone"),
+                **_READ_ANSWERS,
+            },
+        }
+    },
+    "/api/1/imports/{id}/export": _read(
+        "All events of an import, in order of arrival", _ZIP, _IMPORT_ID, _404=_EITHER
+    ),
+}
+
 _HEALTH = _object(
     ("status", "service", "version"), status=_TEXT, service=_TEXT, version=_TEXT, reason=_TEXT
 )
@@ -435,7 +514,7 @@ def description() -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "security": [{"keys": []}],
-        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_ADMIN},
+        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_IMPORTS, **_ADMIN},
         "components": {
             "schemas": _SCHEMAS,
             "securitySchemes": {

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from retrofill.clock import Clock
 from retrofill.engine import charts, condition, deletion, people
 from retrofill.engine.deletion import Deletions, Job
-from retrofill.engine.export import Export, export, hours_of
+from retrofill.engine.export import Export, Hours, export, hours_of
 from retrofill.engine.query import Reader, View
 from retrofill.errors import InputError, SizeError
 from retrofill.limits import (
@@ -93,12 +93,7 @@ class Reads:
         hours = hours_of(given.text("start"), given.text("end"))
         number = _project(request)
         most = self._limits(number).export_bytes
-        with contextlib.ExitStack() as held:
-            held.enter_context(self._place(number, "reads", READS_PER_PROJECT))
-            found = await self._run(lambda: export(self._reader, number, hours, bytes_max=most))
-            if found is None:
-                raise HTTPException(404, "No data in these hours")
-            return _Archive(found, self._threads, held.pop_all(), number)
+        return await self.archive(request, hours, bytes_max=most, empty="No data in these hours")
 
     async def search(self, request: Request) -> Response:
         """GET /api/2/usersearch."""
@@ -182,7 +177,7 @@ class Reads:
         """GET /api/2/usermap."""
         users = _user_ids(_Given(request, "user_ids", many=("user_ids",)).all("user_ids"))
         number = _project(request)
-        return await self._answer(
+        return await self.answer(
             request, "reads", READS_PER_PROJECT, lambda: people.mapped(self._reader, number, users)
         )
 
@@ -191,7 +186,7 @@ class Reads:
         given = _Given(request, "start_day", "end_day")
         first, last = given.day("start_day"), given.day("end_day")
         number = _project(request)
-        return await self._answer(
+        return await self.answer(
             request,
             "deletions",
             DELETIONS_PER_PROJECT,
@@ -208,7 +203,7 @@ class Reads:
             answer = _job(job, number, with_user_ids=asked.with_user_ids, done=False)
             return [{**answer, "invalid_ids": invalid} if asked.ignore or asked.org else answer]
 
-        return await self._answer(request, "deletions", DELETIONS_PER_PROJECT, add)
+        return await self.answer(request, "deletions", DELETIONS_PER_PROJECT, add)
 
     async def keep(self, request: Request) -> Response:
         """DELETE /api/2/deletions/users/{amplitude_id}/{day}."""
@@ -217,7 +212,7 @@ class Reads:
             raise InputError(f"amplitude_id must be an integer, found {text!r}")
         day = _day("day", request.path_params["day"])
         number = _project(request)
-        return await self._answer(
+        return await self.answer(
             request,
             "deletions",
             DELETIONS_PER_PROJECT,
@@ -225,12 +220,12 @@ class Reads:
         )
 
     async def _chart(self, request: Request, ask: Callable[[View], Any]) -> Response:
-        return await self._answer(
+        return await self.answer(
             request, "reads", READS_PER_PROJECT, lambda: {"data": self._view(request, ask)}
         )
 
     async def _person(self, request: Request, ask: Callable[[View], Any]) -> Response:
-        return await self._answer(
+        return await self.answer(
             request, "people", PERSON_READS_PER_PROJECT, lambda: self._view(request, ask)
         )
 
@@ -238,9 +233,24 @@ class Reads:
         with self._reader.view(_project(request)) as view:
             return ask(view)
 
-    async def _answer(
+    async def archive(
+        self, request: Request, hours: Hours, *, bytes_max: int, empty: str
+    ) -> Response:
+        """Answer with an archive of rows. empty: what is said if there are none."""
+        number = _project(request)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._place(number, "reads", READS_PER_PROJECT))
+            found = await self._run(
+                lambda: export(self._reader, number, hours, bytes_max=bytes_max)
+            )
+            if found is None:
+                raise HTTPException(404, empty)
+            return _Archive(found, self._threads, held.pop_all(), number)
+
+    async def answer(
         self, request: Request, kind: str, most: int, ask: Callable[[], Any]
     ) -> Response:
+        """Answer with what a question finds, as JSON. most: requests of the project and this kind at once."""
         with self._place(_project(request), kind, most):
             body = await self._run(lambda: msgspec.json.encode(ask()))
         return Response(body, media_type="application/json")

@@ -1,0 +1,317 @@
+"""Imports: which there are, what each did to the project, and what of it was not stored.
+
+An event belongs to the import that its `ingestion_metadata` names; its row carries the name. So almost every figure is
+a count over rows, lake and unsealed alike, exact for the moment of its view. Two things leave no row:
+
+- *duplicates*: events of the import that were stored before. The blocks hold them, so they are counted with each
+  commit and again at a start, and saved with each seal, before blocks go: a crash changes nothing.
+- *refusals*: requests with events of the import that were answered 400, 413 or 429, each time they were sent. Nothing
+  of them is on disk, so a crash forgets those of the last minute.
+
+What is known beside that (opened when, state, generation) is `hot.imports`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import msgspec
+import numpy as np
+from msgspec import Raw, Struct
+
+from retrofill.core.block import Block, Kind
+from retrofill.core.event import Batch, Envelope, Event
+from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
+from retrofill.engine.query import Reader, Statement, View
+from retrofill.errors import ConflictError
+from retrofill.hot.imports import NAME, Counted, Import, Imports, State
+from retrofill.limits import IMPORTS_LISTED_MAX, IMPORTS_REFUSED_MAX, Limits
+
+_HISTORY = (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DISPLACED)
+_IDENTIFIES = f"({int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
+_LOOKED_AT = Limits().batch_events  # events of a refused request that are asked for their import
+
+
+class Stored(Struct, frozen=True):
+    """What the rows of an import say. Times in ms, None if it has no row that has one.
+
+    events: rows that counts and the export show. identifies: rows that they do not. people: survivors of merges, each
+    once. event_ms: of events. arrival_ms: of all rows, server_upload_time. displaced: its events whose place another
+    import's row holds.
+    """
+
+    events: int = 0
+    identifies: int = 0
+    people: int = 0
+    first_event_ms: int | None = None
+    last_event_ms: int | None = None
+    first_arrival_ms: int | None = None
+    last_arrival_ms: int | None = None
+    displaced: int = 0
+
+
+class Figures(Struct, frozen=True):
+    """One import as it is shown. duplicates: events. refusals: requests. For the others see `Stored`."""
+
+    name: str
+    state: State
+    generation: int
+    opened_ms: int | None
+    events: int
+    identifies: int
+    people: int
+    first_event_ms: int | None
+    last_event_ms: int | None
+    first_arrival_ms: int | None
+    last_arrival_ms: int | None
+    duplicates: int
+    refusals: int
+
+
+# What the rows say.
+
+
+def stored(view: View, name: str | None = None) -> dict[str, Stored]:
+    """Return what the rows of each import say, or of one; an import without rows is left out."""
+    statement = Statement()
+    where = "import_id <> ''" if name is None else f"import_id = {statement.bind(name)}"
+    people = view.people()
+    source = view.source(
+        ("import_id", "amplitude_id", "event_time", "server_upload_time"),
+        where=where,
+        kinds=_HISTORY,
+    )
+    seen = f"FILTER (kind = {int(Kind.EVENT)})"
+    rows = view.ask(
+        f"""
+        SELECT import_id, count(*) {seen}, count(*) FILTER (kind IN {_IDENTIFIES}),
+               count(DISTINCT coalesce(now, amplitude_id)) FILTER (kind <> {int(Kind.GROUP_IDENTIFY)}),
+               min(event_time) {seen}, max(event_time) {seen},
+               min(server_upload_time), max(server_upload_time),
+               count(*) FILTER (kind = {int(Kind.DISPLACED)})
+        FROM {source} LEFT JOIN {people} ON was = amplitude_id GROUP BY import_id
+        """,
+        statement,
+    ).fetchall()
+    return {found: Stored(*figures) for found, *figures in rows}
+
+
+def figures(
+    reader: Reader,
+    known: Imports,
+    counted: Mapping[str, Counted],
+    project: int,
+    *,
+    name: str | None = None,
+) -> list[Figures]:
+    """Return every import of a project, or one, the last one to do something first; IMPORTS_LISTED_MAX at most.
+
+    counted: what was not stored, by name. Before the view is opened: what was known of an import then is no newer than
+    its rows.
+    """
+    records = {one.name: one for one in known.all(project)}
+    with reader.view(project) as view:
+        rows = stored(view, name)
+    names = {*records, *rows, *counted} if name is None else {name} & {*records, *rows, *counted}
+    found = [
+        _shown(records.get(one, Import(one)), rows.get(one, Stored()), counted.get(one, Counted()))
+        for one in names
+    ]
+    found.sort(key=lambda one: (-max(one.last_arrival_ms or 0, one.opened_ms or 0), one.name))
+    return found[:IMPORTS_LISTED_MAX]
+
+
+def _shown(known: Import, rows: Stored, counted: Counted) -> Figures:
+    state, generation = known.state, known.generation
+    if state == "undone" and rows != Stored():  # what came since begins the next generation
+        state, generation = "open", generation + 1
+    return Figures(
+        known.name,
+        state,
+        generation,
+        known.opened_ms,
+        rows.events,
+        rows.identifies,
+        rows.people,
+        rows.first_event_ms,
+        rows.last_event_ms,
+        rows.first_arrival_ms,
+        rows.last_arrival_ms,
+        counted.duplicates + rows.displaced,
+        counted.refusals,
+    )
+
+
+# What its owner says.
+
+
+def opened(known: Imports, project: int, name: str, *, now_ms: int) -> Import:
+    """Open an import, again if it is closed or undone: an undone one begins its next generation.
+
+    Opening one that is open changes nothing but that it is known, so who resumes may ask each time. Raises ConflictError
+    while it is being undone.
+    """
+
+    def make(before: Import | None) -> Import:
+        if before is None:
+            return Import(name, "open", now_ms)
+        _not_undoing(before)
+        if before.state == "undone":
+            return Import(name, "open", now_ms, before.generation + 1)
+        since = now_ms if before.opened_ms is None else before.opened_ms
+        return Import(name, "open", since, before.generation)
+
+    made = known.change(project, name, make)
+    assert made is not None
+    return made
+
+
+def closed(known: Imports, project: int, name: str) -> Import:
+    """Note that all of an import was sent. What arrives all the same is stored. Raises ConflictError if it is undone."""
+
+    def make(before: Import | None) -> Import:
+        if before is None:
+            return Import(name, "closed")
+        _not_undoing(before)
+        if before.state == "undone":
+            raise ConflictError(f"The import {name} is undone", mend="Open it again first")
+        return Import(name, "closed", before.opened_ms, before.generation)
+
+    made = known.change(project, name, make)
+    assert made is not None
+    return made
+
+
+def _not_undoing(known: Import) -> None:
+    if known.state == "undoing":
+        raise ConflictError(
+            f"The import {known.name} is being undone", mend="Ask again when its state is undone"
+        )
+
+
+# What is not stored.
+
+
+class Counting:
+    """Counts duplicates and refusals of imports. Belongs to the loop; what is shown may be read from any thread."""
+
+    def __init__(self, known: Imports) -> None:
+        self._known = known
+        self.block, counts = known.counts()
+        self._shown: dict[int, dict[str, Counted]] = {}
+        for (project, name), one in counts.items():
+            self._shown.setdefault(project, {})[name] = one
+        self._duplicates: deque[tuple[int, Counter[tuple[int, str]]]] = deque()
+        self._refusals: Counter[tuple[int, str]] = Counter()
+        self._saving = asyncio.Lock()
+
+    def of(self, project: int) -> dict[str, Counted]:
+        """Return the counts of a project by name, those not saved yet included."""
+        return dict(self._shown.get(project, {}))
+
+    def committed(self, block: Block, batches: Iterable[Batch]) -> None:
+        """Count the duplicates of a block that is on disk. Blocks come in order; one saved already is passed over."""
+        if Kind.DROPPED not in block.kind or block.number <= self.block:
+            return
+        found: Counter[tuple[int, str]] = Counter()
+        dropped = np.frombuffer(block.kind, np.uint8) == Kind.DROPPED
+        first = 0
+        for batch in batches:
+            rows = len(batch.events)
+            for row in np.flatnonzero(dropped[first : first + rows]).tolist():
+                name = import_of(batch.events[row])
+                if name:
+                    found[batch.project, name] += 1
+            first += rows
+        if found:
+            self._duplicates.append((block.number, found))
+            for key, count in found.items():
+                self._show(key, Counted(duplicates=count))
+
+    def refused(self, project: int, names: Iterable[str]) -> None:
+        """Count a refused request for the imports of its events."""
+        for name in names:
+            key = (project, name)
+            # Any name at all may stand in a request that is refused: those of this minute are bounded.
+            if key in self._refusals or len(self._refusals) < IMPORTS_REFUSED_MAX:
+                self._refusals[key] += 1
+                self._show(key, Counted(refusals=1))
+
+    def _show(self, key: tuple[int, str], more: Counted) -> None:
+        project, name = key
+        shown = self._shown.setdefault(project, {})
+        shown[name] = _sum(shown.get(name, Counted()), more)
+
+    async def save(self, block: int | None = None) -> None:
+        """Save what is counted, duplicates of blocks up to `block` (none if it is None). Raises StoreError."""
+        async with self._saving:
+            last = self.block if block is None else max(block, self.block)
+            refusals = dict(self._refusals)
+            more = {key: Counted(refusals=count) for key, count in refusals.items()}
+            for number, found in self._duplicates:
+                if number > last:
+                    break
+                for key, count in found.items():
+                    more[key] = _sum(more.get(key, Counted()), Counted(duplicates=count))
+            if not more and last == self.block:
+                return
+            await asyncio.to_thread(self._known.count, last, more)
+            self.block = last
+            self._refusals.subtract(refusals)
+            self._refusals = +self._refusals
+            while self._duplicates and self._duplicates[0][0] <= last:
+                self._duplicates.popleft()
+
+    async def forget(self, project: int, name: str) -> None:
+        """Count from 0 again for an import: its next generation begins. Raises StoreError."""
+        async with self._saving:
+            await asyncio.to_thread(self._known.forget_counts, project, name)
+            self._shown.get(project, {}).pop(name, None)
+            self._refusals.pop((project, name), None)
+            for _, found in self._duplicates:
+                found.pop((project, name), None)
+
+
+def _sum(one: Counted, more: Counted) -> Counted:
+    return Counted(one.duplicates + more.duplicates, one.refusals + more.refusals)
+
+
+class _Origin(Struct, gc=False):
+    source_name: str | None = None
+    source_version: str | None = None
+
+
+class _Marked(Struct, gc=False):
+    ingestion_metadata: _Origin | None = None
+
+
+_split = msgspec.json.Decoder(list[Raw]).decode
+_marked = msgspec.json.Decoder(_Marked).decode
+
+
+def names_of(events: Sequence[Event]) -> set[str]:
+    """Return the imports that some events belong to: those whose name could be opened."""
+    found = {import_of(event) for event in events if event.ingestion_metadata}
+    return {name for name in found if NAME.fullmatch(name)}
+
+
+def names_in(opened: Envelope) -> set[str]:
+    """Return the imports that events of a request belong to, as far as they can be read."""
+    if opened.events is not None:
+        return names_of(opened.events)
+    found = set()
+    try:
+        texts = _split(opened.raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return set()
+    for text in islice(texts, _LOOKED_AT):
+        try:
+            said = _marked(text).ingestion_metadata
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        if said is not None and said.source_name == IMPORT_SOURCE and said.source_version:
+            found.add(said.source_version)
+    return {name for name in found if NAME.fullmatch(name)}

@@ -1,0 +1,130 @@
+"""Imports over HTTP: opened, listed, shown, closed, exported. Ours, not Amplitude's.
+
+Who may read a project may do all of this: both keys, as every read. An import is scoped to its project; its rows need
+nothing of this, they name their import themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from retrofill.clock import Clock
+from retrofill.engine import imports
+from retrofill.engine.export import hours_of_import
+from retrofill.engine.imports import Figures
+from retrofill.engine.query import Reader
+from retrofill.errors import InputError, MissingError, SizeError
+from retrofill.hot.imports import NAME
+from retrofill.limits import IMPORT_BYTES_MAX, READS_PER_PROJECT
+from retrofill.server.read import Reads
+
+if TYPE_CHECKING:
+    from retrofill.engine.ingest import Engine
+
+
+class _Named(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body that opens an import."""
+
+    name: str
+
+
+_decode = msgspec.json.Decoder(_Named).decode
+
+
+class ImportRoutes:
+    """The endpoints of imports of one server."""
+
+    def __init__(self, engine: Engine, reader: Reader, reads: Reads, clock: Clock) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._reads = reads
+        self._clock = clock
+
+    def routes(self) -> list[Route]:
+        """Return every route."""
+        return [
+            Route("/api/1/imports", self.list, methods=["GET"]),
+            Route("/api/1/imports", self.open, methods=["POST"]),
+            Route("/api/1/imports/{id}", self.show, methods=["GET"]),
+            Route("/api/1/imports/{id}/close", self.close, methods=["POST"]),
+            Route("/api/1/imports/{id}/export", self.export, methods=["GET"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        """GET /api/1/imports."""
+        number = request.state.project.number
+        return await self._answer(request, lambda: {"imports": self._figures(number)})
+
+    async def open(self, request: Request) -> Response:
+        """POST /api/1/imports: who resumes may ask again."""
+        number, name = request.state.project.number, await _name(request)
+
+        def ask() -> Figures:
+            imports.opened(self._engine.imports, number, name, now_ms=self._clock.now_ms())
+            return self._one(number, name)
+
+        return await self._answer(request, ask)
+
+    async def show(self, request: Request) -> Response:
+        """GET /api/1/imports/{id}."""
+        number, name = request.state.project.number, request.path_params["id"]
+        return await self._answer(request, lambda: self._one(number, name))
+
+    async def close(self, request: Request) -> Response:
+        """POST /api/1/imports/{id}/close."""
+        number, name = request.state.project.number, request.path_params["id"]
+
+        def ask() -> Figures:
+            self._one(number, name)  # nothing is closed that is not there
+            imports.closed(self._engine.imports, number, name)
+            return self._one(number, name)
+
+        return await self._answer(request, ask)
+
+    async def export(self, request: Request) -> Response:
+        """GET /api/1/imports/{id}/export."""
+        name = request.path_params["id"]
+        return await self._reads.archive(
+            request, hours_of_import(name), bytes_max=0, empty="No events of such an import"
+        )
+
+    def _figures(self, project: int, name: str | None = None) -> Sequence[Figures]:
+        known, counted = self._engine.imports, self._engine.counting.of(project)
+        return imports.figures(self._reader, known, counted, project, name=name)
+
+    def _one(self, project: int, name: str) -> Figures:
+        found = self._figures(project, name)
+        if not found:
+            raise MissingError("There is no such import", where=name[:64])
+        return found[0]
+
+    async def _answer(self, request: Request, ask: Callable[[], object]) -> Response:
+        return await self._reads.answer(request, "reads", READS_PER_PROJECT, ask)
+
+
+async def _name(request: Request) -> str:
+    """Read the body that opens an import. Raises InputError, SizeError."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > IMPORT_BYTES_MAX:
+            raise SizeError(f"The body is larger than {IMPORT_BYTES_MAX:,} bytes")
+    try:
+        name = _decode(body).name
+    except msgspec.DecodeError as problem:
+        raise InputError(
+            f"The body names no import: {problem}", mend='Give {"name": "NAME"}'
+        ) from problem
+    if not NAME.fullmatch(name):
+        raise InputError(
+            "name must be 1 to 64 letters, digits, dots, dashes and underscores",
+            mend="Give another name",
+        )
+    return name
