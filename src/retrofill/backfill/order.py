@@ -34,7 +34,7 @@ from retrofill.backfill.spill import Spill
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
-ROW_GROUP_ROWS = 20_000
+ROW_GROUP_ROWS = 8192
 _PART_ROWS = 80_000  # taken, finished and written at once
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
