@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def test_limits_and_silenced_devices_hold_at_once_and_after_a_restart(tmp_path: 
         assert send(live, 3)[0] == 429
         assert call(live, "PUT", "/api/1/project", {})[0] == 200
         assert send(live, 3, "device-2")[0] == 200
+
+
+def test_rows_of_every_kind_count_as_live_unless_an_import_brought_them(tmp_path: Path) -> None:
+    def rows() -> Any:
+        return call(live, "GET", "/api/1/project/rows")[1]
+
+    with Live(tmp_path) as live:
+        assert rows() == {"rows": 0, "live": 0}
+        old = {"source_name": "retrofill", "source_version": "old"}
+        event = {"device_id": "device-1", "event_type": "View", "ingestion_metadata": old}
+        assert call(live, "POST", "/batch", {"api_key": "KEY", "events": [event] * 2})[0] == 200
+        assert rows() == {"rows": 2, "live": 0}
+        # No chart and no export shows an identify call, and yet it sets a person's properties.
+        who = [{"device_id": "device-1", "user_properties": {"plan": "paid"}}]
+        form = urllib.parse.urlencode({"api_key": "KEY", "identification": json.dumps(who)})
+        with urllib.request.urlopen(f"{live.address}/identify", form.encode(), timeout=20):
+            pass
+        assert rows() == {"rows": 3, "live": 1}
+    with Live(tmp_path) as live:
+        assert rows() == {"rows": 3, "live": 1}
 
 
 def test_a_limit_that_cannot_be_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from retrofill.core.block import Flag
+from retrofill.core.block import Flag, Kind
 from retrofill.engine import condition
 from retrofill.engine.condition import Segment, Sql, Wanted
 from retrofill.engine.query import Statement, View
@@ -455,6 +455,14 @@ def session_lengths(view: View, when: Range, bins_ms: Sequence[int] = _BINS_MS) 
 
 def _seconds(ms: int) -> int | float:
     return ms // MS_PER_S if ms % MS_PER_S == 0 else ms / MS_PER_S
+
+
+def rows(view: View) -> dict[str, int]:
+    """Return how many rows there are of every kind, identify calls and aliases too, and how many came with no import."""
+    kinds = [kind for kind in Kind if kind != Kind.DROPPED]
+    source = view.source(("import_id",), kinds=kinds)
+    every, live = view.ask(f"SELECT count(*), count(*) - count(import_id) FROM {source}").fetchone()
+    return {"rows": every, "live": live}
 
 
 def event_types(view: View, *, now_ms: int) -> list[dict[str, Any]]:

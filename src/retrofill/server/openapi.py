@@ -393,7 +393,14 @@ _PROJECT: Json = {
             },
             "responses": {"200": _SHOWN, "413": _EITHER, **_READ_ANSWERS},
         },
-    }
+    },
+    "/api/1/project/rows": _read(
+        "How many rows the project holds",
+        _json(
+            _object(("rows", "live"), rows=_INT, live=_INT),
+            "rows of every kind, identify calls and aliases too; `live`: those that came with no import",
+        ),
+    ),
 }
 
 _NULLABLE_INT: Json = {"type": ["integer", "null"]}

@@ -82,6 +82,7 @@ class Reads:
             Route("/api/2/annotations", _empty_data),
             Route("/api/3/annotations", _empty_data),
             Route("/api/3/cohorts", _no_cohorts),
+            Route("/api/1/project/rows", self.rows),
             Route("/api/2/deletions/users", self.deletions),
             Route("/api/2/deletions/users", self.delete, methods=["POST"]),
             Route("/api/2/deletions/users/{amplitude_id}/{day}", self.keep, methods=["DELETE"]),
@@ -141,6 +142,13 @@ class Reads:
         _Given(request)
         now_ms = self._clock.now_ms()
         return await self._chart(request, lambda view: charts.event_types(view, now_ms=now_ms))
+
+    async def rows(self, request: Request) -> Response:
+        """GET /api/1/project/rows."""
+        _Given(request)
+        return await self._answer(
+            request, "reads", READS_PER_PROJECT, lambda: self._view(request, charts.rows)
+        )
 
     async def segmentation(self, request: Request) -> Response:
         """GET /api/2/events/segmentation."""
