@@ -85,6 +85,8 @@ def test_a_history_is_sent_shown_and_reported(tmp_path: Path) -> None:
         assert (end["complete"], end["acknowledged"], end["waiting"]) == (True, 500, 0)
         assert len(to.stored) == 500
         assert "key" not in found.output.replace("keys", "")
+        other = refused(*line, "--profile", "retrofill", "--until", "2020-01-01")
+        assert "was begun as import 'old' with another source" in str(other)
         again = call(*line, "--profile", "retrofill")
         assert again.exit_code == 0
         assert len(to.stored) == 500
@@ -157,7 +159,7 @@ def test_wrong_lines_are_refused_before_anything_is_sent(tmp_path: Path) -> None
     assert "no time span" in str(refused(*base, *to, "--give-up-after", "soon"))
     assert "is no part" in str(refused(*base, *to, "--sample", "200%"))
     assert "is no time" in str(refused(*base, *to, "--until", "later"))
-    assert "cannot name an import" in str(refused(*base, *to, "--import", "a b"))
+    assert "is no import name" in str(refused(*base, *to, "--import", "a b"))
     assert "Nobody is here to be asked" in str(refused(*base, *to))
     assert "out of range" in str(refused(*base, *to, "--events-per-request", "5000", "--yes"))
     assert "No API key" in str(refused(*base[:-2], *to))

@@ -12,9 +12,10 @@ import yaml
 from tests.backfill.staging import ndjson, run
 from typer.testing import CliRunner
 
-from retrofill.backfill import guess, intake, plan, profile, source, stage
+from retrofill.backfill import guess, intake, plan, profile, resend, source, stage
 from retrofill.cli import map as map_verb
 from retrofill.cli import plan as plan_verb
+from retrofill.cli import run as run_verb
 from retrofill.core import mapping
 from retrofill.errors import InputError
 
@@ -126,12 +127,15 @@ def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
 
 def test_the_verb_refuses_what_cannot_be() -> None:
     with pytest.raises(InputError, match="no part of all"):
-        plan_verb.part("many", "--bad-rows")
-    with pytest.raises(InputError, match="no date"):
-        plan_verb.moment("yesterday", "--since")
-    assert plan_verb.part("5%", "--bad-rows") == 0.05
-    assert plan_verb.moment("1970-01-02", "--since") == 86_400_000
-    assert plan_verb.moment("1970-01-01T01:00:00+01:00", "--since") == 0
+        run_verb.part("many", "--bad-rows")
+    with pytest.raises(InputError, match="no part of all"):
+        run_verb.part("0%", "--sample", some=True)
+    with pytest.raises(InputError, match="no time"):
+        resend.parse_time("yesterday")
+    assert run_verb.part("5%", "--bad-rows") == 0.05
+    assert run_verb.part("0", "--bad-rows") == 0
+    assert resend.parse_time("1970-01-02") == 86_400_000
+    assert resend.parse_time("1970-01-01T01:00:00+01:00") == 0
 
 
 def test_an_import_is_named_as_told_or_anew(tmp_path: Path) -> None:
@@ -191,9 +195,9 @@ def test_a_source_that_a_preset_knows_is_recognised(tmp_path: Path) -> None:
     }
     path = ndjson(tmp_path / "s.ndjson", [row])
     assert "--map amplitude-export" in first_mapping(tmp_path, path)
-    assert plan_verb.fitting([str(path)], None, None) == "amplitude-export"
+    assert run_verb.fitting([str(path)], None, None) == "amplitude-export"
     with pytest.raises(InputError, match="retrofill map SOURCE"):
-        plan_verb.fitting([str(ndjson(tmp_path / "o.ndjson", [{"a": 1}]))], None, None)
+        run_verb.fitting([str(ndjson(tmp_path / "o.ndjson", [{"a": 1}]))], None, None)
 
 
 def test_the_map_verb_writes_to_standard_output_or_a_file(tmp_path: Path) -> None:

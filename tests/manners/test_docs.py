@@ -17,6 +17,11 @@ from tests.manners.house import ROOT, document, documents, strings
 from typer.core import TyperGroup
 
 from retrofill import errors, limits
+from retrofill.backfill import compiled, mapping_file
+from retrofill.backfill.deadletter import Letter
+from retrofill.backfill.profile import PROFILES as DESTINATIONS
+from retrofill.backfill.profile import describe
+from retrofill.core import mapping
 from retrofill.limits import PROFILES, Limits
 
 # A path as a sender or reader writes it. `/` alone is the oldest SDKs' endpoint.
@@ -100,19 +105,73 @@ def _commands() -> Iterator[tuple[str, Any]]:
     yield from root.commands.items()
 
 
-def test_each_command_and_option_is_documented() -> None:
-    text = document("docs/cli.md")
+def _sections() -> dict[str, str]:
+    """Return each verb's part of docs/cli.md."""
+    parts = re.split(r"^## ", document("docs/cli.md"), flags=re.MULTILINE)
+    return {found[1]: part for part in parts if (found := re.match(r"`retrofill ([a-z-]+)", part))}
+
+
+def test_each_command_and_option_is_documented_with_an_example() -> None:
+    sections = _sections()
+    commands = dict(_commands())
+    assert list(sections) == list(commands)
     missing = []
-    for name, command in _commands():
-        if f"`retrofill {name}" not in text:
-            missing.append(name)
+    for name, command in commands.items():
+        text = sections[name]
+        if f"\n$ retrofill {name} " not in text:
+            missing.append(f"{name}: an example with its output")
         missing += [
             f"{name} {option}"
             for parameter in command.params
             for option in (*parameter.opts, *parameter.secondary_opts)
-            if option.startswith("--") and f"`{option}" not in text
+            if option.startswith("--") and not re.search(rf"`{option}[ `]", text)
         ]
     assert not missing
+
+
+def test_no_documented_option_is_gone_from_the_code() -> None:
+    for name, command in _commands():
+        known = {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        cells = re.findall(r"^\| (`-[^|]*)\|", _sections()[name], re.MULTILINE)
+        shown = {option for cell in cells for option in re.findall(r"`(--?[a-z-]+)", cell)}
+        assert shown <= known, name
+
+
+def test_each_part_of_a_mapping_is_documented() -> None:
+    text = document("docs/mapping.md")
+    functions = [re.findall(r"MACRO (\w+\(.*?\)) AS", macro)[0] for macro in compiled.MACROS]
+    named = [
+        *mapping.TARGETS,
+        *mapping.FORMATS,
+        *mapping_file.presets(),
+        *Letter.__struct_fields__,
+        *(one for one in functions if not one.startswith("_")),
+    ]
+    assert [name for name in named if f"`{name}`" not in text] == []
+
+
+def test_each_number_of_a_destination_is_documented() -> None:
+    rows = ROW.findall(document("docs/backfill.md"))
+    profiles = [{**describe(one), "connections": one.connections} for one in DESTINATIONS.values()]
+    expected = {
+        name: [_written(one[name]) for one in profiles] for name in profiles[0] if name != "profile"
+    }
+    assert {
+        name: [cell.strip() for cell in cells.split("|")][:3] for name, cells in rows
+    } == expected
+
+
+def test_each_example_at_the_end_of_a_help_can_be_typed() -> None:
+    for name, command in _commands():
+        assert command.epilog is not None, name
+        program, verb, *words = command.epilog.removeprefix("Example: ").split()
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert (program, verb) == ("retrofill", name)
+        assert {word for word in words if word.startswith("--")} <= known, name
 
 
 def test_each_command_of_the_readme_exists() -> None:

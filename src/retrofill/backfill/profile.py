@@ -8,6 +8,7 @@ which says itself what is too much. Every number can be given on the command lin
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from retrofill.errors import InputError
 
 DAY_S = 86_400.0
 HEALTH_S = 5.0  # ours: how long /healthz is waited for
+COUNT_S = 60.0  # ours: how long rows may take to be counted
 
 
 class Profile(Struct, frozen=True, kw_only=True):
@@ -113,19 +115,30 @@ def names_retrofill(root: str) -> bool:
         return False
 
 
-def holds_nothing(where: Target, api_key: str, secret_key: str) -> bool:
-    """Whether reading proves that our own server holds no event of this project yet. False whenever it cannot tell."""
-    if not (secret_key and where.ours and names_retrofill(where.read)):
+def holds_nothing_live(where: Target, api_key: str, secret_key: str) -> bool:
+    """Whether reading proves that our own server holds nothing in this project but what imports brought.
+
+    Only our server can say so: charts and exports do not show identify calls, which change user properties as well.
+    False whenever it cannot be known.
+    """
+    if not (api_key and secret_key and where.ours and names_retrofill(where.read)):
         return False
     token = base64.b64encode(f"{api_key}:{secret_key}".encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
-        f"{where.read}/api/2/events/list", headers={"Authorization": f"Basic {token}"}
+        f"{where.read}/api/1/project/rows", headers={"Authorization": f"Basic {token}"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=HEALTH_S) as answer:  # noqa: S310 - the same
-            return bool(json.loads(answer.read()).get("data") == [])
-    except (OSError, ValueError, AttributeError):
+        with urllib.request.urlopen(request, timeout=COUNT_S) as answer:  # noqa: S310 - the same
+            rows = msgspec.json.decode(answer.read(4096), type=_Rows)
+    except (OSError, http.client.HTTPException, ValueError):
         return False
+    return rows.live == 0
+
+
+class _Rows(Struct, frozen=True):
+    """What /api/1/project/rows answers."""
+
+    live: int
 
 
 def choose(where: Target, name: str | None) -> Profile:

@@ -82,6 +82,12 @@ def stage(
     there = manifest.read(work / "stage")
     if there is not None and there.fingerprint == mark:
         return there
+    if there is not None and (work / "journal.db").exists():
+        raise InputError(
+            f"This work directory was begun as import {there.import_id!r} with another source, mapping or option",
+            where=str(work),
+            mend="Give the same line and source as before, or another --work directory",
+        )
     scratch = work / "scratch"
     made = work / "stage.new"
     for folder in (scratch, made):

@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from retrofill import __version__
-from retrofill.cli import serve
+from retrofill.cli import map as map_
+from retrofill.cli import plan, report, resend, run, serve, status, undo_recipe, verify
 from retrofill.errors import Error
 
 
@@ -66,3 +67,11 @@ def options(
 
 
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
+app.command("map", epilog=map_.EXAMPLE)(map_.command)
+app.command("plan", epilog=plan.EXAMPLE)(plan.command)
+app.command("run", epilog=run.EXAMPLE)(run.command)
+app.command("status", epilog=status.EXAMPLE)(status.command)
+app.command("verify", epilog=verify.EXAMPLE)(verify.command)
+app.command("report", epilog=report.EXAMPLE)(report.command)
+app.command("resend", epilog=resend.EXAMPLE)(resend.command)
+app.command("undo-recipe", epilog=undo_recipe.EXAMPLE)(undo_recipe.command)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrofill.clock import SystemClock
-from retrofill.errors import InputError
+from retrofill.cli.run import WORK, stage_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from retrofill.backfill.manifest import Manifest, Options
     from retrofill.backfill.plan import Plan
 
 EXAMPLE = (
@@ -28,131 +25,83 @@ _DAYS_SHOWN = 31
 
 
 def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
-    source: Annotated[
-        list[str], typer.Argument(help="Files, folders, globs, s3://… or database addresses.")
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE…", help="Files, folders, s3://, databases.")
     ],
-    mapping: Annotated[
-        str | None,
-        typer.Option("--map", help="A mapping's file or a preset's name; else one that fits."),
+    to: Annotated[str, typer.Option(help="amplitude, amplitude-eu or a URL.")] = "amplitude",
+    map_: Annotated[
+        str | None, typer.Option("--map", help="A mapping file or a preset; else what fits.")
     ] = None,
-    to: Annotated[str, typer.Option(help="URL, amplitude or amplitude-eu.")] = "amplitude",
+    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
+    work: Annotated[Path, typer.Option(help="Directory of stage and dead letters.")] = WORK,
+    import_: Annotated[str | None, typer.Option("--import", help="The import's name.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with api_key=… and secret_key=….")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
+    until: Annotated[str | None, typer.Option(help="Leave out events from this time on.")] = None,
+    sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Whose limits; else the destination's.")
+        str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
     ] = None,
-    work: Annotated[Path, typer.Option(help="The work directory.")] = Path("retrofill-work"),
-    name: Annotated[str | None, typer.Option("--import", help="The import's id.")] = None,
-    query: Annotated[str | None, typer.Option(help="The SQL of a database source.")] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="The S3 endpoint, where it is not AWS.")
+    events_per_s: Annotated[int | None, typer.Option(help="Over all; 0 = no limit.")] = None,
+    requests_per_s: Annotated[int | None, typer.Option(help="Over all.")] = None,
+    device_per_s: Annotated[int | None, typer.Option(help="Events of one device.")] = None,
+    user_per_s: Annotated[int | None, typer.Option(help="Events of one user.")] = None,
+    events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
+    quota_per_day: Annotated[int | None, typer.Option(help="Events of one id in 24 h.")] = None,
+    skip_user_properties_sync: Annotated[
+        bool | None,
+        typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
     ] = None,
-    since: Annotated[str | None, typer.Option(help="First day or time (UTC) taken.")] = None,
-    until: Annotated[str | None, typer.Option(help="First day or time (UTC) not taken.")] = None,
-    sample: Annotated[str, typer.Option(help="Part of the people, such as 5%.")] = "100%",
-    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
     kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
-    skip_sync: Annotated[
-        bool,
-        typer.Option(
-            "--skip-user-properties-sync/--user-properties-sync",
-            help="Leave the destination's user profiles as they are.",
-        ),
-    ] = True,
-    events_per_s: Annotated[int | None, typer.Option(help="Events a second in all.")] = None,
-    requests_per_s: Annotated[int | None, typer.Option(help="Requests a second in all.")] = None,
-    device_per_s: Annotated[int | None, typer.Option(help="Events a second of a device.")] = None,
-    events_per_request: Annotated[int | None, typer.Option(help="Events in a request.")] = None,
-    quota_per_day: Annotated[int | None, typer.Option(help="Events a day of an id.")] = None,
+    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Stage a source and say what its import will do and take; nothing is sent."""
+    """Stage a history and say what its import will do and take. Nothing is sent; `run` goes on from there."""
     from rich.console import Console
 
-    from retrofill.backfill import mapping_file, plan, stage
+    from retrofill.backfill import keys as key_ring
+    from retrofill.backfill import plan
     from retrofill.backfill import profile as profiles
-    from retrofill.backfill.manifest import Options
 
-    now_ms = SystemClock().now_ms()
-    options = Options(
-        import_id=stage.import_name(work, name, now_ms=now_ms),
-        skip_user_properties_sync=skip_sync,
-        kiosk_limit=kiosk_limit,
-        bad_rows=part(bad_rows, "--bad-rows"),
-        since_ms=moment(since, "--since"),
-        until_ms=moment(until, "--until"),
-        sample=part(sample, "--sample"),
-    )
-    asked = stage.Asked(
-        named=source,
-        mapping=mapping_file.load(mapping or fitting(source, query, endpoint)),
+    keys = key_ring.find(api_key, secret_key, key_file)
+    where = profiles.target(to)
+    chosen = profiles.choose(where, profile)
+    found = stage_of(
+        sources,
+        mapping=map_,
         query=query,
         endpoint=endpoint,
+        work=work,
+        import_id=import_,
+        skip=skip_user_properties_sync,
+        sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
+        since=since,
+        until=until,
+        sample=sample,
+        kiosk_limit=kiosk_limit,
+        bad_rows=bad_rows,
+        as_json=as_json,
     )
-    console = Console(stderr=True)
-    found = staged(work, asked, options, console)
-    where = profiles.target(to)
     chosen = profiles.adjust(
-        profiles.choose(where, profile),
+        chosen,
         events_per_s=events_per_s,
         requests_per_s=requests_per_s,
         device_per_s=device_per_s,
+        user_per_s=user_per_s,
         events_per_request=events_per_request,
         quota_per_day=quota_per_day,
-        skip_sync=skip_sync,
+        skip_sync=found.options.skip_user_properties_sync,
     )
-    made = plan.plan(found, chosen, destination=where.name, start_s=now_ms / 1000)
+    made = plan.plan(found, chosen, destination=where.name, start_s=time.time())
     if as_json:
         typer.echo(plan.to_json(made))
     else:
         show(made, Console(), work=work)
-
-
-def fitting(source: list[str], query: str | None, endpoint: str | None) -> str:
-    """Return the name of the preset that the source looks like, and say so. Raises InputError."""
-    from retrofill.backfill import guess, intake
-    from retrofill.backfill import source as sources
-
-    with tempfile.TemporaryDirectory(prefix="retrofill-") as scratch:
-        origins = sources.locate(source, query=query, endpoint=endpoint)
-        pieces = sources.pieces(origins, scratch=Path(scratch), endpoint=endpoint)
-        name = guess.preset(intake.look(pieces, None))
-    typer.echo(f"The source looks like {name}: --map {name}", err=True)
-    return name
-
-
-def staged(work: Path, asked: Any, options: Options, console: Console) -> Manifest:  # noqa: ANN401 - stage.Asked, imported late
-    """Stage with a line of progress on a terminal."""
-    from retrofill.backfill import stage
-
-    with console.status("Looking at the source") as status:
-
-        def told(step: str, rows: int) -> None:
-            words = {"read": "Reading", "sort": "Sorting"}
-            status.update(f"{words.get(step, step)}: {rows:,} rows")
-
-        return stage.stage(work, asked, options, progress=told)
-
-
-def moment(text: str | None, option: str) -> int | None:
-    """Read a day or a time in UTC as milliseconds. Raises InputError."""
-    if text is None:
-        return None
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise InputError(
-            f"{option} {text!r} is no date", mend="Write 2024-01-31 or 2024-01-31T12:00:00"
-        ) from error
-    aware = found if found.tzinfo else found.replace(tzinfo=UTC)
-    return round(aware.timestamp() * 1000)
-
-
-def part(text: str, option: str) -> float:
-    """Read `5%` or `0.05` as a part of all. Raises InputError."""
-    if re.fullmatch(r"\d+(\.\d+)?%?", text):
-        found = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-        if found <= 1:
-            return found
-    raise InputError(f"{option} {text!r} is no part of all", mend="Write 5% or 0.05")
 
 
 def show(made: Plan, console: Console, *, work: Path) -> None:
@@ -172,8 +121,6 @@ def show(made: Plan, console: Console, *, work: Path) -> None:
     _table(console, "Left out", made.left_out)
     _table(console, "Devices with most events", {one.id: one.events for one in made.hot_devices})
     _table(console, "Users with most events", {one.id: one.events for one in made.hot_users})
-    people = {f"rows {one.seq:,} … of set {one.set}": one.events for one in made.hot_people}
-    _table(console, "People with most events", people)
     _table(
         console,
         "Shared ids that join nobody",

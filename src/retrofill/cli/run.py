@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -28,7 +29,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     ],
     to: Annotated[str, typer.Option(help="amplitude, amplitude-eu or a URL.")],
     map_: Annotated[
-        str | None, typer.Option("--map", help="A mapping file or a preset's name.")
+        str | None, typer.Option("--map", help="A mapping file or a preset; else what fits.")
     ] = None,
     query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
@@ -58,7 +59,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
     ] = None,
     kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
-    bad_rows: Annotated[float, typer.Option(help="Part of the rows that may be refused.")] = 0.05,
+    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
     give_up_after: Annotated[
         str | None,
         typer.Option(metavar="5s|10m|2h", help="End when nothing was taken for so long."),
@@ -77,7 +78,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     where = profiles.target(to)
     chosen = profiles.choose(where, profile)
     pause = None if give_up_after is None else seconds(give_up_after)
-    found = _stage(
+    found = stage_of(
         sources,
         mapping=map_,
         query=query,
@@ -85,7 +86,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         work=work,
         import_id=import_,
         skip=skip_user_properties_sync,
-        sync_is_safe=lambda: profiles.holds_nothing(where, keys.api_key, keys.secret_key),
+        sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
         since=since,
         until=until,
         sample=sample,
@@ -104,7 +105,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         skip_sync=found.options.skip_user_properties_sync,
     )
     resuming = (work / "journal.db").exists()
-    tell_plan(found, where, chosen, as_json=as_json, resuming=resuming)
+    tell_plan(found, where, chosen, work=work, as_json=as_json, resuming=resuming)
     if not (yes or resuming):
         _ask(found, where)
     with Display(as_json=as_json) as display:
@@ -122,7 +123,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     end(outcome, work, as_json=as_json)
 
 
-def _stage(  # noqa: PLR0913 - one call's options, passed on
+def stage_of(  # noqa: PLR0913 - one call's options, passed on
     sources: list[str],
     *,
     mapping: str | None,
@@ -136,68 +137,65 @@ def _stage(  # noqa: PLR0913 - one call's options, passed on
     until: str | None,
     sample: str | None,
     kiosk_limit: int,
-    bad_rows: float,
+    bad_rows: str,
     as_json: bool,
 ) -> Manifest:
+    """Stage what a line asks for, or find it staged: `plan` and `run` mean the same by the same words.
+
+    What is left out is as before in this work directory: the import's name, whether properties are synced.
+    skip: None asks sync_is_safe. Raises InputError.
+    """
     from retrofill.backfill import manifest as manifests
     from retrofill.backfill import mapping_file
     from retrofill.backfill.manifest import Options
     from retrofill.backfill.resend import parse_time
-    from retrofill.backfill.stage import Asked, stage
+    from retrofill.backfill.stage import Asked, import_name, stage
+    from retrofill.clock import SystemClock
 
-    if mapping is None:
-        raise InputError(
-            "No mapping says how rows become events",
-            mend=f"Give --map FILE or one of {', '.join(mapping_file.presets())};"
-            " `retrofill map SOURCE` writes a first one",
-        )
     before = manifests.read(work / "stage")
-    if before is not None and import_id in {None, before.import_id}:
-        import_id = before.import_id
-        skip = before.options.skip_user_properties_sync if skip is None else skip
+    if before is not None and skip is None and import_id in {None, before.import_id}:
+        skip = before.options.skip_user_properties_sync
     options = Options(
-        import_id=import_name(import_id),
-        skip_user_properties_sync=not sync_is_safe() if skip is None else skip,
+        import_id=import_name(work, import_id, now_ms=SystemClock().now_ms()),
         kiosk_limit=kiosk_limit,
-        bad_rows=bad_rows,
+        bad_rows=part(bad_rows, "--bad-rows"),
         since_ms=None if since is None else parse_time(since),
         until_ms=None if until is None else parse_time(until),
-        sample=1.0 if sample is None else part(sample),
+        sample=1.0 if sample is None else part(sample, "--sample", some=True),
+        skip_user_properties_sync=not sync_is_safe() if skip is None else skip,
     )
-    asked = Asked(named=sources, mapping=mapping_file.load(mapping), query=query, endpoint=endpoint)
-    said: set[str] = set()
-
-    def progress(step: str, rows: int) -> None:
-        if step not in said and not as_json:
-            said.add(step)
-            say(f"{step}" + (f", {rows:,} rows" if rows else ""))
-
-    return stage(work, asked, options, progress=progress)
-
-
-def import_name(given: str | None) -> str:
-    """The import's name as given, or one made up. Raises InputError for one that cannot be."""
-    import re
-    import secrets
-
-    if given is None:
-        return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given):
-        raise InputError(
-            f"{given!r} cannot name an import", mend="Use 1 to 64 of A–Z, a–z, 0–9, dot, _ and -"
-        )
-    return given
+    asked = Asked(
+        named=sources,
+        mapping=mapping_file.load(mapping or fitting(sources, query, endpoint)),
+        query=query,
+        endpoint=endpoint,
+    )
+    with Staging(as_json=as_json) as staging:
+        return stage(work, asked, options, progress=staging.show)
 
 
-def part(text: str) -> float:
-    """Read `10%` or `0.1`. Raises InputError."""
-    try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise InputError(f"{text!r} is no part", mend="Give --sample 5%")
-    return value
+def fitting(sources: list[str], query: str | None, endpoint: str | None) -> str:
+    """Return the name of the preset that the source looks like, and say so. Raises InputError."""
+    import tempfile
+
+    from retrofill.backfill import guess, intake
+    from retrofill.backfill import source as kinds
+
+    with tempfile.TemporaryDirectory(prefix="retrofill-") as scratch:
+        origins = kinds.locate(sources, query=query, endpoint=endpoint)
+        pieces = kinds.pieces(origins, scratch=Path(scratch), endpoint=endpoint)
+        name = guess.preset(intake.look(pieces, None))
+    say(f"The source looks like {name}: --map {name}")
+    return name
+
+
+def part(text: str, option: str, *, some: bool = False) -> float:
+    """Read `5%` or `0.05` as a part of all; some: none of it is wrong. Raises InputError."""
+    if re.fullmatch(r"\d+(\.\d+)?%?", text):
+        found = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        if found <= 1 and (found or not some):
+            return found
+    raise InputError(f"{option} {text!r} is no part of all", mend=f"Give {option} 5% or 0.05")
 
 
 def seconds(text: str) -> float:
@@ -214,47 +212,52 @@ def seconds(text: str) -> float:
 
 
 def tell_plan(
-    found: Manifest, to: Target, profile: Profile, *, as_json: bool, resuming: bool
+    found: Manifest, to: Target, profile: Profile, *, work: Path, as_json: bool, resuming: bool
 ) -> None:
     """Say what will be sent, and what is notable about it."""
-    from retrofill.backfill.report import bound_of
-    from retrofill.backfill.status import duration, moment
+    from retrofill.backfill.plan import plan, sentence
+    from retrofill.backfill.status import moment
 
-    bound = bound_of(found, profile)
+    made = plan(found, profile, destination=to.name, start_s=time.time())
     facts: dict[str, Any] = {
-        "import": found.import_id,
-        "to": to.name,
-        "profile": profile.name,
-        "events": found.events,
-        "people": found.people,
-        "from": moment(found.first_ms),
-        "until": moment(found.last_ms),
-        "refused": sum(found.refused.values()),
-        "duplicates": found.duplicates.same,
-        "requests": -(-found.events // profile.rates.events_per_request),
-        "seconds_at_least": round(bound.seconds, 1),
-        "limited_by": bound.reason,
-        "skip_user_properties_sync": found.options.skip_user_properties_sync,
+        "import": made.import_id,
+        "to": made.destination,
+        "profile": made.profile,
+        "events": made.events,
+        "people": made.people,
+        "from": moment(made.first_ms),
+        "until": moment(made.last_ms),
+        "refused": made.dead_letters,
+        "duplicates": made.duplicates,
+        "requests": made.requests,
+        "seconds_at_least": round(made.duration_s, 1),
+        "limited_by": made.because,
+        "skip_user_properties_sync": made.skip_user_properties_sync,
+        "warnings": made.warnings,
+        "resuming": resuming,
     }
     if as_json:
         emit({"event": "plan", **facts})
         return
     lines = [
-        f"import {found.import_id}: {found.events:,} events of {found.people:,} people to {to.name}",
+        f"import {made.import_id}: {made.events:,} events of {made.people:,} people to {to.name}",
         (
-            f"{facts['from']} to {facts['until']}; {facts['refused']:,} rows refused,"
-            f" {found.duplicates.same:,} duplicates in the source"
+            f"{facts['from']} to {facts['until']}; {made.dead_letters:,} rows refused,"
+            f" {made.duplicates:,} duplicates in the source"
         ),
         (
-            f"{facts['requests']:,} requests, profile {profile.name}; at least"
-            f" {duration(bound.seconds)} ({bound.reason}) beside the round trips"
+            f"{made.requests:,} requests, profile {made.profile}; at least"
+            f" {sentence(made.duration_s)} ({made.because})"
         ),
         "user properties: live values stay as they are, $skip_user_properties_sync is set"
-        if found.options.skip_user_properties_sync
+        if made.skip_user_properties_sync
         else f"user properties are synced, {profile.rates.updates_per_h:,} updates an hour a person"
         if profile.rates.updates_per_h
         else "user properties are synced",
+        *(f"! {warning}" for warning in made.warnings),
     ]
+    if made.dead_letters:
+        lines.append(f"dead letters: {work / 'dead-letters.ndjson'}")
     if resuming:
         lines.append("resuming: what was acknowledged is not sent again")
     for line in lines:
@@ -266,6 +269,36 @@ def _ask(found: Manifest, to: Target) -> None:
         raise InputError("Nobody is here to be asked", mend="Give --yes to send without a question")
     if not typer.confirm(f"Send {found.events:,} events to {to.name}?", err=True):
         raise InputError("Nothing was sent", mend="The stage is kept; run the same line to go on")
+
+
+class Staging:
+    """Shows how far staging is: a line that changes on a terminal, elsewhere one for each step."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._json = as_json
+        self._said = ""
+        self._status: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty() and not self._json:
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("Looking at the source")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, step: str, rows: int) -> None:
+        """Show a step and how many rows it has seen."""
+        doing = {"read": "reading the source", "sort": f"sorting {rows:,} rows"}.get(step, step)
+        if self._status is not None:
+            self._status.update(f"{doing}: {rows:,} rows" if step == "read" else doing)
+        elif doing != self._said and not self._json:
+            say(doing)
+        self._said = doing
 
 
 class Display:
@@ -299,8 +332,6 @@ class Display:
 
     def show(self, one: Progress) -> None:
         """Show it, if it is time."""
-        import time
-
         from retrofill.backfill import status
 
         if self._bar is not None:
@@ -326,7 +357,8 @@ def end(outcome: Outcome, work: Path, *, as_json: bool) -> None:
     one = outcome.progress
     facts = {"event": "end", "complete": outcome.complete, "reason": outcome.reason}
     if as_json:
-        emit({**facts, **status.facts(one)})
+        resume = {} if outcome.complete else {"resume": resume_line()}
+        emit({**facts, **resume, **status.facts(one)})
     else:
         say(f"{'complete' if outcome.complete else 'not complete'}: {status.line(one)}")
         if one.dead:
