@@ -23,8 +23,8 @@ help: ## list what can be made
 setup: $(RUNTIME) ## make .venv with the command .venv/bin/retrofill
 	@echo "Ready: $(BIN)/retrofill --help"
 
-demo: $(RUNTIME) ## send thirteen years of real history into a fresh server and read it back
-	@$(RUN) demo/git_history.py
+demo: $(RUNTIME) ## send two real histories into a fresh server and read them back
+	@$(RUN) demo/histories.py
 
 test: $(DEV) ## all tests but the long ones, under ten minutes
 	@$(RUN) -m pytest -q -m "not long"
