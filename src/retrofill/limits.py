@@ -7,9 +7,9 @@ docs/limits.md repeats; "ours" means nobody else's number.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 Profile = Literal["amplitude", "starter", "none"]
 
@@ -17,32 +17,47 @@ MS_PER_S = 1000
 MS_PER_HOUR = 3_600_000
 MS_PER_DAY = 86_400_000
 
+# What an operator may set at all, ours: no value of one project may stop or slow down the others.
+RATE_MAX = 1_000_000_000  # any rate, quota or number of updates
+WINDOW_S_MAX = 3600  # ids are remembered for one window
+REQUEST_BYTES_MAX = 128 * 1024 * 1024  # any body: half of all that may wait
+REQUEST_EVENTS_MAX = 10_000  # events, mappings or groups of one request: a block holds it whole
+DEDUPE_DAYS_MAX = 366
+
+_Rate = Annotated[int, Meta(ge=0, le=RATE_MAX)]
+_Bytes = Annotated[int, Meta(ge=1, le=REQUEST_BYTES_MAX)]
+_Count = Annotated[int, Meta(ge=1, le=REQUEST_EVENTS_MAX)]
+
 
 class Limits(Struct, frozen=True):
-    """The limits of one project. Rates in events per second, 0 = off. Source: contract, ingest 3."""
+    """The limits of one project. Rates in events per second, 0 = off. Source: contract, ingest 3, read 7."""
 
-    httpapi_eps: int = 30  # each device and each user on /2/httpapi
-    batch_eps: int = 1000  # each device and each user on /batch
-    legacy_eps: int = 10  # each device and each user on /httpapi and POST /
-    identify_eps: int = 30  # each device and each user on /identify
-    usermap_per_s: int = 50  # mappings of a project on /usermap
-    window_s: int = 30  # a rate is the mean over this window
-    project_eps: int = 0  # all events of a project; 1000 for `starter`
-    project_requests_per_s: int = 0  # all requests of a project; 100 for `starter`
-    daily_quota: int = 500_000  # stored rows of a device or user in 24 rolling hours of 1 h steps
-    property_updates_per_h: int = 1800  # of one amplitude_id, rolling hour of server time
-    export_bytes: int = 4_000_000_000  # estimated size of one export answer
-    httpapi_bytes: int = 1024 * 1024  # "1 MB", the larger reading; after decompression
-    batch_bytes: int = 20 * 1024 * 1024
-    identify_bytes: int = 1024 * 1024
-    batch_events: int = 2000  # events of one request, every endpoint
-    usermap_mappings: int = 2000
-    group_identifies: int = 1024
-    id_length_min: int = 5
+    httpapi_eps: _Rate = 30  # each device and each user on /2/httpapi
+    batch_eps: _Rate = 1000  # each device and each user on /batch
+    legacy_eps: _Rate = 10  # each device and each user on /httpapi and POST /
+    identify_eps: _Rate = 30  # each device and each user on /identify
+    usermap_per_s: _Rate = 50  # mappings of a project on /usermap
+    window_s: Annotated[int, Meta(ge=1, le=WINDOW_S_MAX)] = (
+        30  # a rate is the mean over this window
+    )
+    project_eps: _Rate = 0  # all events of a project; 1000 for `starter`
+    project_requests_per_s: _Rate = 0  # all requests of a project; 100 for `starter`
+    daily_quota: _Rate = 500_000  # stored rows of a device or user in 24 rolling hours of 1 h steps
+    property_updates_per_h: _Rate = 1800  # of one amplitude_id, rolling hour of server time
+    export_bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
+        4_000_000_000  # estimated size of one export answer
+    )
+    httpapi_bytes: _Bytes = 1024 * 1024  # "1 MB", the larger reading; after decompression
+    batch_bytes: _Bytes = 20 * 1024 * 1024
+    identify_bytes: _Bytes = 1024 * 1024
+    batch_events: _Count = 2000  # events of one request, every endpoint
+    usermap_mappings: _Count = 2000
+    group_identifies: _Count = 1024
+    id_length_min: Annotated[int, Meta(ge=0, le=1024)] = 5
     ids_short: Literal["contract", "reject", "drop"] = (
         "contract"  # 400 on /2/httpapi, drop on /batch
     )
-    dedupe_window_ms: int = 7 * MS_PER_DAY
+    dedupe_window_ms: Annotated[int, Meta(ge=0, le=DEDUPE_DAYS_MAX * MS_PER_DAY)] = 7 * MS_PER_DAY
     dedupe_scope: Literal["project+device", "project"] = "project+device"
     dedupe_triple: bool = True  # event_id + time + device_id where there is no insert_id
     strict_event_types: bool = False  # refuse the six reserved names

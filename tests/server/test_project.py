@@ -15,6 +15,21 @@ from tests.server.live import Live
 
 pytestmark = pytest.mark.slow
 
+# Each would stop the commit loop, and with it every project, or let one request fill the memory of all.
+CANNOT_BE: dict[str, int] = {
+    "window_s": 0,
+    "httpapi_eps": -1,
+    "daily_quota": 2**63,
+    "property_updates_per_h": -1,
+    "batch_bytes": 2**40,
+    "httpapi_bytes": 0,
+    "batch_events": 1_000_000,
+    "group_identifies": 0,
+    "id_length_min": -1,
+    "dedupe_window_ms": 2**62,
+    "export_bytes": -1,
+}
+
 
 def call(live: Live, method: str, path: str, body: object = None) -> tuple[int, Any]:
     token = base64.b64encode(b"KEY:SECRET").decode()
@@ -80,11 +95,13 @@ def test_a_limit_that_cannot_be_is_named(tmp_path: Path) -> None:
         for settings, word in (
             ({"limits": {"batch_ep": 1}}, "batch_ep"),
             ({"limits": {"batch_eps": "many"}}, "batch_eps"),
+            *(({"limits": {name: value}}, name) for name, value in CANNOT_BE.items()),
             ({"silenced": []}, "silenced"),
         ):
             status, said = call(live, "PUT", "/api/1/project", settings)
             assert status == 400
             assert word in json.dumps(said)
+        assert send(live, 1)[0] == 200
 
 
 def test_a_daily_quota_counts_stored_rows_and_names_the_id(tmp_path: Path) -> None:

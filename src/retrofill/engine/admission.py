@@ -33,9 +33,6 @@ from retrofill.limits import BLOCK_EVENTS_MAX, PROFILES, Limits
 _NOT_COUNTED = frozenset({"$identify", "$groupidentify"})
 _NO_ROWS = frozenset({"/identify", "/groupidentify", "/usermap"})
 
-# The most events that one block can hold: it takes requests until it is full, and the last one may be large.
-_BLOCK_MAX = BLOCK_EVENTS_MAX + Limits().batch_events
-
 Ids = list[str | None]
 
 
@@ -170,9 +167,11 @@ class Admission:
         quota = self.limits.daily_quota
         if not quota:
             return False
-        if quota <= _BLOCK_MAX:
+        # The most that one block can hold: it takes requests until it is full, and the last one may be large.
+        most = BLOCK_EVENTS_MAX + self.limits.batch_events
+        if quota <= most:
             return True
-        over = self._quota.over(*stored_ids(batch, None), limit=quota - _BLOCK_MAX, now_ms=now_ms)
+        over = self._quota.over(*stored_ids(batch, None), limit=quota - most, now_ms=now_ms)
         return bool(over[0] or over[1])
 
     def over_quota(self, batch: Batch, dropped: Sequence[int], *, now_ms: int) -> Throttled | None:
