@@ -60,6 +60,8 @@ class Limits(Struct, frozen=True):
     dedupe_window_ms: Annotated[int, Meta(ge=0, le=DEDUPE_DAYS_MAX * MS_PER_DAY)] = 7 * MS_PER_DAY
     dedupe_scope: Literal["project+device", "project"] = "project+device"
     dedupe_triple: bool = True  # event_id + time + device_id where there is no insert_id
+    deletion_days: Annotated[int, Meta(ge=0, le=30)] = 14  # from a request to its job, 0: at once
+    deletions_per_s: _Rate = 1  # requests to delete people
     strict_event_types: bool = False  # refuse the six reserved names
 
 
@@ -74,6 +76,7 @@ PROFILES: dict[str, Limits] = {
         usermap_per_s=0,
         daily_quota=0,
         property_updates_per_h=0,
+        deletions_per_s=0,
         export_bytes=0,
     ),
 }
@@ -174,7 +177,6 @@ CHART_CONDITIONS_MAX = 100  # filters, segments and values of one query, each
 DELETIONS_PER_PROJECT = 8  # requests of a project at once: contract, read 7
 DELETION_BYTES_MAX = 256 * 1024  # body of one request
 DELETION_IDS_MAX = 100  # people of one request: contract, read 7
-DELETION_DAYS = 14  # a job runs this long after its day of request; contract: within 30
 DELETION_FREEZE_DAYS = 3  # a job can no longer be edited this long before its day: contract, read 7
 DELETION_RANGE_DAYS_MAX = 184  # six months: contract, read 7
 DELETION_CHECK_S = 60  # how often due jobs are looked for

@@ -14,9 +14,10 @@ from retrofill.core.block import Merge
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.engine.deletion import Deletions, Entry, Request
 from retrofill.errors import InputError, StoreError
-from retrofill.limits import DELETION_DAYS, DELETION_FREEZE_DAYS, DELETION_IDS_MAX
+from retrofill.limits import DELETION_FREEZE_DAYS, DELETION_IDS_MAX, Limits
 
 TODAY = date(2026, 1, 1)
+DELETION_DAYS = Limits().deletion_days
 DAY = date(2026, 1, 1 + DELETION_DAYS)
 
 
@@ -40,9 +41,13 @@ class Place:
         self.stored.people = {1: Person(1, "ada"), 2: Person(2, "bob"), 3: Person(3, merged_into=1)}
         self.clock = Clock()
         self.file = folder / "deletions.sqlite"
-        self.deletions = Deletions(self.file, self.clock)
+        self.days = {PROJECT: DELETION_DAYS, PROJECT + 1: 0}
+        self.deletions = self.open()
         self.erased: list[tuple[int, list[int]]] = []
         self.failing = False
+
+    def open(self) -> Deletions:
+        return Deletions(self.file, self.clock, days=self.days.__getitem__)
 
     def ask(
         self, *ids: int, users: tuple[str, ...] = (), ignore: bool = False
@@ -142,11 +147,45 @@ def test_a_job_that_failed_half_way_runs_again_after_the_next_start(place: Place
         place.run()
     assert place.status() == ["submitted"]
     place.deletions.close()
-    place.deletions = Deletions(place.file, place.clock)
+    place.deletions = place.open()
     place.failing = False
     assert place.run() == 1
     assert place.erased == [(PROJECT, [2])] * 2
     assert place.status() == ["done"]
+
+
+def test_with_no_days_between_everyone_goes_at_the_next_look(place: Place) -> None:
+    place.days[PROJECT] = 0
+    place.ask(1)
+    assert (place.status(), place.run(), place.status()) == (["submitted"], 1, ["done"])
+    place.ask(2)  # on the same day, so of the same job
+    assert (place.status(), place.run(), place.status()) == (["submitted"], 1, ["done"])
+    assert place.erased == [(PROJECT, [1, 3]), (PROJECT, [2])]
+
+
+def test_who_is_asked_for_while_a_job_runs_goes_at_the_next_look(place: Place) -> None:
+    place.days[PROJECT] = 0
+    place.ask(1)
+    erase = place.erase
+
+    async def erase_and_ask(project: int, people: list[int]) -> None:
+        place.ask(2)
+        await erase(project, people)
+
+    asyncio.run(place.deletions.run_due(place.stored.reader, erase_and_ask))
+    assert place.status() == ["submitted"]
+    assert (place.run(), place.status()) == (1, ["done"])
+    assert place.erased == [(PROJECT, [1, 3]), (PROJECT, [2])]
+
+
+def test_another_delay_moves_only_what_is_asked_for_later(place: Place) -> None:
+    place.ask(1)
+    place.days[PROJECT] = 1
+    place.ask(2)
+    place.clock.days = 1
+    assert (place.run(), place.erased) == (1, [(PROJECT, [2])])
+    place.clock.days = DELETION_DAYS
+    assert (place.run(), place.erased[1:]) == (1, [(PROJECT, [1, 3])])
 
 
 def test_jobs_are_listed_for_six_months_at_most(place: Place) -> None:
@@ -160,7 +199,7 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path: Path) -> None:
     file = tmp_path / "deletions.sqlite"
     file.write_bytes(b"not a database" * 100)
     with pytest.raises(StoreError, match="SQLite failed"):
-        Deletions(file, Clock())
+        Deletions(file, Clock(), days=lambda _: 0)
 
 
 def test_what_was_asked_for_is_synced_before_it_is_answered(place: Place) -> None:

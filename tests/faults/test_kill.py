@@ -29,17 +29,9 @@ pytestmark = pytest.mark.slow
 # Everything that happens in the background, as often as possible.
 SETTINGS = (
     "SEAL_EVENTS=400 SEAL_AGE_MS=300 CHECKPOINT_EVENTS=700 CHECKPOINT_AGE_MS=500 "
-    "COMPACT_FILES=3 COMPACT_FILES_MIN=2 KEY_FILES_MERGED=3 DELETION_DAYS=1 CHORES_S=0.1 "
+    "COMPACT_FILES=3 COMPACT_FILES_MIN=2 KEY_FILES_MERGED=3 CHORES_S=0.1 "
     "FINGERPRINTS_IN_MEMORY=20000 PEOPLE_IN_MEMORY=20 IDS_IN_MEMORY=20"
 )
-# People are deleted the day after they are asked for: let a day take two seconds.
-SHORT_DAYS = f"""
-import datetime, time
-from retrofill.engine.deletion import Deletions
-Deletions._today = lambda self: (
-    datetime.date(2000, 1, 1) + datetime.timedelta(int(time.time() - {int(time.time())}) // 2)
-)
-"""
 SENDERS = 4
 PEOPLE_PER_SENDER = 6
 PAUSE_S = 0.02  # between two requests of a sender: the machine has others to serve
@@ -283,6 +275,9 @@ def kill(server: Process, kills: int, seed: int) -> list[Sender]:
     with load(server, seed) as senders:
         deleter = senders[-1]
         assert isinstance(deleter, Deleter)
+        server.wait_until_ready()
+        at_once = {"limits": {"deletion_days": 0}}
+        assert server.ask("PUT", "/api/1/project", at_once)[0] == 200
         for number in range(kills):
             server.wait_until_ready()
             moment = MOMENTS[number % len(MOMENTS)]
@@ -358,7 +353,7 @@ def _left(server: Process, victims: set[str]) -> set[str]:
 def test_killed_under_load_everything_acknowledged_is_there_once_and_in_order(
     tmp_path: Path,
 ) -> None:
-    kill(Process(tmp_path / "data", settings=SETTINGS, first=SHORT_DAYS), 5, seed=1)
+    kill(Process(tmp_path / "data", settings=SETTINGS), 5, seed=1)
 
 
 @pytest.mark.long
@@ -367,7 +362,7 @@ def test_killed_two_hundred_times_everything_acknowledged_is_there_once_and_in_o
     tmp_path: Path,
 ) -> None:
     kill(
-        Process(tmp_path / "data", settings=SETTINGS, first=SHORT_DAYS),
+        Process(tmp_path / "data", settings=SETTINGS),
         200,
         seed=random.SystemRandom().randrange(1 << 30),
     )

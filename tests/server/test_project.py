@@ -28,6 +28,7 @@ CANNOT_BE: dict[str, int] = {
     "id_length_min": -1,
     "dedupe_window_ms": 2**62,
     "export_bytes": -1,
+    "deletion_days": 31,
 }
 
 

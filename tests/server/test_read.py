@@ -21,7 +21,7 @@ from tests.lake.blocks import START_MS
 from retrofill.config import Project
 from retrofill.core.person import Person
 from retrofill.engine.deletion import Deletions
-from retrofill.limits import DELETION_DAYS, PERSON_READS_PER_PROJECT, READS_PER_PROJECT, Limits
+from retrofill.limits import PERSON_READS_PER_PROJECT, READS_PER_PROJECT, Limits
 from retrofill.server.app import App
 from retrofill.server.read import Reads
 
@@ -35,14 +35,18 @@ E = json.dumps({"event_type": "e"})
 class Clock:
     """A day after the first event."""
 
+    def __init__(self) -> None:
+        self.ms = START_MS + DAY_MS
+
     def now_ms(self) -> int:
-        return START_MS + DAY_MS
+        return self.ms
 
 
 class Site:
     """An application over one lake, asked in one process."""
 
     def __init__(self, folder: Path) -> None:
+        self.clock = Clock()
         events = [
             {"person": one, "user_id": f"user-{one}", "insert_id": str(one)} for one in (1, 2)
         ]
@@ -50,10 +54,12 @@ class Site:
             folder / "lake", [block(1, events[:1]), block(2, events[1:])], sealed=1
         )
         self.stored.people = {one: Person(one, f"user-{one}") for one in (1, 2)}
-        self.deletions = Deletions(folder / "deletions.sqlite", Clock())
-        self.limits = Limits()
+        self.limits = Limits(deletions_per_s=0)
+        self.deletions = Deletions(
+            folder / "deletions.sqlite", self.clock, days=lambda _: self.limits.deletion_days
+        )
         self.reads = Reads(
-            self.stored.reader, self.deletions, limits=lambda _: self.limits, clock=Clock()
+            self.stored.reader, self.deletions, limits=lambda _: self.limits, clock=self.clock
         )
         engine = FakeEngine()
         engine.projects = {KEY: Project(PROJECT, "shop", KEY, SECRET)}
@@ -242,7 +248,7 @@ def test_a_deletion_is_asked_for_listed_and_taken_back(site: Site) -> None:
         "requester": "me",
         "include_mapped_user_ids": "True",
     }
-    day = f"2026-01-{2 + DELETION_DAYS:02}"
+    day = f"2026-01-{2 + Limits().deletion_days:02}"
     (job,) = site.send("POST", "/api/2/deletions/users", body).json()
     entry = {"amplitude_id": 1, "requested_on_day": "2026-01-02", "requester": "me"}
     assert job["amplitude_ids"][0] == {**entry, "user_id": "user-1"}
@@ -293,6 +299,18 @@ def test_unknown_ids_are_listed_when_they_are_to_be_ignored(
 )
 def test_a_deletion_that_is_not_understood_is_400(site: Site, body: Any) -> None:
     assert site.send("POST", "/api/2/deletions/users", body).status_code == 400
+
+
+def test_people_may_be_deleted_by_one_request_a_second(site: Site) -> None:
+    site.limits = Limits()
+    body = {"amplitude_ids": [1], "requester": "me"}
+    assert site.send("POST", "/api/2/deletions/users", body).status_code == 200
+    refused = site.send("POST", "/api/2/deletions/users", body)
+    assert (refused.status_code, refused.json()["error"]["http_code"]) == (429, 429)
+    days = {"start_day": "2026-01-02", "end_day": "2026-02-01"}
+    assert site.get("/api/2/deletions/users", **days).status_code == 200
+    site.clock.ms += 1000
+    assert site.send("POST", "/api/2/deletions/users", body).status_code == 200
 
 
 def test_a_deletion_that_is_too_large_is_413(site: Site) -> None:

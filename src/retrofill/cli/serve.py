@@ -118,7 +118,11 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     engine = Engine.open(settings, clock=clock)
     try:
         _projects(engine, named)
-        deletions = Deletions(settings.data / "deletions.sqlite", clock)
+        deletions = Deletions(
+            settings.data / "deletions.sqlite",
+            clock,
+            days=lambda number: engine.limits(number).deletion_days,
+        )
     except Error:
         asyncio.run(engine.close())
         raise

@@ -1,8 +1,9 @@
 """Requests to delete people: kept in days, run when their day has come.
 
-Everything asked for on one day becomes part of one job of the project, DELETION_DAYS later. A job is `staging` and may
-lose people again until DELETION_FREEZE_DAYS before its day, then `submitted`, then `done`. What a job holds is
-written in a SQLite file of its own, synced before the request is answered.
+Everything asked for on one day becomes part of one job of the project, `deletion_days` later (a limit of the project;
+0 is at the next look). A job is `staging` and may lose people again until DELETION_FREEZE_DAYS before its day, then
+`submitted`, then `done` once each of its people is. What a job holds is written in a SQLite file of its own, synced
+before the request is answered; whoever is asked for while the job runs is left to the next look.
 
 A crash can fall between the deletion itself and the note that it is done. The job then runs again at the next look:
 `erase` deletes amplitude_ids, and those are never used a second time, so again is the same as once, also for someone
@@ -26,7 +27,6 @@ from retrofill.core.person import FORGOTTEN
 from retrofill.engine.query import Reader, View
 from retrofill.errors import InputError, StoreError
 from retrofill.limits import (
-    DELETION_DAYS,
     DELETION_FREEZE_DAYS,
     DELETION_IDS_MAX,
     DELETION_RANGE_DAYS_MAX,
@@ -36,14 +36,12 @@ from retrofill.limits import (
 Erase = Callable[[int, list[int]], Awaitable[None]]
 """Deletes a project's amplitude_ids, state and rows, whole when it returns; again changes nothing."""
 
+# erased: the day on which it was done, empty until then.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     project INTEGER NOT NULL, day TEXT NOT NULL, amplitude_id INTEGER NOT NULL, requested_on_day TEXT NOT NULL,
     requester TEXT NOT NULL, user_id TEXT, org INTEGER NOT NULL, erased TEXT NOT NULL,
     PRIMARY KEY (project, day, amplitude_id)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS done (
-    project INTEGER NOT NULL, day TEXT NOT NULL, on_day TEXT NOT NULL, PRIMARY KEY (project, day)
 ) WITHOUT ROWID;
 """
 
@@ -88,10 +86,10 @@ class _Person(Struct, frozen=True):
 class Deletions:
     """The deletion jobs of one data directory. Any thread; each call is one transaction.
 
-    days: how long after its request a person is deleted, 0 for at the next look.
+    days: project → how long after the request its people are deleted, 0 for at the next look.
     """
 
-    def __init__(self, path: Path, clock: Clock, *, days: int = DELETION_DAYS) -> None:
+    def __init__(self, path: Path, clock: Clock, *, days: Callable[[int], int]) -> None:
         self._clock = clock
         self._days = days
         self._path = path
@@ -125,7 +123,7 @@ class Deletions:
                 mend="Leave them out or set ignore_invalid_id; nothing was queued",
             )
         today = self._today()
-        day = (today + timedelta(self._days)).isoformat()
+        day = (today + timedelta(self._days(project))).isoformat()
         rows = [
             (
                 project,
@@ -156,24 +154,20 @@ class Deletions:
             )
         between = (project, first.isoformat(), last.isoformat())
         rows = self._read(
-            "SELECT day, amplitude_id, requested_on_day, requester, user_id, org, on_day "
-            "FROM entries LEFT JOIN done USING (project, day) "
+            "SELECT day, amplitude_id, requested_on_day, requester, user_id, org, erased FROM entries "
             "WHERE project = ? AND day BETWEEN ? AND ? ORDER BY day, amplitude_id",
             between,
         )
         days: dict[str, list[Any]] = {}
         for row in rows:
             days.setdefault(row[0], []).append(row)
-        return [
-            Job(
-                day,
-                self._status(day, found[0][6]),
-                [Entry(*row[1:5]) for row in found],
-                any(row[5] for row in found),
-                found[0][6],
-            )
-            for day, found in days.items()
-        ]
+        return [self._job(day, found) for day, found in days.items()]
+
+    def _job(self, day: str, rows: list[Any]) -> Job:
+        erased = [row[6] for row in rows]
+        done_on = max(erased) if all(erased) else None
+        entries = [Entry(*row[1:5]) for row in rows]
+        return Job(day, self._status(day, done_on), entries, any(row[5] for row in rows), done_on)
 
     def take_back(self, project: int, amplitude_id: int, day: date) -> Entry:
         """Take one person out of a job. Raises InputError if it is not there, or the job can no longer be edited."""
@@ -201,28 +195,31 @@ class Deletions:
         for project, day in await asyncio.to_thread(self._due):
             people, everyone = await asyncio.to_thread(self._people, reader, project, day)
             await erase(project, everyone)
-            done = (project, day, self._today().isoformat())
+            today = self._today().isoformat()
             await asyncio.to_thread(
-                self._write, "INSERT OR IGNORE INTO done VALUES (?, ?, ?)", [done]
+                self._write,
+                "UPDATE entries SET erased = ? WHERE project = ? AND day = ? AND amplitude_id = ?",
+                [(today, project, day, one) for one in people],
             )
-            gone += people
+            gone += len(people)
         return gone
 
     def _due(self) -> list[tuple[int, str]]:
         return self._read(
-            "SELECT DISTINCT project, day FROM entries LEFT JOIN done USING (project, day) "
-            "WHERE on_day IS NULL AND day <= ? ORDER BY day, project",
+            "SELECT DISTINCT project, day FROM entries WHERE erased = '' AND day <= ? "
+            "ORDER BY day, project",
             (self._today().isoformat(),),
         )
 
-    def _people(self, reader: Reader, project: int, day: str) -> tuple[int, list[int]]:
-        """Return how many people a job has, and every amplitude_id that is one of them."""
+    def _people(self, reader: Reader, project: int, day: str) -> tuple[list[int], list[int]]:
+        """Return the people whom a job has still to delete, and every amplitude_id that is one of them."""
         rows = self._read(
-            "SELECT amplitude_id FROM entries WHERE project = ? AND day = ?", (project, day)
+            "SELECT amplitude_id FROM entries WHERE project = ? AND day = ? AND erased = ''",
+            (project, day),
         )
         people = [one for (one,) in rows]
         with reader.view(project) as view:
-            return len(people), _with_merged(view, people)
+            return people, _with_merged(view, people)
 
     def _today(self) -> date:
         return datetime.fromtimestamp(self._clock.now_ms() / MS_PER_S, UTC).date()

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from retrofill.clock import Clock
+from retrofill.core.throttle import Tally
 from retrofill.engine import charts, condition, deletion, people
 from retrofill.engine.deletion import Deletions, Job
 from retrofill.engine.export import Export, Hours, export, hours_of
@@ -61,6 +62,7 @@ class Reads:
         self._clock = clock
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._under_way: Counter[tuple[int, str]] = Counter()
+        self._deletions_asked: dict[int, Tally] = {}
 
     def close(self) -> None:
         """Wait for what runs."""
@@ -205,6 +207,7 @@ class Reads:
         """POST /api/2/deletions/users."""
         asked = _deletion(await _body(request))
         number = _project(request)
+        self._paced(number)
 
         def add() -> list[Any]:
             job, invalid = self._deletions.add(self._reader, number, asked)
@@ -262,6 +265,17 @@ class Reads:
         with self._place(_project(request), kind, most):
             body = await self._run(lambda: msgspec.json.encode(ask()))
         return Response(body, media_type="application/json")
+
+    def _paced(self, project: int) -> None:
+        """Count one request to delete; refuse it if the project has had as many as it may within this second."""
+        most = self._limits(project).deletions_per_s
+        tally = self._deletions_asked.setdefault(project, Tally())
+        now_ms = self._clock.now_ms()
+        if most and tally.wait_s(1, most=most, window_s=1, now_ms=now_ms):
+            raise HTTPException(
+                429, f"{most} requests to delete a second: send this one again later"
+            )
+        tally.count(1, window_s=1, now_ms=now_ms)
 
     async def _run(self, ask: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
