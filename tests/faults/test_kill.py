@@ -13,6 +13,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import threading
 import time
 from collections import Counter, defaultdict
@@ -32,6 +33,34 @@ SETTINGS = (
     "COMPACT_FILES=3 COMPACT_FILES_MIN=2 KEY_FILES_MERGED=3 CHORES_S=0.1 "
     "FINGERPRINTS_IN_MEMORY=20000 PEOPLE_IN_MEMORY=20 IDS_IN_MEMORY=20"
 )
+# A server that acknowledges before it writes: blocks reach the disk a while later, and readers wait for them, so that
+# nothing shows while it lives. It never seals: a sealer would find its blocks missing at once.
+LATE = """
+import threading, time
+from retrofill.hot.sqlite import Blocks
+append, read, waiting, lock = Blocks.append, Blocks.read, [], threading.Lock()
+def write():
+    with lock:
+        while waiting:
+            append(*waiting.pop(0))
+def late():
+    while True:
+        time.sleep(0.3)
+        write()
+threading.Thread(target=late, daemon=True).start()
+Blocks.append = lambda *block: waiting.append(block)
+Blocks.read = lambda *blocks: write() or read(*blocks)
+"""
+NEVER_SEALING = "SEAL_EVENTS=1000000 SEAL_AGE_MS=10000000 CHECKPOINT_EVENTS=1000000"
+# One that knows no duplicates, and answers a while after it wrote: what a kill leaves unanswered comes again.
+FORGETFUL = """
+import time
+from retrofill.engine.duplicates import Duplicates
+from retrofill.hot.sqlite import Blocks
+append = Blocks.append
+Blocks.append = lambda *block: append(*block) or time.sleep(0.1)
+Duplicates.split = lambda self, keyed, oldest_block: bytearray(len(keyed.packed) // 16)
+"""
 SENDERS = 4
 PEOPLE_PER_SENDER = 6
 PAUSE_S = 0.02  # between two requests of a sender: the machine has others to serve
@@ -151,23 +180,29 @@ class Deleter(Sender):
 
 
 @contextmanager
-def load(server: Process, seed: int) -> Iterator[list[Sender]]:
+def load(server: Process, seed: int, *, deletes: bool = True) -> Iterator[list[Sender]]:
     senders = [Sender(server, str(number), seed + number) for number in range(SENDERS)]
-    senders.append(Deleter(server, "deleter", seed))
+    if deletes:
+        senders.append(Deleter(server, "deleter", seed))
     for sender in senders:
         sender.start()
     try:
         yield senders
-        for sender in senders:
-            sender.stop()
-        for sender in senders:
-            sender.join(2 * ANSWER_S)
-            assert not sender.is_alive(), server.said()
-            assert sender.wrong is None, f"{sender.wrong}\n{server.said()}"
+        finish(server, senders)
     finally:
         for sender in senders:
             sender.stop()
         server.end()
+
+
+def finish(server: Process, senders: list[Sender]) -> None:
+    """Wait until everything that was sent is acknowledged."""
+    for sender in senders:
+        sender.stop()
+    for sender in senders:
+        sender.join(2 * ANSWER_S)
+        assert not sender.is_alive(), server.said()
+        assert sender.wrong is None, f"{sender.wrong}\n{server.said()}"
 
 
 # Moments to kill at. Each returns whether it came.
@@ -288,10 +323,7 @@ def kill(server: Process, kills: int, seed: int) -> list[Sender]:
             server.kill()
             server.start()
         server.wait_until_ready()
-        for sender in senders:
-            sender.stop()
-        for sender in senders:
-            sender.join(2 * ANSWER_S)
+        finish(server, senders)
         check(server, senders)
         server.stop()
         server.start()
@@ -323,7 +355,7 @@ def check(server: Process, senders: list[Sender]) -> None:
     for row in server.export():
         if row["event_type"] == "step":
             rows[row["event_properties"]["who"]].append(row)
-    assert rows.keys() == {person for person, count in sent.items() if count}
+    assert rows.keys() <= sent.keys()
     for person, count in sent.items():
         found = rows[person]
         numbers = [row["event_properties"]["n"] for row in found]
@@ -347,6 +379,39 @@ def difference(person: str, numbers: list[int], count: int) -> str:
 
 def _left(server: Process, victims: set[str]) -> set[str]:
     return {str(row["user_id"]) for row in server.export() if row["user_id"] in victims}
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_acknowledges_before_it_writes_is_found_out(tmp_path: Path) -> None:
+    server = Process(tmp_path / "data", settings=NEVER_SEALING, first=LATE)
+    named, there = found_out(server, r"(\S+): \d+ missing \[([\d, ]+)\]")
+    assert [there[number] for number in named] == [0] * len(named)
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_forgets_its_keys_is_found_out(tmp_path: Path) -> None:
+    server = Process(tmp_path / "data", first=FORGETFUL)
+    named, there = found_out(server, r"(\S+): 0 missing \[\], \d+ doubled \[([\d, ]+)\]")
+    assert [there[number] for number in named] == [2] * len(named)
+
+
+def found_out(server: Process, words: str) -> tuple[list[int], Counter[int]]:
+    """Kill it once under load; return which events of a person the check names, and how often each is there."""
+    server.start()
+    with load(server, 1, deletes=False) as senders:
+        server.wait_until_ready()
+        assert _until(lambda: all(sum(one.sent.values()) >= 100 for one in senders))
+        server.kill()
+        server.start()
+        server.wait_until_ready()
+        finish(server, senders)
+        with pytest.raises(AssertionError) as failed:
+            check(server, senders)
+        said = re.search(words, str(failed.value))
+        assert said is not None, str(failed.value)
+        rows = [row["event_properties"] for row in server.export()]
+        there = Counter(row["n"] for row in rows if row["who"] == said[1])
+        return [int(number) for number in said[2].split(",")], there
 
 
 @pytest.mark.timeout(180)
