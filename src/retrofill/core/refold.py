@@ -187,9 +187,7 @@ class Refold:
         for (path, received_ms, client_upload_ms), run in groupby(sides):
             after = at + sum(1 for _ in run)
             batches.append(
-                Batch(
-                    self._project, path, b"", events[at:after], 0, received_ms, client_upload_ms
-                )
+                Batch(self._project, path, b"", events[at:after], 0, received_ms, client_upload_ms)
             )
             at = after
         return batches

@@ -189,6 +189,10 @@ class Admission:
             dropped = [kind != Kind.EVENT for kind in kinds] if any(kinds) else None
             self._quota.add(*stored_ids(batch, dropped), now_ms=now_ms)
 
+    def forget_quota(self) -> None:
+        """Take what was counted back: all of it is read again."""
+        self._quota = Quota()
+
     def load_quota(
         self,
         devices: Iterable[tuple[int, dict[str, int]]],

@@ -29,7 +29,6 @@ from retrofill.hot.keys import KeyFiles
 from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
 
 Bools = NDArray[np.bool_]
-Rows = pa.RecordBatch | pa.Table
 IMPORT_SOURCE = "retrofill"
 
 
@@ -117,8 +116,8 @@ class Duplicates:
 
     def change(
         self,
-        gone: Iterable[Rows],
-        added: Iterable[Rows],
+        gone: Iterable[pa.Table],
+        added: Iterable[pa.Table],
         limits: Limits,
         *,
         sealed: int,
@@ -226,7 +225,7 @@ def _kept(packed: bytes, kind: bytes) -> bytes:
 
 
 def _keys_of_rows(
-    batches: Iterable[Rows], limits: Callable[[int], Limits]
+    batches: Iterable[pa.RecordBatch | pa.Table], limits: Callable[[int], Limits]
 ) -> tuple[dedupe.Keys, NDArray[np.int64], Bools]:
     """Make the keys of lake rows as `keys_of` made them of events."""
     keys: list[bytes] = []

@@ -21,14 +21,21 @@ from itertools import islice
 import msgspec
 import numpy as np
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 from retrofill.core.block import Block, Kind
 from retrofill.core.event import Batch, Envelope, Event
 from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
 from retrofill.engine.query import Reader, Statement, View
-from retrofill.errors import ConflictError
+from retrofill.errors import ConflictError, MissingError
 from retrofill.hot.imports import NAME, Counted, Import, Imports, State
-from retrofill.limits import IMPORTS_LISTED_MAX, IMPORTS_REFUSED_MAX, Limits
+from retrofill.limits import (
+    IMPORTS_LISTED_MAX,
+    IMPORTS_REFUSED_MAX,
+    MS_PER_DAY,
+    UNDO_RETENTION_DAYS,
+    Limits,
+)
 
 _HISTORY = (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DISPLACED)
 _IDENTIFIES = f"({int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
@@ -160,9 +167,9 @@ def opened(known: Imports, project: int, name: str, *, now_ms: int) -> Import:
             return Import(name, "open", now_ms)
         _not_undoing(before)
         if before.state == "undone":
-            return Import(name, "open", now_ms, before.generation + 1)
+            return _next(before, now_ms)
         since = now_ms if before.opened_ms is None else before.opened_ms
-        return Import(name, "open", since, before.generation)
+        return replace(before, state="open", opened_ms=since)
 
     made = known.change(project, name, make)
     assert made is not None
@@ -178,7 +185,58 @@ def closed(known: Imports, project: int, name: str) -> Import:
         _not_undoing(before)
         if before.state == "undone":
             raise ConflictError(f"The import {name} is undone", mend="Open it again first")
-        return Import(name, "closed", before.opened_ms, before.generation)
+        return replace(before, state="closed")
+
+    made = known.change(project, name, make)
+    assert made is not None
+    return made
+
+
+def _next(before: Import, now_ms: int | None) -> Import:
+    """Begin the generation after an undone one."""
+    return Import(before.name, "open", now_ms, before.generation + 1, before.until, before.until)
+
+
+def undoing(known: Imports, project: int, name: str, *, block: int) -> Import:
+    """Note the intent to undo an import whose rows end at `block`. An undone one stays what it is."""
+
+    def make(before: Import | None) -> Import | None:
+        if before is not None and before.state in ("undone", "undoing", "restoring"):
+            return None
+        one = before or Import(name)
+        return replace(one, state="undoing", until=block)
+
+    return known.change(project, name, make) or known.get(project, name) or Import(name)
+
+
+def begun_again(known: Imports, project: int, name: str) -> None:
+    """Note that rows came for an import that is undone: they are its next generation."""
+    known.change(
+        project,
+        name,
+        lambda before: _next(before, None) if before and before.state == "undone" else None,
+    )
+
+
+def restoring(known: Imports, project: int, name: str, *, again: bool, now_ms: int) -> Import:
+    """Note the intent to bring an undone import back. again: its next generation has rows. Raises ConflictError, MissingError."""
+
+    def make(before: Import | None) -> Import:
+        if before is None:
+            raise MissingError("There is no such import", where=name)
+        if before.state != "undone" or again:
+            raise ConflictError(
+                f"The import {name} holds rows of a later generation"
+                if again
+                else f"The import {name} is {before.state}, not undone",
+                mend="Undo those first" if again else "",
+            )
+        if now_ms - before.undone_ms > UNDO_RETENTION_DAYS * MS_PER_DAY:
+            raise ConflictError(
+                f"The import {name} was undone more than {UNDO_RETENTION_DAYS} days ago, its rows are gone",
+                mend="Send it again",
+            )
+        return replace(before, state="restoring")
 
     made = known.change(project, name, make)
     assert made is not None
@@ -186,7 +244,7 @@ def closed(known: Imports, project: int, name: str) -> Import:
 
 
 def _not_undoing(known: Import) -> None:
-    if known.state == "undoing":
+    if known.state in ("undoing", "restoring"):
         raise ConflictError(
             f"The import {known.name} is being undone", mend="Ask again when its state is undone"
         )

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from retrofill.clock import Clock
 from retrofill.config import Project, Settings
@@ -35,6 +36,7 @@ from retrofill.core.event import Batch, Envelope, Refusal
 from retrofill.core.fold import Folded
 from retrofill.core.person import Person
 from retrofill.core.throttle import Accepted, Silenced, Throttled
+from retrofill.engine import imports
 from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
@@ -42,10 +44,11 @@ from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.recover import batches_of, fill_devices, refold
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
+from retrofill.engine.undo import Rewritten, Which, rewrite
 from retrofill.errors import BusyError, CorruptError, Error, StoreError
 from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
-from retrofill.hot.imports import Imports
+from retrofill.hot.imports import Import, Imports
 from retrofill.hot.sqlite import Blocks
 from retrofill.lake import Lake
 from retrofill.limits import (
@@ -131,6 +134,7 @@ class Engine:
         self._closing = False
         self._wake, self._due = asyncio.Event(), asyncio.Event()
         self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
+        self._committing = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
@@ -231,7 +235,11 @@ class Engine:
     # Life.
 
     async def start(self) -> None:
-        """Begin to commit and to work in the background."""
+        """End what an undo under way began, then begin to commit and to work in the background."""
+        for number in self._admissions:
+            for one in await asyncio.to_thread(self.imports.all, number):
+                if one.state in ("undoing", "restoring"):
+                    await self._change_import(number, one)
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
 
@@ -330,11 +338,13 @@ class Engine:
             self._wake.clear()
             while self._forgetting:
                 forgotten, done = self._forgetting.popleft()
-                await self._commit([], forgotten=forgotten)
+                async with self._committing:
+                    await self._commit([], forgotten=forgotten)
                 if not done.done():  # who asked may have been cancelled
                     done.set_result(None)
             while self._queue:
-                await self._commit(self._take())
+                async with self._committing:
+                    await self._commit(self._take())
             if self._closing:
                 return
 
@@ -525,7 +535,7 @@ class Engine:
     async def checkpoint(self) -> None:
         """Save the state exactly as of the last applied block."""
         async with self._saving:
-            if self.state.block != self.state.saved_block:
+            if not self.state.saved_all:
                 await self._save()
 
     async def _save(self) -> None:
@@ -578,6 +588,102 @@ class Engine:
     def refused(self, project: int, opened: Envelope) -> None:
         """Note that a request was refused before it came to `ingest`."""
         self.counting.refused(project, names_in(opened))
+
+    # Imports taken back.
+
+    async def undo(self, project: int, name: str) -> Import:
+        """Take an import back with all its effects; it is undone when this returns. Again it changes nothing.
+
+        Commits wait meanwhile. Raises StoreError: then the next start ends it, or it was never begun.
+        """
+        self._ready()
+        async with self._committing:
+            await self.seal()
+            await asyncio.to_thread(self._begin_again, project, name)
+            one = await asyncio.to_thread(
+                imports.undoing, self.imports, project, name, block=self.state.block
+            )
+            return await self._change_import(project, one)
+
+    async def restore(self, project: int, name: str) -> Import:
+        """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
+        self._ready()
+        async with self._committing:
+            await self.seal()
+            now_ms = self._clock.now_ms()
+            one = await asyncio.to_thread(self.imports.get, project, name)
+            again = (
+                one is not None
+                and one.state == "undone"
+                and await asyncio.to_thread(self.lake.holds_import, project, name, one.until)
+            )
+            one = await asyncio.to_thread(
+                imports.restoring, self.imports, project, name, again=again, now_ms=now_ms
+            )
+            return await self._change_import(project, one)
+
+    def _ready(self) -> None:
+        if self._problem is not None:
+            raise StoreError("The store has failed", mend="Start the server again")
+
+    def _begin_again(self, project: int, name: str) -> None:
+        one = self.imports.get(project, name)
+        undone = one is not None and one.state == "undone"
+        if one is not None and undone and self.lake.holds_import(project, name, one.until):
+            imports.begun_again(self.imports, project, name)
+
+    async def _change_import(self, project: int, one: Import) -> Import:
+        """Do what its state says is being done, from the beginning; nothing is committed meanwhile."""
+        if one.state not in ("undoing", "restoring"):
+            return one
+        hide = one.state == "undoing"
+        await self.seal()
+        try:
+            made = await asyncio.to_thread(
+                rewrite,
+                self.lake,
+                Which(project, one.name, one.after, one.until),
+                hide=hide,
+                limits=self.limits(project),
+                new_id=self.state.draw,
+            )
+            if made is not None:
+                async with self._saving:
+                    await asyncio.to_thread(self._adopt, project, made)
+                await self.checkpoint()
+        except BaseException as problem:
+            self._fail(problem)  # memory may be behind the lake: the next start ends it
+            raise
+        await self.counting.forget(project, one.name)
+        now_ms = self._clock.now_ms()
+        done = (
+            replace(one, state="undone", undone_ms=now_ms)
+            if hide
+            else replace(one, state="open", until=one.after, undone_ms=0)
+        )
+        await asyncio.to_thread(self.imports.put, project, done)
+        log.info("import_changed", state=done.state, rows=made.rows if made else 0)
+        return done
+
+    def _adopt(self, project: int, made: Rewritten) -> None:
+        """Let the lake, and memory with it, be as a fold without (or with) the import made them."""
+        with self.lake.held():
+            self.lake.rewrite(
+                project, made.files, places=made.places, people=made.people, merges=made.merges
+            )
+            self.state.project(project).apply(made.changes)
+            self.state.touched()
+        self.duplicates.change(
+            made.gone,
+            made.added,
+            self.limits(project),
+            sealed=self.state.block,
+            oldest_block=self._oldest_block(),
+        )
+        admission = self._admissions[project]
+        if admission.limits.daily_quota:
+            admission.forget_quota()
+            admission.load_quota(*self.lake.quota_rows(project, self._clock.now_ms()))
 
     async def forget(self, project: int, amplitude_ids: list[int]) -> None:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""

@@ -24,7 +24,11 @@ from retrofill.lake import arrow
 from retrofill.limits import EXPORT_CHUNK_ROWS, MS_PER_DAY, MS_PER_S
 
 # What a line is made of. Left out: what was sent, the import, the kind (always an event's).
-COLUMNS = tuple(name for name in arrow.SCHEMA.names if name not in {"import_id", "sent", "kind", "said", "sent_groups", "updates_max"})
+COLUMNS = tuple(
+    name
+    for name in arrow.SCHEMA.names
+    if name not in {"import_id", "sent", "kind", "said", "sent_groups", "updates_max"}
+)
 # `core.row` makes a row's uuid and event_id of this text.
 HASH_SQL = "md5(concat(project, '/', partition, '/', block, '/', row))"
 _TIMES = (

@@ -195,6 +195,7 @@ class State:
         self.projects: dict[int, ProjectState] = {}
         self.block_times = checkpoint.block_times()
         self._times_saved = len(self.block_times)
+        self._touched = False
 
     def project(self, number: int) -> ProjectState:
         """Return the state of a project, empty at first."""
@@ -239,9 +240,24 @@ class State:
         # Times that no window reaches any more are let go (`saved`), and so are the blocks before the first one kept.
         return times[0][0] if times else self.block + 1
 
+    def draw(self) -> int:
+        """Return an amplitude_id that nobody ever had."""
+        self.fresh += 1
+        return self.fresh - 1
+
+    def touched(self) -> None:
+        """Note that values changed without a block: the next checkpoint must be written."""
+        self._touched = True
+
+    @property
+    def saved_all(self) -> bool:
+        """Whether the checkpoint has everything."""
+        return self.block == self.saved_block and not self._touched
+
     def capture(self) -> tuple[Meta, dict[int, Changed], list[tuple[int, int]]]:
         """Take what the next checkpoint must write, between two blocks."""
         meta = Meta(self.block, self.server_upload_ms, self.fresh)
+        self._touched = False
         times = self.block_times[self._times_saved :]
         self._times_saved = len(self.block_times)
         return meta, {number: state.capture() for number, state in self.projects.items()}, times

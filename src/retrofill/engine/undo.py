@@ -95,7 +95,7 @@ def rewrite(
             snapshot.cursor.register(f"closure_{name}", rows)
         columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
         reader = ask(
-            f"SELECT {columns} FROM lake.events WHERE project = $1 AND ("  # noqa: S608 - names and numbers of ours
+            f"SELECT {columns} FROM lake.events WHERE project = $1 AND ("
             f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
             f"OR kind = {int(Kind.GROUP_IDENTIFY)} "
             f"OR (kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
@@ -115,7 +115,7 @@ _MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
 def _closure(ask: Callable[..., Any], which: Which) -> Closure | None:
     mine = [which.project, which.import_id, which.after, which.until]
     rows = ask(
-        "SELECT DISTINCT amplitude_id, device_id, user_id, kind, "  # noqa: S608 - numbers of ours
+        "SELECT DISTINCT amplitude_id, device_id, user_id, kind, "
         f"CASE kind WHEN {int(Kind.GROUP_IDENTIFY)} THEN sent_groups WHEN {int(Kind.UNDONE)} THEN sent_groups END "
         f"FROM lake.events WHERE project = $1 AND {_MINE}",
         mine,
@@ -124,7 +124,7 @@ def _closure(ask: Callable[..., Any], which: Which) -> Closure | None:
         return None
     touched = {group for *_, sent in rows if sent for group in _groups(sent)}
     links = ask(
-        "SELECT DISTINCT amplitude_id, device_id, user_id FROM lake.events "  # noqa: S608 - numbers of ours
+        "SELECT DISTINCT amplitude_id, device_id, user_id FROM lake.events "
         f"WHERE project = $1 AND (kind IN ({_SEEN}) OR (kind = {int(Kind.UNDONE)} AND {_MINE}))",
         mine,
     ).fetchall()
@@ -197,7 +197,7 @@ def _contested(
 ) -> set[tuple[str | None, str]]:
     """Return the (device_id, insert_id) of rows that were left out because an import's row had come before."""
     rows = ask(
-        "SELECT DISTINCT device_id, insert_id FROM lake.events "  # noqa: S608 - a number of ours
+        "SELECT DISTINCT device_id, insert_id FROM lake.events "
         f"WHERE project = $1 AND kind = {int(Kind.DISPLACED)} AND insert_id IS NOT NULL",
         [which.project],
     ).fetchall()
@@ -268,7 +268,7 @@ class _Fold:
         # Somebody else's group identify is read for its group and stays where it is.
         self._keep(new.filter(pa.array(~(foreign & (people != 0)) | mine)))
 
-    def _not_repeated(self, rows: pa.Table, candidate: np.ndarray[Any, Any]) -> Any:  # noqa: ANN401 - bools
+    def _not_repeated(self, rows: pa.Table, candidate: np.ndarray[Any, Any]) -> Any:
         """Say which rows repeat no earlier one; only keys that were contested need a look."""
         good = np.ones(rows.num_rows, bool)
         if not self.contested:
@@ -292,7 +292,7 @@ class _Fold:
                 self._held[own] = times[at]
         return good
 
-    def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:  # noqa: ANN401 - bools
+    def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:
         some = rows.filter(pa.array(seen))
         side = {name: some[name].to_pylist() for name in _FOLDED}
         decided = self._refold.fold(

@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from msgspec import Struct
 
 from retrofill.hot.sqlite import store_error
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # of an import that can be opened
 
-State = Literal["open", "closed", "undoing", "undone"]
+State = Literal["open", "closed", "undoing", "undone", "restoring"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS imports (
     project INTEGER, name TEXT, state TEXT NOT NULL, opened_ms INTEGER, generation INTEGER NOT NULL,
+    after INTEGER NOT NULL, until INTEGER NOT NULL, undone_ms INTEGER NOT NULL,
     PRIMARY KEY (project, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counted (
@@ -35,6 +37,7 @@ CREATE TABLE IF NOT EXISTS counted (
 CREATE TABLE IF NOT EXISTS counted_to (only INTEGER PRIMARY KEY CHECK (only = 1), block INTEGER NOT NULL);
 """
 
+_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms"
 _ADD = """
 INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     duplicates = duplicates + excluded.duplicates, refusals = refusals + excluded.refusals
@@ -42,12 +45,19 @@ INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
 
 
 class Import(Struct, frozen=True):
-    """One import. opened_ms: None if it never was. generation: counts from 1, one more each time it begins anew."""
+    """One import. opened_ms: None if it never was. generation: counts from 1, one more each time it begins anew.
+
+    after, until: the rows of the generation that is undone (or being undone, or restored) are those of blocks after
+    `after` up to `until`; without one both are the last block of the generation before, 0 for the first.
+    """
 
     name: str
     state: State = "open"
     opened_ms: int | None = None
     generation: int = 1
+    after: int = 0
+    until: int = 0
+    undone_ms: int = 0
 
 
 class Counted(Struct, frozen=True):
@@ -87,7 +97,7 @@ class Imports:
     def all(self, project: int) -> list[Import]:
         """Return every import of a project that is known here, by name."""
         rows = self._read(
-            "SELECT name, state, opened_ms, generation FROM imports WHERE project = ? ORDER BY name",
+            f"SELECT {_FIELDS} FROM imports WHERE project = ? ORDER BY name",  # noqa: S608 - names of ours
             (project,),
         )
         return [Import(*row) for row in rows]
@@ -107,8 +117,10 @@ class Imports:
             made = make(self._get(project, name))
             if made is not None:
                 assert made.name == name
-                row = (project, name, made.state, made.opened_ms, made.generation)
-                self._write([("INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?)", [row])])
+                row = (project, *msgspec.structs.astuple(made))
+                self._write(
+                    [("INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row])]
+                )
             return made
 
     def counts(self) -> tuple[int, Counts]:
@@ -137,7 +149,7 @@ class Imports:
     def _get(self, project: int, name: str) -> Import | None:
         try:
             row = self._db.execute(
-                "SELECT name, state, opened_ms, generation FROM imports WHERE project = ? AND name = ?",
+                f"SELECT {_FIELDS} FROM imports WHERE project = ? AND name = ?",  # noqa: S608 - names of ours
                 (project, name),
             ).fetchone()
         except sqlite3.Error as problem:

@@ -205,7 +205,7 @@ class KeyFiles:
         gone, added: packed keys. blocks, forever: one entry for each of `added`. Cut off, it leaves some files
         changed and others not, each whole: doing it again ends it. What expired is not put in again.
         """
-        removed = set(gone[at : at + 16] for at in range(0, len(gone), 16))
+        removed = {gone[at : at + 16] for at in range(0, len(gone), 16)}
         removed.discard(bytes(16))
         high, low = table_of(b"".join(removed))[:, 0], table_of(b"".join(removed))[:, 1]
         table = table_of(added)

@@ -63,7 +63,15 @@ SCHEMA = pa.schema(
     ]
 )
 JSON_COLUMNS = frozenset(
-    {"event_properties", "user_properties", "sent", "groups", "group_properties", "plan", "sent_groups"}
+    {
+        "event_properties",
+        "user_properties",
+        "sent",
+        "groups",
+        "group_properties",
+        "plan",
+        "sent_groups",
+    }
 )
 # Table `merges`: at (partition, block, row) two people were shown to be one. A row has the fields in this order.
 MERGES = pa.schema(

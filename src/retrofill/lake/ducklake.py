@@ -231,6 +231,17 @@ class Lake:
         self._commit(change)
         return gone
 
+    def holds_import(self, project: int, name: str, after: int) -> bool:
+        """Say whether there are rows of an import in blocks after one that were not undone."""
+        with self.snapshot() as snapshot, _told(self.folder):
+            return bool(
+                snapshot.cursor.execute(
+                    'SELECT 1 FROM lake.events WHERE project = ? AND import_id = ? AND "block" > ? '  # noqa: S608 - a number of ours
+                    f"AND kind <> {int(Kind.UNDONE)} LIMIT 1",
+                    [project, name, after],
+                ).fetchall()
+            )
+
     def rewrite(
         self,
         project: int,

@@ -1,0 +1,275 @@
+"""An import that was undone is as if it had never been: a server that never saw it holds the same."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.stateful.test_engine import FakeClock, SealerInside
+
+from retrofill.config import Settings
+from retrofill.core import event as events
+from retrofill.core import person as people
+from retrofill.core.block import Kind
+from retrofill.core.event import Batch
+from retrofill.core.throttle import Accepted
+from retrofill.engine.ingest import Engine
+from retrofill.errors import ConflictError
+
+SEEN = f"({int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
+Wire = list[dict[str, Any]]
+
+
+class Server:
+    """One engine in this process."""
+
+    def __init__(self, folder: Path, clock: FakeClock, limits: str = "none") -> None:
+        self.folder, self.clock, self.limits = folder, clock, limits
+        self.loop = asyncio.new_event_loop()
+        self.open()
+
+    def open(self) -> None:
+        self.engine = Engine.open(
+            Settings(data=self.folder, limits=self.limits), clock=self.clock, sealer=SealerInside
+        )
+        if not self.engine.all_projects():
+            self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))
+        self.run(self.engine.start())
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    def send(self, wire: Wire, path: str = "/2/httpapi") -> None:
+        body = msgspec.json.encode({"api_key": "key", "events": wire})
+        envelope = events.open_envelope(body)
+        assert isinstance(envelope, events.Envelope)
+        batch = events.parse(
+            envelope,
+            project=1,
+            path=path,
+            payload_bytes=len(body),
+            received_ms=self.clock.ms,
+            remote="10.0.0.1",
+            limits=self.engine.limits(1),
+        )
+        assert isinstance(batch, Batch)
+        assert isinstance(self.run(self.engine.ingest(batch)), Accepted)
+
+    def crash(self) -> None:
+        self.run(self.engine.abandon())
+        self.open()
+
+    def close(self) -> None:
+        self.run(self.engine.close())
+        self.loop.close()
+
+    def seen(self) -> dict[str, Any]:
+        """Everything that readers and later folds may see, people numbered in order of appearance."""
+        self.run(self.engine.seal())
+        with self.engine.lake.snapshot() as snapshot:
+            rows = (
+                snapshot.cursor.execute(
+                    f'SELECT * FROM lake.events WHERE kind IN {SEEN} ORDER BY "block", "row"'
+                )
+                .to_arrow_table()
+                .to_pylist()
+            )
+            merges = snapshot.cursor.execute(
+                'SELECT absorbed, surviving, event_time, server_upload_time FROM lake.merges ORDER BY "block", "row"'
+            ).fetchall()
+        number: dict[int, int] = {0: 0}
+        for row in rows:
+            del row["block"], row["row"]
+            row["amplitude_id"] = number.setdefault(row["amplitude_id"], len(number))
+        state = self.engine.state.project(1)
+        devices = {row["device_id"] for row in rows} - {None}
+        users = {row["user_id"] for row in rows} - {None}
+        persons = {}
+        for one, place in number.items():
+            person = state.people.get(one)
+            if person is not None:
+                persons[place] = people.encode(
+                    msgspec.structs.replace(
+                        person,
+                        amplitude_id=place,
+                        merged_into=number.get(person.merged_into, person.merged_into),
+                    )
+                )
+        groups = {
+            key: state.groups.get(key) or None
+            for row in rows
+            for key in _groups(row["sent_groups"])
+        }
+        return {
+            "rows": rows,
+            "merges": [(number[a], number[b], *rest) for a, b, *rest in merges],
+            "devices": {one: number.get(state.devices.get(one) or 0) for one in devices},
+            "users": {one: number.get(state.users.get(one) or 0) for one in users},
+            "people": persons,
+            "groups": groups,
+        }
+
+
+def _groups(text: str | None) -> Iterator[tuple[str, str]]:
+    for group_type, value in msgspec.json.decode(text or "{}").items():
+        yield from ((group_type, one) for one in (value if isinstance(value, list) else [value]))
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+DEVICES = ["phone-1", "phone-2", "kiosk-9", "tablet-4", None]
+UNIQUE = 2.0
+USERS = ["ann-111", "bob-222", "eve-333", None, None]
+
+
+def _properties(seeded: random.Random) -> dict[str, Any]:
+    one = seeded.choice(["color", "plan", "count"])
+    value: Any = seeded.choice([1, 2, "a", "b"])
+    number = seeded.randint(-3, 3)
+    return seeded.choice(
+        [
+            {one: value},
+            {"$set": {one: value}},
+            {"$setOnce": {one: value}},
+            {"$add": {one: number}},
+            {"$append": {one: value}},
+            {"$prepend": {one: value}},
+            {"$preInsert": {one: value}},
+            {"$postInsert": {one: value}},
+            {"$remove": {one: value}},
+            {"$unset": {one: "-"}},
+            {"$clearAll": "-"},
+        ]
+    )
+
+
+def _event(seeded: random.Random, number: int, now_ms: int, *, name: str = "") -> dict[str, Any]:
+    device, user = seeded.choice(DEVICES), seeded.choice(USERS)
+    if device is None and user is None:
+        device = "phone-1"
+    event: dict[str, Any] = {
+        "event_type": seeded.choice(["open", "buy"]),
+        "time": now_ms - seeded.randrange(10_000_000),
+        "insert_id": f"i-{number}"
+        if seeded.random() < UNIQUE
+        else f"i-{seeded.randrange(number + 1)}",
+    }
+    if device:
+        event["device_id"] = device
+    if user:
+        event["user_id"] = user
+    if seeded.random() < 0.6:
+        event["user_properties"] = _properties(seeded)
+    for key, choices in (
+        ("platform", ["iOS", "Android"]),
+        ("device_model", ["iPhone 9", "Pixel"]),
+        ("country", ["Chad", "Peru"]),
+        ("language", ["de", "English"]),
+        ("app_version", ["1.0", "2.0"]),
+        ("ip", ["$remote", "1.2.3.4"]),
+        ("revenue", [3.5]),
+    ):
+        if seeded.random() < 0.2:
+            event[key] = seeded.choice(choices)
+    if seeded.random() < 0.15:
+        event["$skip_user_properties_sync"] = True
+    if seeded.random() < 0.15:
+        event["groups"] = {"org": seeded.choice(["acme", "zeta"])}
+    if name:
+        event["ingestion_metadata"] = {"source_name": "retrofill", "source_version": name}
+    return event
+
+
+def _request(
+    seeded: random.Random, number: int, now_ms: int, *, name: str = ""
+) -> tuple[Wire, str]:
+    chance = seeded.random()
+    path = seeded.choice(["/2/httpapi", "/batch"])
+    made = [_event(seeded, number + at, now_ms, name=name) for at in range(seeded.randint(1, 4))]
+    if chance < 0.1:
+        for one in made:
+            one["event_type"] = "$identify"
+            one.setdefault("user_properties", {"$set": {"plan": "x"}})
+    elif chance < 0.2:
+        for one in made:
+            one["event_type"] = "$groupidentify"
+            one["groups"] = {"org": seeded.choice(["acme", "zeta"])}
+            one["group_properties"] = {"$set": {"size": seeded.randint(1, 9)}}
+            one.pop("user_properties", None)
+    return made, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: FakeClock) -> None:
+    seeded = random.Random(seed)
+    limits = seeded.choice(["none", "amplitude"])
+    subject = Server(tmp_path / "subject", clock, limits)
+    control = Server(tmp_path / "control", clock, limits)
+    number = 0
+    undone = False
+    for _ in range(seeded.randint(10, 40)):
+        clock.ms += seeded.choice([10, 1000, 3_600_000])
+        number += 5
+        name = seeded.choice(["", "", "", "old-shop", "old-crm"])
+        wire, path = _request(seeded, number, clock.ms, name=name)
+        subject.send(wire, path)
+        if name != "old-shop":
+            control.send(wire, path)
+        chance = seeded.random()
+        if chance < 0.1:
+            subject.run(subject.engine.seal())
+        elif chance < 0.15:
+            subject.run(subject.engine.checkpoint())
+        elif chance < 0.2:
+            subject.crash()
+        elif chance < 0.25:
+            subject.run(subject.engine.undo(1, "old-shop"))
+            undone = True
+    subject.run(subject.engine.undo(1, "old-shop"))
+    assert subject.seen() == control.seen()
+    subject.crash()
+    assert subject.seen() == control.seen()
+    for _ in range(5):  # and goes on as the other does
+        clock.ms += 1000
+        number += 5
+        wire, path = _request(seeded, number, clock.ms)
+        subject.send(wire, path)
+        control.send(wire, path)
+    assert subject.seen() == control.seen()
+    assert undone or seed >= 0
+    subject.close()
+    control.close()
+
+
+def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> None:
+    seeded = random.Random(5)
+    subject = Server(tmp_path / "subject", clock)
+    number = 0
+    for _ in range(30):
+        clock.ms += 1000
+        number += 5
+        wire, path = _request(seeded, number, clock.ms, name=seeded.choice(["", "old-shop"]))
+        subject.send(wire, path)
+    before = subject.seen()
+    undone = subject.run(subject.engine.undo(1, "old-shop"))
+    assert undone.state == "undone"
+    assert len(subject.seen()["rows"]) < len(before["rows"])
+    assert subject.run(subject.engine.undo(1, "old-shop")) == undone
+    assert subject.run(subject.engine.restore(1, "old-shop")).state == "open"
+    assert subject.seen() == before
+    with pytest.raises(ConflictError, match="open, not undone"):
+        subject.run(subject.engine.restore(1, "old-shop"))
+    subject.run(subject.engine.undo(1, "old-shop"))
+    subject.send([_event(seeded, 999, clock.ms, name="old-shop")])
+    with pytest.raises(ConflictError, match="later generation"):
+        subject.run(subject.engine.restore(1, "old-shop"))
+    subject.close()
