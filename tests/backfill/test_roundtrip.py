@@ -1,0 +1,166 @@
+"""The client and our own server: what one project exports, another takes in and exports again."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import random
+import re
+import urllib.parse
+import urllib.request
+import zipfile
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.manners.house import document
+from tests.server.live import Live
+from typer.testing import CliRunner
+
+from retrofill.backfill.profile import holds_nothing_live, target
+from retrofill.cli.main import app
+
+pytestmark = pytest.mark.slow
+
+Json = dict[str, Any]
+START_MS = 1_700_000_000_000
+OLD, NEW = ("KEY", "SECRET"), ("KEY2", "SECRET2")
+
+
+def history(count: int) -> list[Json]:
+    """Return events in time order that use every field a row can bring back, of people with several devices."""
+    chance = random.Random(7)
+    events = []
+    for number in range(count):
+        who = chance.randrange(12)
+        event: Json = {
+            "event_type": chance.choice(["View", "Buy", "Sign Up"]),
+            "device_id": f"device-{who}-{chance.randrange(2)}",
+            "time": START_MS + 1000 * number,
+            "insert_id": f"insert-{number}",
+            "event_id": number,
+            "session_id": chance.choice([-1, START_MS + 1000 * (number // 10)]),
+            "event_properties": {
+                "n": number,
+                "tags": ["a", {"b": None}],
+                "half": 0.5,
+                "long": "é" * 40,
+            },
+            "user_properties": {"plan": chance.choice(["free", "paid"]), f"p{number % 3}": number},
+            "language": chance.choice(["English", "en", "pt-BR"]),
+            "ip": f"203.0.113.{who}",
+        }
+        if chance.random() < 0.8:
+            event["user_id"] = f"user-{who}"
+        for name in (
+            *("platform", "os_name", "os_version", "device_brand", "device_manufacturer"),
+            *("device_model", "carrier", "app_version", "library", "partner_id", "idfa", "adid"),
+        ):
+            if chance.random() < 0.7:
+                event[name] = f"{name} {chance.randrange(3)}"
+        if chance.random() < 0.7:
+            event |= {"country": "Brazil", "region": "Bahia", "city": "Salvador", "dma": "none so"}
+        if chance.random() < 0.3:
+            event |= {"location_lat": -12.97, "location_lng": -38.5}
+        if chance.random() < 0.3:
+            event |= {
+                "revenue": 9.5,
+                "price": 9.5,
+                "quantity": 1,
+                "productId": "shoe",
+                "revenueType": "x",
+            }
+        if chance.random() < 0.3:
+            event["groups"] = {"org": chance.choice(["acme", ["acme", "umbra"]])}
+        if chance.random() < 0.2:
+            event["plan"] = {"branch": "main", "version": "3"}
+        events.append(event)
+    return events
+
+
+def call(live: Live, keys: tuple[str, str], path: str, body: bytes | None = None) -> bytes:
+    token = base64.b64encode(":".join(keys).encode()).decode()
+    headers = {"Authorization": f"Basic {token}"} if body is None else {}
+    request = urllib.request.Request(live.address + path, body, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return bytes(answer.read())
+
+
+def send(live: Live, keys: tuple[str, str], events: list[Json]) -> None:
+    for at in range(0, len(events), 25):
+        body = json.dumps({"api_key": keys[0], "events": events[at : at + 25]})
+        assert json.loads(call(live, keys, "/batch", body.encode()))["code"] == 200
+
+
+def export(live: Live, keys: tuple[str, str], since: datetime) -> bytes:
+    until = datetime.now(UTC)
+    return call(live, keys, f"/api/2/export?start={since:%Y%m%dT%H}&end={until:%Y%m%dT%H}")
+
+
+def rows(archive: bytes) -> list[Json]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
+        packed = [gzip.decompress(zipped.read(name)) for name in zipped.namelist()]
+    return [json.loads(line) for part in packed for line in part.splitlines()]
+
+
+def excepted() -> set[str]:
+    """Return the columns that docs/mapping.md says are not brought back."""
+    text = document("docs/mapping.md")
+    told = re.search(r"Not brought back: (.*?)\n\n", text, re.DOTALL)
+    assert told is not None
+    return set(re.findall(r"`(\w+)`", told[1]))
+
+
+def test_an_export_taken_in_exports_the_same(tmp_path: Path) -> None:
+    since = datetime.now(UTC)
+    with Live(tmp_path, "--limits", "none", "--project", f"two:{':'.join(NEW)}") as live:
+        send(live, OLD, history(400))
+        archive = export(live, OLD, since)
+        (tmp_path / "export.zip").write_bytes(archive)
+        keys = ["--api-key", NEW[0], "--secret-key", NEW[1]]
+        line = ["run", str(tmp_path / "export.zip"), "--map", "amplitude-export", "--yes"]
+        work = ["--work", str(tmp_path / "work"), *keys]
+        found = CliRunner().invoke(app, [*line, "--to", live.address, *work])
+        assert found.exit_code == 0, found.output
+        assert "user properties are synced" in found.output
+        again = rows(export(live, NEW, since))
+        read = CliRunner().invoke(app, ["verify", *work])
+        assert read.exit_code == 0, read.output
+    before = {row["$insert_id"]: row for row in rows(archive)}
+    assert len(before) == len(again) == 400
+    left_out = excepted()
+    differing: Json = {}
+    for row in again:
+        old = before[row["$insert_id"]]
+        assert row.keys() == old.keys()
+        for name in row.keys() - left_out:
+            if row[name] != old[name]:
+                differing.setdefault(name, (old[name], row[name]))
+    assert differing == {}
+    people: dict[int, list[str]] = {}
+    for row in again:
+        people.setdefault(row["amplitude_id"], []).append(row["event_time"])
+    assert all(first <= second for times in people.values() for first, second in pairwise(times))
+
+
+def test_properties_are_synced_only_where_nothing_is_live(tmp_path: Path) -> None:
+    with Live(tmp_path, "--project", f"two:{':'.join(NEW)}") as live:
+        where = target(live.address)
+        assert holds_nothing_live(where, *OLD)
+        assert not holds_nothing_live(where, OLD[0], "")
+        assert not holds_nothing_live(where, OLD[0], "wrong")
+        imported = {"source_name": "retrofill", "source_version": "old"}
+        send(live, OLD, [{**history(1)[0], "ingestion_metadata": imported}])
+        assert holds_nothing_live(where, *OLD)
+        # No list of event types and no export shows an identify call.
+        who = json.dumps([{"user_id": "user-1", "user_properties": {"plan": "paid"}}])
+        form = urllib.parse.urlencode({"api_key": OLD[0], "identification": who})
+        call(live, OLD, "/identify", form.encode())
+        assert not holds_nothing_live(where, *OLD)
+        assert holds_nothing_live(where, *NEW)
+    assert not holds_nothing_live(where, *NEW)
+    assert not holds_nothing_live(target("amplitude"), *NEW)
