@@ -1,8 +1,9 @@
 """The wire to a destination: connections that carry one request at a time, and what an answer means.
 
 Requests go out as finished bytes over kept connections, HTTP/1.1, parsed by httptools. Measured on 2 shared cores
-against a server that answers 200 and stores nothing, client CPU for a request of 10 events: this 62 µs, aiohttp 3.14
-251 µs, niquests and httpx over 600 µs; at 1000 events a request it is the copy of the body that counts for all.
+against a server that answers 200 and stores nothing, 16 connections, client CPU for a request, three times each: of 10
+events of 480 bytes this 46 to 51 µs, aiohttp 3.14 275 to 301 µs, httpx 0.28 over 4 ms; of 1000 events 0.19 to 0.23 ms,
+0.37 to 0.55 ms and over 3 ms.
 
 What an answer means stands in `judge`. Only HTTP 200 with a JSON object whose `code` is 200 acknowledges.
 Source: contract, ingest 4, 5 and 7.
