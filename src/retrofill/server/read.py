@@ -148,7 +148,9 @@ class Reads:
     async def rows(self, request: Request) -> Response:
         """GET /api/1/project/rows."""
         _Given(request)
-        return await self._chart(request, charts.rows)
+        return await self.answer(
+            request, "reads", READS_PER_PROJECT, lambda: self._view(request, charts.rows)
+        )
 
     async def segmentation(self, request: Request) -> Response:
         """GET /api/2/events/segmentation."""
