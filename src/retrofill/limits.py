@@ -130,12 +130,16 @@ LAKE_MEMORY_BYTES = (
 )  # what DuckDB may hold; beyond it, it spills to the lake's own folder
 LAKE_THREADS = 2  # of DuckDB, for all readers together
 LAKE_SPILL_BYTES = 20 * 1024 * 1024 * 1024  # what DuckDB may spill
-LAKE_GROUP_ROWS = (
-    20_000  # rows of a row group: what the look-up of one person reads of a file at least
-)
+# Rows of a row group: what looking one person up reads of a file at least. Every group also lengthens the footer, which
+# every reader of the file has to know, so large files have larger ones.
+LAKE_GROUP_ROWS = 8_000
+LAKE_LARGE_GROUP_ROWS = 20_000
+LAKE_SMALL_FILE_ROWS = 1_500_000  # a file of more rows is a large one
 LAKE_MERGES_INLINE = (
     1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
 )
+LAKE_FOOTER_BYTES = 8 * 1024 * 1024  # footers kept for readers, as on disk; in memory 15 times that
+LAKE_MERGES_KEPT = 200_000  # merges kept for readers, of the last snapshot alone
 SEAL_BYTES_MAX = (
     128 * 1024 * 1024
 )  # bodies and snapshots of one lake file: bounds the sealer's memory

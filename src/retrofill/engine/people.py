@@ -7,15 +7,18 @@ Source: contract, read 3 and 4; identity 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from msgspec import Raw, Struct
 
 from retrofill.core.block import COLUMNS, Flag, Kind
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.engine import lines
-from retrofill.engine.query import Reader, Statement, View
+from retrofill.engine.query import More, Reader, Statement, View
+from retrofill.lake import arrow
 from retrofill.limits import MATCHES_MAX
 
 _INT64_MAX = 2**63 - 1
@@ -88,16 +91,18 @@ def activity(
     absorbed = sorted(was for was, survivor in merges.items() if survivor == canonical)
     person = _person(view, canonical)
     ids = [canonical, *absorbed, *_mapped(view, person, merges)]
-    stream = _Stream(view, ids)
+    page = _Page(offset, limit, latest=latest)
+    totals = _Stream(view, ids, page).totals()
     data = {
         "user_id": person.user_id if person else None,
         "canonical_amplitude_id": canonical,
         "merged_amplitude_ids": absorbed,
-        **stream.totals(),
+        **totals,
         **_built_in(person),
         "properties": person.properties if person else {},
     }
-    return {"userData": data, "events": stream.events(offset, limit, latest=latest)}
+    text = lines.text_of(page.rows(lines.COLUMNS))
+    return {"userData": data, "events": [Raw(line) for line in text.split(b"\n")[:-1]]}
 
 
 def _mapped(view: View, person: Person | None, merges: dict[int, int]) -> list[int]:
@@ -163,45 +168,29 @@ def mapped(reader: Reader, project: int, users: list[str]) -> dict[str, dict[str
 
 
 class _Stream:
-    """The rows of some amplitude_ids."""
+    """The events of some amplitude_ids, read once: counted, and the first ones in an order picked out.
 
-    def __init__(self, view: View, ids: list[int]) -> None:
+    For both a few columns are enough. The others are read of the rows of the page alone.
+    """
+
+    def __init__(self, view: View, ids: list[int], page: _Page) -> None:
         self._view = view
-        self._where = f"amplitude_id IN ({', '.join(map(str, sorted(set(ids))))})"
-        self._fresh = view.rows_of(ids)
+        self._ids = ids
+        self._page = page
 
-    def _rows(self, needs: Iterable[str], select: tuple[str, ...] = ()) -> str:
-        return self._view.source(
-            {"amplitude_id", *needs}, select=select, where=self._where, fresh=self._fresh
-        )
+    def _batches(self, found: Iterator[tuple[More, pa.Table]]) -> Iterator[pa.RecordBatch]:
+        for more, rows in found:
+            self._page.offer(rows, more)
+            yield from rows.append_column(_PROPERTIES, _earning(rows, more)).to_batches()
 
     def totals(self) -> dict[str, Any]:
         """Count over the whole stream. usage_time in ms."""
-        earned = f"(flags & {int(Flag.REVENUE)}) != 0"
-        source = self._rows(
-            (
-                "event_time",
-                "block",
-                "row",
-                "session_id",
-                "device_id",
-                "flags",
-                "event_properties",
-                "location_lat",
-                "location_lng",
-            ),
-            (
-                "event_time",
-                "block",
-                "row",
-                "session_id",
-                "device_id",
-                "location_lat",
-                "location_lng",
-                f"CASE WHEN {earned} THEN {_REVENUE_SQL} END AS revenue",
-                f"{earned} AS earned",
-            ),
-        )
+        found = self._view.events_of(self._ids, _COUNTED)
+        name = self._view.lend(pa.RecordBatchReader.from_batches(_STREAM, self._batches(found)))
+        source = f"""(
+            SELECT *, CASE WHEN earned THEN {_REVENUE_SQL} END AS revenue
+            FROM (SELECT *, (flags & {int(Flag.REVENUE)}) != 0 AS earned FROM {name})
+        )"""
         row = self._view.ask(f"""
             WITH stream AS MATERIALIZED (SELECT * FROM {source}),
             sessions AS (
@@ -235,17 +224,55 @@ class _Stream:
             "last_location": row[9],
         }
 
-    def events(self, offset: int, limit: int, *, latest: bool) -> list[Raw]:
-        """Return a page of rows as the export writes them."""
-        way = "DESC" if latest else "ASC"
-        order = f"ORDER BY event_time {way}, block {way}, row {way}"
-        source = self._rows(lines.COLUMNS, lines.COLUMNS)
-        page = self._view.ask(
-            f"SELECT * FROM {source} {order} LIMIT {int(limit)} OFFSET {int(offset)}"
-        ).to_arrow_table()
-        return [Raw(line) for line in lines.text_of(page).split(b"\n")[:-1]]
+
+def _earning(rows: pa.Table, more: More) -> pa.Array:
+    """Return the event properties of rows that earned something, null for all others."""
+    earned = (rows["flags"].to_numpy() & int(Flag.REVENUE)) != 0
+    if not earned.any():
+        return pa.nulls(len(rows), pa.string())
+    texts = more((_PROPERTIES.name,), np.flatnonzero(earned))[_PROPERTIES.name]
+    return texts.combine_chunks().take(pa.array(np.cumsum(earned) - 1, mask=~earned))
 
 
+class _Page:
+    """Some events out of all that are offered: those at offset … offset + limit in an order."""
+
+    def __init__(self, offset: int, limit: int, *, latest: bool) -> None:
+        self._offset = offset
+        self._count = offset + limit
+        self._sign = -1 if latest else 1
+        self._sources: list[More] = []
+        # The keys in the order of importance, then the source and the index in it: a column a row.
+        self._best = np.empty((5, 0), np.int64)
+
+    def offer(self, rows: pa.Table, more: More) -> None:
+        """Take rows with the columns of _KEYS; `more` reads the others."""
+        count = len(rows)
+        source = np.full(count, len(self._sources))
+        keys = (rows[name].to_numpy() for name in _KEYS)
+        self._sources.append(more)
+        offered = np.stack([*keys, source, np.arange(count)])
+        best = np.concatenate([self._best, offered], axis=1)
+        order = np.lexsort(best[2::-1] * self._sign)
+        self._best = best[:, order[: self._count]]
+
+    def rows(self, columns: Sequence[str]) -> pa.Table:
+        """Return the events of the page, in order."""
+        source, index = self._best[3:, self._offset :]
+        tables, places = [], []
+        for one in np.unique(source).tolist():
+            at = np.flatnonzero(source == one)
+            tables.append(self._sources[one](columns, index[at]))
+            places.append(at)
+        if not tables:
+            return pa.schema([arrow.SCHEMA.field(name) for name in columns]).empty_table()
+        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
+
+
+_KEYS = ("event_time", "block", "row")
+_COUNTED = (*_KEYS, "session_id", "device_id", "flags", "location_lat", "location_lng")
+_PROPERTIES = arrow.SCHEMA.field("event_properties")
+_STREAM = pa.schema([*map(arrow.SCHEMA.field, _COUNTED), _PROPERTIES])
 # Source: contract, events 7: `$revenue`, or else price × quantity.
 _REVENUE_SQL = """coalesce(
     TRY_CAST(json_extract_string(event_properties, '/$revenue') AS DOUBLE),

@@ -18,7 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -30,6 +30,7 @@ from msgspec import Raw, Struct
 from retrofill.core.block import Block, Kind
 from retrofill.core.person import Person
 from retrofill.lake import arrow
+from retrofill.lake.person import Part
 from retrofill.limits import (
     STREAM_BYTES,
     UNSEALED_CHUNK_BYTES,
@@ -38,6 +39,9 @@ from retrofill.limits import (
 )
 
 _EVENT_KINDS = (Kind.EVENT,)
+
+More = Callable[[Sequence[str], np.ndarray[Any, Any]], pa.Table]
+"""Reads some columns of rows given by their indexes."""
 
 
 class Snapshot(Protocol):
@@ -51,6 +55,14 @@ class Snapshot(Protocol):
     def sealed(self) -> int:
         """The last block that is in this snapshot."""
         raise NotImplementedError
+
+    def merges(self, project: int) -> dict[int, int]:
+        """Return absorbed → surviving amplitude_id of a project; not to be changed."""
+
+    def parts(
+        self, project: int, people: Sequence[int], kinds: Sequence[int], columns: Sequence[str]
+    ) -> Iterator[tuple[Part, pa.Table]]:
+        """Yield where the rows of these amplitude_ids stand, with some of their columns."""
 
 
 class Lake(Protocol):
@@ -148,6 +160,7 @@ class View:
         self.reader = reader
         self.first_unsealed = snapshot.sealed + 1
         self.last = max(last, snapshot.sealed)
+        self._snapshot = snapshot
         self._cursor = snapshot.cursor
         # Rows wait in DuckDB for whoever reads them: its own measure of them is a tenth of the truth for long texts.
         self._cursor.execute(f"SET streaming_buffer_size = '{STREAM_BYTES}B'")
@@ -224,6 +237,28 @@ class View:
         """Return the unsealed rows of these amplitude_ids, all kinds, in order of position."""
         return self._unsealed.rows_of(people, self.first_unsealed, self.last)
 
+    def events_of(
+        self, people: Sequence[int], columns: Sequence[str]
+    ) -> Iterator[tuple[More, pa.Table]]:
+        """Yield the events of these amplitude_ids, lake and unsealed, some at a time and in no order.
+
+        Each time: these columns of some rows, and what reads others of them.
+        """
+        # Asked before anything is read: the reading may go on inside a statement of the same cursor.
+        sealed = self._snapshot.parts(self.project, people, _EVENT_KINDS, columns)
+        return chain(((part.read, rows) for part, rows in sealed), self._fresh(people, columns))
+
+    def _fresh(
+        self, people: Sequence[int], columns: Sequence[str]
+    ) -> Iterator[tuple[More, pa.Table]]:
+        fresh = self.rows_of(people)
+        ours = pc.and_(
+            pc.equal(fresh["project"], self.project), pc.equal(fresh["kind"], int(Kind.EVENT))
+        )
+        fresh = fresh.filter(ours)
+        if fresh.num_rows:
+            yield lambda more, some: fresh.select(more).take(pa.array(some)), fresh.select(columns)
+
     def people(self) -> str:
         """Return the name of a table (was, now): under which amplitude_id another one is counted.
 
@@ -236,12 +271,10 @@ class View:
 
     def merges(self) -> dict[int, int]:
         """Return absorbed → surviving amplitude_id of the project."""
-        rows = self.ask(
-            "SELECT absorbed, surviving FROM lake.merges WHERE project = $p0", _of(self.project)
-        ).fetchall()
         fresh = self._unsealed.merges(self.first_unsealed, self.last)
-        rows += [(one.absorbed, one.surviving) for one in fresh if one.project == self.project]
-        return dict(rows)
+        return self._snapshot.merges(self.project) | {
+            one.absorbed: one.surviving for one in fresh if one.project == self.project
+        }
 
     def _counted_as(self) -> pa.Table:
         now = self.merges()

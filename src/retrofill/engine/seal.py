@@ -326,5 +326,6 @@ class _Taken:
 def merge_files(task: MergeTask) -> Done:
     """Write lake files as one, without their deleted rows; it is on disk when this returns. Raises StoreError."""
     sources = [parquet.read(source.path, source.deleted) for source in task.sources]
-    written = parquet.write(task.file, compact.merge(sources), Files())
+    group_rows = parquet.group_rows_of(sum(source.rows for source in task.sources))
+    written = parquet.write(task.file, compact.merge(sources), Files(), group_rows=group_rows)
     return Done(written.rows, written.file_bytes)

@@ -23,7 +23,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.core.block import Kind
@@ -31,9 +30,12 @@ from retrofill.errors import FullError, StoreError
 from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
+from retrofill.lake.person import Footers, Part, parts
 from retrofill.limits import (
+    LAKE_FOOTER_BYTES,
     LAKE_MEMORY_BYTES,
     LAKE_MERGES_INLINE,
+    LAKE_MERGES_KEPT,
     LAKE_SPILL_BYTES,
     LAKE_THREADS,
     MS_PER_DAY,
@@ -75,6 +77,14 @@ _HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
 Steps = list[tuple[int, dict[str, int]]]  # (hour since the epoch, id → rows), oldest first
 
 
+class _Known(Struct):
+    """What was read of a snapshot. It never changes, so who comes next need not ask again."""
+
+    number: int
+    files: list[LakeFile] | None = None
+    merges: dict[int, dict[int, int]] = {}
+
+
 class Snapshot(Struct, frozen=True):
     """The lake at one moment. cursor: a DuckDB connection inside its transaction, tables `lake.events`, `lake.merges`.
 
@@ -83,6 +93,36 @@ class Snapshot(Struct, frozen=True):
 
     cursor: duckdb.DuckDBPyConnection
     sealed: int
+    footers: Footers
+    known: _Known
+
+    def merges(self, project: int) -> dict[int, int]:
+        """Return absorbed → surviving amplitude_id of a project; not to be changed."""
+        kept = self.known.merges
+        found = kept.get(project)
+        if found is None:
+            rows = self.cursor.execute(
+                "SELECT absorbed, surviving FROM lake.merges WHERE project = ?", [project]
+            ).fetchall()
+            found = dict(rows)
+            if sum(map(len, list(kept.values()))) + len(found) <= LAKE_MERGES_KEPT:
+                kept[project] = found
+        return found
+
+    def files(self) -> list[LakeFile]:
+        """Return the files of table `events`, in order of their blocks."""
+        if self.known.files is None:
+            self.known.files = _event_files(self.cursor, self.footers)
+        return self.known.files
+
+    def parts(
+        self, project: int, people: Sequence[int], kinds: Sequence[int], columns: Sequence[str]
+    ) -> Iterator[tuple[Part, pa.Table]]:
+        """Yield where the rows of these amplitude_ids stand, with some of their columns.
+
+        Raises StoreError if a file cannot be read.
+        """
+        return parts(self.files(), self.footers, project, people, kinds, columns)
 
 
 class Lake:
@@ -96,6 +136,8 @@ class Lake:
         self._pinning = threading.RLock()
         self._pins: Counter[int] = Counter()
         self._synced: set[Path] = set()
+        self._footers = Footers(LAKE_FOOTER_BYTES)
+        self._known = _Known(-1)
 
     @classmethod
     def open(cls, folder: Path, files: Files | None = None) -> Lake:
@@ -126,8 +168,11 @@ class Lake:
                 cursor.execute("BEGIN TRANSACTION READ ONLY")
                 sealed, number = cursor.execute(_PIN).fetchall()[0]
                 self._pins[number] += 1
+                if self._known.number < number:
+                    self._known = _Known(number)
+                known = self._known if self._known.number == number else _Known(number)
             try:
-                yield Snapshot(cursor, sealed or 0)
+                yield Snapshot(cursor, sealed or 0, self._footers, known)
             finally:
                 with self._pinning:
                     self._pins[number] -= 1
@@ -146,7 +191,7 @@ class Lake:
     def event_files(self) -> list[LakeFile]:
         """Return the files of table `events`, in order of their blocks."""
         with self.snapshot() as snapshot, _told(self.folder):
-            return self._event_files(snapshot.cursor)
+            return snapshot.files()
 
     def dedupe_rows(self, first: int, last: int) -> Iterator[pa.RecordBatch]:
         """Yield what decides about duplicates of the events in blocks first … last, in order of position.
@@ -190,15 +235,19 @@ class Lake:
                 cursor.execute("INSERT INTO lake.merges SELECT * FROM new_merges")
             cursor.execute("INSERT INTO lake.sealed VALUES (0, ?)", [block])
 
+        if file is not None:
+            self._footers.of(file)  # the next reader should not wait for it
         self._commit(change)
 
     def swap(self, old: Sequence[LakeFile], new: Path | None) -> bool:
         """Put one file, on disk already, in the place of others. False if they changed since they were listed."""
         swapped = False
+        if new is not None:
+            self._footers.of(new)
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             nonlocal swapped
-            now = self._event_files(cursor)
+            now = _event_files(cursor, self._footers)
             swapped = all(file in now for file in old)
             if not swapped:
                 return
@@ -363,15 +412,6 @@ class Lake:
             else:
                 self.files.remove(path)
 
-    def _event_files(self, cursor: duckdb.DuckDBPyConnection) -> list[LakeFile]:
-        rows = cursor.execute(
-            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
-        ).fetchall()
-        return sorted(
-            (_lake_file(Path(data), deleted and Path(deleted)) for data, deleted in rows),
-            key=lambda file: file.first,
-        )
-
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     """Open DuckDB within its bounds, with the extension from our own packages, and attach the catalog."""
@@ -398,9 +438,20 @@ def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     return db
 
 
-def _lake_file(path: Path, deleted: Path | None) -> LakeFile:
+def _event_files(cursor: duckdb.DuckDBPyConnection, footers: Footers) -> list[LakeFile]:
+    """Return the files of table `events` as the cursor's transaction sees them, in order of their blocks."""
+    rows = cursor.execute(
+        "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
+    ).fetchall()
+    return sorted(
+        (_lake_file(Path(data), deleted and Path(deleted), footers) for data, deleted in rows),
+        key=lambda file: file.first,
+    )
+
+
+def _lake_file(path: Path, deleted: Path | None, footers: Footers) -> LakeFile:
     first, last, _ = path.stem.split("-")
-    return LakeFile(path, pq.read_metadata(path).num_rows, int(first), int(last), deleted)
+    return LakeFile(path, footers.of(path).metadata.num_rows, int(first), int(last), deleted)
 
 
 def _steps(

@@ -8,6 +8,7 @@ by their statistics and little else is read.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from retrofill.errors import StoreError
 from retrofill.lake import arrow
 from retrofill.lake.arrow import FILE, SCHEMA
 from retrofill.lake.files import Files, store_error
-from retrofill.limits import LAKE_GROUP_ROWS
+from retrofill.limits import LAKE_GROUP_ROWS, LAKE_LARGE_GROUP_ROWS, LAKE_SMALL_FILE_ROWS
 
 # Each text differs little from the one before it, as the rows of one person stand together.
 _LIKE_BEFORE = ("user_id", "device_id", "user_properties")
@@ -58,16 +59,19 @@ class Written(Struct, frozen=True):
     file_bytes: int
 
 
-def write(path: Path, tables: Iterable[pa.Table], files: Files) -> Written:
+def write(
+    path: Path, tables: Iterable[pa.Table], files: Files, *, group_rows: int = LAKE_GROUP_ROWS
+) -> Written:
     """Write a lake file from tables already in order; it and its name are on disk when this returns.
 
+    group_rows: of a row group; small ones suit a small file, of a large one they make too long a footer.
     With no rows no file is left. Raises StoreError; then the file, if there, is nobody's and may be removed.
     """
     rows = 0
     try:
         with pq.ParquetWriter(path, FILE, **_OPTIONS) as writer:
-            for group in _groups(tables):
-                writer.write_table(group, row_group_size=LAKE_GROUP_ROWS)
+            for group in _groups(tables, group_rows):
+                writer.write_table(group, row_group_size=group_rows)
                 rows += group.num_rows
     except OSError as problem:
         raise store_error(problem, path) from problem
@@ -79,18 +83,23 @@ def write(path: Path, tables: Iterable[pa.Table], files: Files) -> Written:
     return Written(rows, path.stat().st_size)
 
 
-def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def group_rows_of(rows: int) -> int:
+    """Return how many rows a row group should have in a file of so many."""
+    return LAKE_GROUP_ROWS if rows <= LAKE_SMALL_FILE_ROWS else LAKE_LARGE_GROUP_ROWS
+
+
+def _groups(tables: Iterable[pa.Table], group_rows: int) -> Iterator[pa.Table]:
     """Yield the same rows cut into row groups of one size: each group costs every reader of the file."""
     held: list[pa.Table] = []
     rows = 0
     for table in tables:
         held.append(table)
         rows += table.num_rows
-        while rows >= LAKE_GROUP_ROWS:
+        while rows >= group_rows:
             whole = pa.concat_tables(held)
-            yield _small(whole.slice(0, LAKE_GROUP_ROWS))
-            held = [whole.slice(LAKE_GROUP_ROWS)]
-            rows -= LAKE_GROUP_ROWS
+            yield _small(whole.slice(0, group_rows))
+            held = [whole.slice(group_rows)]
+            rows -= group_rows
     if rows:
         yield _small(pa.concat_tables(held))
 
@@ -132,8 +141,8 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
 
     Raises StoreError if a file cannot be read.
     """
-    try:
-        gone = _deleted(deleted)
+    with told(path):
+        gone = places_of(deleted)
         first = 0
         # Buffers of a set size: otherwise a whole file is read ahead, of each file that is merged.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened:
@@ -141,6 +150,13 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
                 table = pa.Table.from_batches([batch])
                 yield table if gone is None else _without(table, gone, first)
                 first += len(batch)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Say in our words that a lake file cannot be read: raises StoreError."""
+    try:
+        yield
     except OSError as problem:
         raise store_error(problem, path) from problem
     except pa.ArrowException as problem:
@@ -151,10 +167,11 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
         ) from problem
 
 
-def _deleted(path: Path | None) -> np.ndarray[Any, Any] | None:
-    if path is None:
+def places_of(deleted: Path | None) -> np.ndarray[Any, Any] | None:
+    """Return the places of the rows that a delete file names, None without one."""
+    if deleted is None:
         return None
-    places = pq.read_table(path, columns=["pos"])["pos"].to_numpy()
+    places = pq.read_table(deleted, columns=["pos"])["pos"].to_numpy()
     return np.asarray(places)
 
 
