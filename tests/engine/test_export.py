@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import threading
 import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,3 +317,20 @@ def test_texts_are_written_as_json(texts: list[str | None]) -> None:
     assert [json.loads(one) for one in lines._quoted(array).to_pylist()] == texts
     words = lines._word(array, "city").dictionary_decode().to_pylist()
     assert [json.loads(one) for one in words] == texts
+
+
+def test_an_export_given_up_leaves_no_thread_and_no_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXPORT_SLICE_BYTES", 1)
+    monkeypatch.setattr(module, "EXPORT_MEMBER_ROWS", 1)
+    blocks = [block(number, [{"insert_id": f"{number}"}]) for number in range(1, 9)]
+    stored = Stored(tmp_path, blocks, sealed=8)
+    found = export(stored.reader, PROJECT, ALL, bytes_max=0)
+    assert found is not None
+    next(found)
+    assert stored.pins == [8]
+    found.close()
+    found.close()
+    assert stored.pins == []
+    assert not [one for one in threading.enumerate() if one.name.startswith("export")]

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import io
 import tempfile
+import threading
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +45,8 @@ from retrofill.limits import (
     MS_PER_S,
     TIME_MS_MAX,
 )
+
+T = TypeVar("T")
 
 _SAMPLE_ROWS = 1000
 _READ_ROWS = 16_384  # of the lake at a time; smaller pieces cost more to set apart
@@ -102,19 +105,23 @@ def _hour(name: str, text: str) -> int:
 class Export:
     """One archive on its way: an iterator of pieces of bytes. Close it to let go of the snapshot that it reads."""
 
-    def __init__(self, pieces: Iterator[bytes], held: ExitStack) -> None:
+    def __init__(self, pieces: Generator[bytes, None, None], held: ExitStack) -> None:
         self._pieces = pieces
         self._held = held
+        self._taking = threading.Lock()
 
     def __iter__(self) -> Export:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._pieces)
+        with self._taking:
+            return next(self._pieces)
 
     def close(self) -> None:
-        """Stop reading; may be called again."""
-        self._held.close()
+        """Stop reading, once the piece that is being made has ended; may be called again."""
+        with self._taking:
+            self._pieces.close()  # what reads ahead ends before the snapshot does
+            self._held.close()
 
 
 def export(reader: Reader, project: int, hours: Hours, *, bytes_max: int) -> Export | None:
@@ -223,12 +230,22 @@ def _sealed(view: View, hours: Hours, parts: Any) -> Iterator[pa.Table]:
         some = slices[at : at + EXPORT_SLICES]
         starts = np.array([first for first, _ in some])
         with _Spool(len(some)) as spool:
-            for batch in _read(view, hours, some).to_arrow_reader(_READ_ROWS):
+            found = _read(view, hours, some).to_arrow_reader(_READ_ROWS)
+            for batch in _ahead(found):
                 block = batch.column(_BLOCK).to_numpy()
                 rows = worded(pa.Table.from_batches([batch]))
                 spool.add(rows, np.searchsorted(starts, block, side="right") - 1)
-            for table in spool.tables():
+            for table in _ahead(spool.tables()):
                 yield from _ordered(table)
+
+
+def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """Yield the same. While one is used the next is made in a thread; at the end nothing is being made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="export-ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _slices(parts: Any) -> list[tuple[int, int]]:
@@ -310,7 +327,7 @@ class _Member(Struct, frozen=True):
     chunks: list[pa.RecordBatch]
 
 
-def _archive(project: int, tables: Iterable[pa.Table]) -> Iterator[bytes]:
+def _archive(project: int, tables: Iterable[pa.Table]) -> Generator[bytes, None, None]:
     """Yield a ZIP of gzip members. The next ones are made in threads of their own while one is taken."""
     window = _Window()
     with (
