@@ -354,7 +354,7 @@ def test_opening_removes_files_that_the_catalog_does_not_name(lake: Lake, tmp_pa
 
 
 def test_a_missing_file_is_told_as_a_failing_store(lake: Lake) -> None:
-    with pytest.raises(StoreError, match="The file system failed: .*No such file"):
+    with pytest.raises(StoreError, match=r"The file system failed: .*No such file"):
         lake.adopt(lake.new_file(1, 1), block=1, merges=[])
 
 
