@@ -1,0 +1,119 @@
+"""Imports on a live server: opened, shown, closed, exported, and verified by what they export."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.backfill.test_commands import call as command
+from tests.backfill.test_commands import source
+from tests.server.live import Live
+from tests.server.test_project import call
+
+from retrofill.backfill import verify as verifying
+
+pytestmark = pytest.mark.slow
+
+KEYS = ["--api-key", "KEY", "--secret-key", "SECRET"]
+
+
+def of(name: str, **more: Any) -> dict[str, Any]:
+    return {
+        "user_id": "user-1",
+        "event_type": "View",
+        "time": 1_600_000_000_000,
+        "ingestion_metadata": {"source_name": "retrofill", "source_version": name},
+        **more,
+    }
+
+
+def send(live: Live, *events: dict[str, Any], key: str = "KEY") -> int:
+    return call(live, "POST", "/batch", {"api_key": key, "events": list(events)})[0]
+
+
+def test_an_import_is_opened_shown_closed_and_opened_again(tmp_path: Path) -> None:
+    with Live(tmp_path, "--project", "two:KEY2:SECRET2") as live:
+        assert call(live, "GET", "/api/1/imports") == (200, {"imports": []})
+        status, made = call(live, "POST", "/api/1/imports", {"name": "old"})
+        assert (status, made["name"], made["state"], made["generation"]) == (200, "old", "open", 1)
+        assert call(live, "POST", "/api/1/imports", {"name": "old"}) == (200, made)
+        assert call(live, "GET", "/api/1/imports/old") == (200, made)
+        assert (made["events"], made["people"], made["last_arrival_ms"]) == (0, 0, None)
+
+        again = of("old", insert_id="a")
+        assert [send(live, again), send(live, again)] == [200, 200]
+        assert send(live, of("old", insert_id="b", time=1_600_000_000_009)) == 200
+        assert send(live, of("never.opened"), of("never.opened", user_id="user-2")) == 200
+        assert send(live, of("old", event_type="")) == send(live, of("old", time="x")) == 400
+        assert send(live, of("theirs"), key="KEY2") == 200
+
+        status, shown = call(live, "GET", "/api/1/imports")
+        first, second = shown["imports"]
+        assert (first["name"], first["state"], first["opened_ms"]) == ("never.opened", "open", None)
+        assert (first["events"], first["people"]) == (2, 2)
+        assert (second["events"], second["duplicates"], second["refusals"]) == (2, 1, 2)
+        assert (second["first_event_ms"], second["last_event_ms"]) == (
+            1_600_000_000_000,
+            1_600_000_000_009,
+        )
+        assert made["opened_ms"] <= second["first_arrival_ms"] <= second["last_arrival_ms"]
+        status, closed = call(live, "POST", "/api/1/imports/old/close")
+        assert (status, closed) == (200, {**second, "state": "closed"})
+        assert call(live, "GET", "/api/1/imports/old") == (200, closed)
+        assert call(live, "POST", "/api/1/imports", {"name": "old"}) == (200, second)
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        for body in ({}, {"name": "a b"}, {"name": ""}, {"name": 5}, {"name": "a", "x": 1}, []):
+            status, said = call(live, "POST", "/api/1/imports", body)
+            assert (status, said["error"]["http_code"]) == (400, 400), body
+        assert call(live, "POST", "/api/1/imports", {"name": "x" * 5000})[0] == 413
+        for method, path in (("GET", ""), ("GET", "/export"), ("POST", "/close")):
+            status, said = call(live, method, f"/api/1/imports/none{path}")
+            assert (status, said["error"]["http_code"]) == (404, 404)
+        assert call(live, "GET", "/api/1/imports")[1] == {"imports": []}
+        # As an undo that is under way leaves it.
+        with closing(sqlite3.connect(tmp_path / "data" / "imports.sqlite")) as file, file:
+            file.execute("INSERT INTO imports VALUES (1, 'going', 'undoing', 5, 1)")
+        assert call(live, "POST", "/api/1/imports", {"name": "going"})[0] == 409
+        status, said = call(live, "POST", "/api/1/imports/going/close")
+        assert (status, said["error"]["message"]) == (409, "The import going is being undone")
+
+
+def test_verify_reads_back_the_import_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    fetch = verifying._fetch
+
+    def watched(url: str, *rest: Any) -> Path | None:
+        asked.append(url.partition("/api/")[2])
+        return fetch(url, *rest)
+
+    monkeypatch.setattr(verifying, "_fetch", watched)
+    given = source(tmp_path, 200)
+    with Live(tmp_path) as live:
+        assert send(live, of("other", insert_id="live"), of("", insert_id="other")) == 200
+        for name in ("a", "b"):  # the second one is stored before, all of it
+            work = ["--work", str(tmp_path / f"work-{name}"), "--api-key", "KEY"]
+            line = ["run", *given, "--to", live.address, "--import", name, *work, "--yes"]
+            found = command(*line)
+            assert found.exit_code == 0, found.output
+        figures = {one["name"]: one for one in call(live, "GET", "/api/1/imports")[1]["imports"]}
+        assert [(figures[one]["events"], figures[one]["duplicates"]) for one in "ab"] == [
+            (200, 0),
+            (0, 200),
+        ]
+        found = command("verify", "--work", str(tmp_path / "work-a"), *KEYS, "--json")
+        assert found.exit_code == 0, found.output
+        result = json.loads(found.stdout.splitlines()[0])
+        assert (result["sent"], result["read_back"], result["out_of_order"]) == (200, 200, 0)
+        assert asked == ["1/imports/a/export"]
+        found = command("verify", "--work", str(tmp_path / "work-b"), *KEYS)
+        assert asked[1] == "1/imports/b/export"
+        assert found.exit_code == 0, found.output  # hour by hour: all of it is there
