@@ -184,6 +184,73 @@ def test_groups_stay_after_an_identify_and_show_their_properties() -> None:
     assert msgspec.json.decode(table.groups) == {}
 
 
+def test_a_group_that_is_cleared_is_empty_within_the_same_request() -> None:
+    history = History()
+    org = {"org": "Acme"}
+    history.send(event("$groupidentify", groups=org, group_properties={"seats": 5}))
+    rows = history.send(
+        event("$groupidentify", groups=org, group_properties={"$clearAll": "-"}),
+        event(user_id="Ann", groups=org),
+        event("$groupidentify", groups=org, group_properties={"plan": "free"}),
+        event(user_id="Ann", groups=org),
+    )
+    shown = [table.group_properties for _, _, table in rows if table is not None]
+    assert [msgspec.json.decode(shown[row]) for row in (1, 3)] == [
+        {},
+        {"org": {"Acme": {"plan": "free"}}},
+    ]
+    assert history.groups["org", "Acme"] == {"plan": "free"}
+
+
+# user_properties, skip → what the row shows, the table after. Table and columns are of today, the event is old.
+# Source: contract, properties 6.
+@pytest.mark.parametrize(
+    ("sent", "skip", "seen", "after"),
+    [
+        ({"plan": "old"}, False, {"plan": "old", "seats": 5}, {"plan": "old", "seats": 5}),
+        (None, False, {"plan": "new", "seats": 5}, {"plan": "new", "seats": 5}),
+        ({"plan": "old"}, True, {"plan": "old"}, {"plan": "new", "seats": 5}),
+        (None, True, {}, {"plan": "new", "seats": 5}),
+    ],
+)
+def test_an_old_event_after_live_ones(
+    sent: dict[str, str] | None, *, skip: bool, seen: dict[str, object], after: dict[str, object]
+) -> None:
+    history = History()
+    history.send(event(user_id="Ann", user_properties={"plan": "new", "seats": 5}, city="Rome"))
+    row = history.send(event(user_id="Ann", time=1000, user_properties=sent, skip=skip))[0]
+    assert shown(row) == seen
+    assert row[2] is not None
+    assert row[2].city == (None if skip else "Rome")
+    assert shown(history.send(event(user_id="Ann"))[0]) == after
+
+
+def test_a_history_in_time_order_before_live_traffic_has_true_snapshots() -> None:
+    history = History()
+    plans = ["free", "pro", "free"]
+    rows = [
+        history.send(event(user_id="Ann", time=day, user_properties={"plan": plan}))[0]
+        for day, plan in enumerate(plans)
+    ]
+    assert [shown(row)["plan"] for row in rows] == plans
+
+
+def test_an_identify_writes_also_with_the_skip_flag() -> None:
+    history = History()
+    history.send(event("$identify", user_id="Ann", user_properties={"a": 1}, skip=True))
+    assert history.table("Ann") == {"a": 1}
+
+
+def test_a_skipped_event_is_no_property_update() -> None:
+    history = History(Limits(property_updates_per_h=1))
+    for _ in range(3):
+        history.send(event(user_id="Ann", user_properties={"a": 0}, skip=True))
+        history.send(event(user_id="Ann"))
+    history.send(event("$identify", user_id="Ann", user_properties={"a": 1}))
+    history.send(event("$identify", user_id="Ann", user_properties={"a": 2}))
+    assert history.table("Ann") == {"a": 1}
+
+
 def test_beyond_the_hourly_updates_the_table_stays_and_the_row_shows_its_own() -> None:
     history = History(Limits(property_updates_per_h=2))
     for n in range(3):

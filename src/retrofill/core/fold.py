@@ -505,7 +505,7 @@ def _show(
     shown: dict[str, dict[str, Any]] = {}
     for group_type, values in groups.items():
         for value in values:
-            found = change.groups.get((group_type, value)) or known.groups.get((group_type, value))
+            found = _group((group_type, value), known, change)
             if found:
                 shown.setdefault(group_type, {})[value] = found
     return _encode((table, groups, shown, *built_in))
@@ -515,10 +515,16 @@ def _group_identify(event: Event, known: Known, change: Changes) -> None:
     for group_type, value in (event.groups or {}).items():
         for one in _values(value):
             key = (group_type, one)
-            before = change.groups.get(key) or known.groups.get(key) or {}
+            before = _group(key, known, change)
             after = properties.apply(before, event.group_properties or {})
             if after is not before:
                 change.groups[key] = after
+
+
+def _group(key: Group, known: Known, change: Changes) -> dict[str, Any]:
+    """Return the properties of a group as they stand now. What this block emptied is empty, whatever it held before."""
+    found = change.groups.get(key)
+    return known.groups.get(key, {}) if found is None else found
 
 
 def _alias(event: Event, change: Changes) -> None:
