@@ -7,6 +7,7 @@ blocks, lakes, caches or time spent.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 WEEK_MS = 7 * 24 * 3_600_000
@@ -35,6 +36,8 @@ class Row:
     properties: dict[str, Any]
     platform: str | None
     time_ms: int
+    groups: dict[str, list[str]]
+    group_properties: dict[str, dict[str, Any]]
 
 
 class Model:
@@ -46,6 +49,7 @@ class Model:
         self.user_of: dict[str, int] = {}
         self.aliases: dict[str, str] = {}
         self.rows: list[Row] = []
+        self.groups: dict[tuple[str, str], dict[str, Any]] = {}
         self.seen: dict[tuple[str, str], int] = {}
 
     def survivor(self, person: int) -> int:
@@ -53,15 +57,23 @@ class Model:
         into = self.people[person].absorbed_by
         return person if into is None else into
 
-    def take(self, event: dict[str, Any], *, now_ms: int) -> None:
+    def take(self, event: dict[str, Any], *, now_ms: int) -> None:  # noqa: C901 - every rule there is
         """Take one accepted event."""
-        user, device = event.get("user_id"), event.get("device_id") or f"of {event.get('user_id')}"
+        user, device = event.get("user_id"), event.get("device_id") or ""
+        if user is not None and not device:
+            device = f"of {user}"
         insert_id = event.get("insert_id")
         if insert_id is not None:
             before = self.seen.get((device, insert_id))
             if before is not None and now_ms - before < WEEK_MS:
                 return
             self.seen[device, insert_id] = now_ms
+        groups = {kind: aslist(value) for kind, value in (event.get("groups") or {}).items()}
+        if event["event_type"] == "$groupidentify":
+            for group in pairs(groups):
+                before = self.groups.get(group, {})
+                self.groups[group] = changed(before, event.get("group_properties") or {})
+            return
         who = self._who(user, device)
         someone = self.people[who]
         sent = event.get("user_properties") or {}
@@ -80,9 +92,22 @@ class Model:
         time_ms = event.get("time", now_ms)
         if someone.first_seen_ms is None or time_ms < someone.first_seen_ms:
             someone.first_seen_ms = time_ms
-        self.rows.append(
-            Row(insert_id, event["event_type"], who, user, dict(table), shown_platform, time_ms)
-        )
+        shown: dict[str, dict[str, Any]] = {}
+        for kind, value in pairs(groups):
+            if self.groups.get((kind, value)):
+                shown.setdefault(kind, {})[value] = self.groups[kind, value]
+        said = (insert_id, event["event_type"], who, user, dict(table), shown_platform, time_ms)
+        self.rows.append(Row(*said, groups, shown))
+
+    def map(self, user: str, to: str | None) -> bool:
+        """Map a user to another, or back to itself; say whether it can be: one level, no circle."""
+        others = {one: into for one, into in self.aliases.items() if one != user or to}
+        if to is not None:
+            if to == user or to in others or user in others.values():
+                return False
+            others[user] = to
+        self.aliases = others
+        return True
 
     def _new(self, owner: str | None) -> int:
         self.people.append(Someone(owner))
@@ -118,9 +143,26 @@ class Model:
         one.first_seen_ms = min(seen, default=None)
         other.absorbed_by = surviving
 
-    def uniques(self) -> int:
-        """How many people have a counted event."""
-        return len({self.survivor(row.person) for row in self.rows})
+    def active(self) -> dict[str, int]:
+        """How many people have a counted event in each month; who is mapped counts as whom it is mapped to."""
+        found: dict[str, set[object]] = {}
+        for row in self.rows:
+            who = self.survivor(row.person)
+            owner = self.people[who].owner
+            counted = who if owner is None else self.aliases.get(owner, owner)
+            month = f"{datetime.fromtimestamp(row.time_ms / 1000, UTC):%Y-%m}-01"
+            found.setdefault(month, set()).add(counted)
+        return {month: len(counted) for month, counted in found.items()}
+
+
+def aslist(value: str | list[str]) -> list[str]:
+    """A group's value or values."""
+    return value if isinstance(value, list) else [value]
+
+
+def pairs(groups: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Each type with each of its values."""
+    return [(kind, value) for kind, values in groups.items() for value in values]
 
 
 def changed(table: dict[str, Any], sent: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,15 @@ from tests.stateful.model import Model
 from retrofill.config import Settings
 from retrofill.core import block as block_codec
 from retrofill.core import event as events
+from retrofill.core import form
 from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.event import Batch
 from retrofill.core.person import encode
-from retrofill.core.throttle import Accepted
-from retrofill.engine.ingest import Engine
+from retrofill.core.throttle import Accepted, Throttled
+from retrofill.engine import charts
+from retrofill.engine.admission import ProjectSettings
+from retrofill.engine.ingest import Engine, Outcome
+from retrofill.engine.query import Reader
 from retrofill.engine.recover import batches_of, refold
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.engine.state import State
@@ -42,7 +46,8 @@ DAY_MS = 24 * 3_600_000
 PLATFORM = COLUMNS.index("platform")
 
 devices = st.sampled_from(["phone-1", "phone-2", "kiosk-9", None])
-users = st.sampled_from(["ann-111", "bob-222", "eve-333", None])
+known = ["ann-111", "bob-222", "eve-333"]
+users = st.sampled_from([*known, None])
 values = st.one_of(st.integers(-5, 5), st.sampled_from(["a", "b"]))
 names = st.sampled_from(["color", "plan", "count"])
 plain = st.dictionaries(names, values, max_size=2)
@@ -99,6 +104,7 @@ class EngineBesideModel(RuleBasedStateMachine):
         )
         if not self.engine.all_projects():
             self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))
+            self.engine.set_settings(1, ProjectSettings({"legacy_eps": 1, "window_s": 2}))
         self.remember_blocks()
         self.loop.run_until_complete(self.engine.start())
 
@@ -113,6 +119,7 @@ class EngineBesideModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
+            self.count()
             self.the_history_folds_to_the_state()
         finally:
             self.end()
@@ -143,8 +150,14 @@ class EngineBesideModel(RuleBasedStateMachine):
     # Commands.
 
     def send(self, wire: list[dict[str, Any]], path: str) -> None:
-        body = msgspec.json.encode({"api_key": "key", "events": wire})
-        envelope = events.open_envelope(body)
+        envelope = events.open_envelope(msgspec.json.encode({"api_key": "key", "events": wire}))
+        outcome = self.outcome(envelope, path)
+        assert isinstance(outcome, Accepted)
+        for one in wire:
+            self.model.take(one, now_ms=outcome.server_upload_ms)
+        self.sent += wire
+
+    def outcome(self, envelope: events.Envelope | events.Refusal, path: str) -> Outcome:
         assert isinstance(envelope, events.Envelope)
         batch = events.parse(
             envelope,
@@ -153,14 +166,10 @@ class EngineBesideModel(RuleBasedStateMachine):
             limits=PROFILES["none"],
             received_ms=self.clock.ms,
             remote=None,
-            payload_bytes=len(body),
+            payload_bytes=100,
         )
         assert isinstance(batch, Batch), batch
-        outcome = self.loop.run_until_complete(self.engine.ingest(batch))
-        assert isinstance(outcome, Accepted)
-        for one in wire:
-            self.model.take(one, now_ms=outcome.server_upload_ms)
-        self.sent += wire
+        return self.loop.run_until_complete(self.engine.ingest(batch))
 
     @rule(
         who=st.lists(st.tuples(devices, users), min_size=1, max_size=4),
@@ -201,6 +210,45 @@ class EngineBesideModel(RuleBasedStateMachine):
             )
         if wire:
             self.send(wire, path)
+
+    @rule(org=st.sampled_from(["acme", "umbra"]), first=properties, then=properties, device=devices)
+    def group(
+        self,
+        *,
+        org: str,
+        first: dict[str, Any] | None,
+        then: dict[str, Any] | None,
+        device: str | None,
+    ) -> None:
+        """A group changes before and between events of one request."""
+        wire = []
+        for sent in (first, then):
+            self.number += 2
+            identify = {"event_type": "$groupidentify", "groups": {"org": org}}
+            event = {"event_type": "View", "device_id": device or "phone-1", "time": self.clock.ms}
+            wire += [
+                {**identify, "insert_id": f"i{self.number - 1}", "group_properties": sent},
+                {**event, "insert_id": f"i{self.number}", "groups": {"org": [org, "other"]}},
+            ]
+        self.send(wire, "/batch")
+
+    @rule(user=st.sampled_from(known), to=st.sampled_from([*known, None]))
+    def alias(self, *, user: str, to: str | None) -> None:
+        said = {"unmap": True} if to is None else {"global_user_id": to}
+        mapping = msgspec.json.encode({"api_key": "key", "mapping": {"user_id": user, **said}})
+        outcome = self.outcome(form.open_json("/usermap", mapping), "/usermap")
+        assert isinstance(outcome, Accepted) == self.model.map(user, to)
+
+    @rule(who=st.tuples(st.sampled_from(["phone-1", "new-phone"]), users), sent=properties)
+    def throttle(self, who: tuple[str, str | None], sent: dict[str, Any] | None) -> None:
+        """Three at once are over one a second for two seconds: nothing of them may be left."""
+        wire = {"event_type": "View", "device_id": who[0], "user_id": who[1]}
+        body = msgspec.json.encode(
+            {"api_key": "key", "event": [{**wire, "user_properties": sent}] * 3}
+        )
+        outcome = self.outcome(form.open_json("/httpapi", body), "/httpapi")
+        assert isinstance(outcome, Throttled)
+        assert outcome.events == [0, 1, 2]
 
     @rule(index=st.integers(0, 1000), count=st.integers(1, 5))
     def repeat(self, index: int, count: int) -> None:
@@ -248,14 +296,38 @@ class EngineBesideModel(RuleBasedStateMachine):
         assert [msgspec.json.decode(row["user_properties"]) for row in found] == [
             row.properties for row in self.model.rows
         ]
+        for name in ("groups", "group_properties"):
+            told = [msgspec.json.decode(row[name] or "{}") for row in found]
+            assert told == [getattr(row, name) for row in self.model.rows]
         numbers: dict[int, int] = {}
         for row, expected in zip(found, self.model.rows, strict=True):
             assert numbers.setdefault(expected.person, row["amplitude_id"]) == row["amplitude_id"]
         assert len(set(numbers.values())) == len(numbers)
 
+    @rule()
+    def count(self) -> None:
+        """Ask for the active users of each month."""
+        expected = self.model.active()
+        if not expected:
+            return
+        engine = self.engine
+        reader = Reader(
+            *(engine.lake, engine.blocks),
+            last_block=engine.last_block,
+            person=engine.person,
+            aliases=engine.aliases,
+            pin=engine.pin,
+        )
+        when = charts.range_of("20220101", "20301231", 30)
+        with reader.view(1) as view:
+            said = charts.active(view, when, [[]], None)
+        counts = zip(said["xValues"], said["series"][0], strict=True)
+        assert {month: count for month, count in counts if count} == expected
+
     @invariant()
     def states_equal_the_model(self) -> None:
         state = self.engine.state.project(1)
+        assert self.engine.aliases(1) == self.model.aliases
         for user, number in self.model.user_of.items():
             known = state.users.get(user)
             assert known is not None
@@ -279,11 +351,23 @@ class Canary(EngineBesideModel):
 
 TestEngine = EngineBesideModel.TestCase
 TestEngine.settings = settings(
-    max_examples=10,
+    max_examples=8,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.long
+class TestEngineForLong(EngineBesideModel.TestCase):  # type: ignore[name-defined,misc] # made by Hypothesis
+    """The same with long lives."""
+
+    settings = settings(
+        max_examples=200,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def test_the_alarm_rings() -> None:
