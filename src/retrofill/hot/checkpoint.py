@@ -82,7 +82,7 @@ class Checkpoint:
         assert table in ("devices", "users")
         return dict(
             self._reader.execute(
-                f"SELECT {table}.id, amplitude_id FROM json_each(?) JOIN {table} ON project = ? AND {table}.id = value",  # noqa: S608 - one of two words
+                f"SELECT {table}.id, amplitude_id FROM json_each(?) CROSS JOIN {table} ON project = ? AND {table}.id = value",  # noqa: S608 - one of two words
                 (json.dumps(list(ids)), project),
             )
         )
@@ -92,7 +92,7 @@ class Checkpoint:
         return {
             amplitude_id: person.decode(blob)
             for amplitude_id, blob in self._reader.execute(
-                "SELECT amplitude_id, person FROM json_each(?) JOIN people ON amplitude_id = value",
+                "SELECT amplitude_id, person FROM json_each(?) CROSS JOIN people ON amplitude_id = value",
                 (json.dumps(list(amplitude_ids)),),
             )
         }
