@@ -138,6 +138,7 @@ class Engine:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
+        self._changes: set[asyncio.Task[Import]] = set()
 
     @classmethod
     def open(
@@ -250,6 +251,7 @@ class Engine:
         self._due.set()
         try:
             await asyncio.gather(*self._tasks)
+            await asyncio.gather(*self._changes, return_exceptions=True)
             if self._problem is None:
                 await self.seal()
                 await self.checkpoint()
@@ -277,9 +279,10 @@ class Engine:
 
     async def abandon(self) -> None:
         """Let go of everything as a crash would: nothing is committed, sealed or saved any more. For tests."""
-        for task in self._tasks:
+        under_way = [*self._tasks, *self._changes]
+        for task in under_way:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)
         await self._release()
 
     async def _release(self) -> None:
@@ -596,7 +599,9 @@ class Engine:
 
         Commits wait meanwhile. Raises StoreError: then the next start ends it, or it was never begun.
         """
-        self._ready()
+        return await self._whole(self._undo(project, name))
+
+    async def _undo(self, project: int, name: str) -> Import:
         async with self._committing:
             await self.seal()
             await asyncio.to_thread(self._begin_again, project, name)
@@ -607,7 +612,9 @@ class Engine:
 
     async def restore(self, project: int, name: str) -> Import:
         """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
-        self._ready()
+        return await self._whole(self._restore(project, name))
+
+    async def _restore(self, project: int, name: str) -> Import:
         async with self._committing:
             await self.seal()
             now_ms = self._clock.now_ms()
@@ -622,9 +629,15 @@ class Engine:
             )
             return await self._change_import(project, one)
 
-    def _ready(self) -> None:
-        if self._problem is not None:
-            raise StoreError("The store has failed", mend="Start the server again")
+    async def _whole(self, change: Coroutine[Any, Any, Import]) -> Import:
+        """Do a change to its end, also when whoever asked for it has gone."""
+        if self._problem is not None or self._closing:
+            change.close()
+            raise StoreError("The store has failed or is stopping", mend="Start the server again")
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
 
     def _begin_again(self, project: int, name: str) -> None:
         one = self.imports.get(project, name)

@@ -53,6 +53,8 @@ class ImportRoutes:
             Route("/api/1/imports", self.list, methods=["GET"]),
             Route("/api/1/imports", self.open, methods=["POST"]),
             Route("/api/1/imports/{id}", self.show, methods=["GET"]),
+            Route("/api/1/imports/{id}", self.undo, methods=["DELETE"]),
+            Route("/api/1/imports/{id}/restore", self.restore, methods=["POST"]),
             Route("/api/1/imports/{id}/close", self.close, methods=["POST"]),
             Route("/api/1/imports/{id}/export", self.export, methods=["GET"]),
         ]
@@ -87,6 +89,20 @@ class ImportRoutes:
             return self._one(number, name)
 
         return await self._answer(request, ask)
+
+    async def undo(self, request: Request) -> Response:
+        """DELETE /api/1/imports/{id}: answers when all of it is undone; again it answers the same."""
+        number, name = request.state.project.number, request.path_params["id"]
+        await self._answer(request, lambda: self._one(number, name))  # 404 if there is none
+        await self._engine.undo(number, name)
+        return await self._answer(request, lambda: self._one(number, name))
+
+    async def restore(self, request: Request) -> Response:
+        """POST /api/1/imports/{id}/restore."""
+        number, name = request.state.project.number, request.path_params["id"]
+        await self._answer(request, lambda: self._one(number, name))
+        await self._engine.restore(number, name)
+        return await self._answer(request, lambda: self._one(number, name))
 
     async def export(self, request: Request) -> Response:
         """GET /api/1/imports/{id}/export."""

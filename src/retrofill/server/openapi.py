@@ -463,7 +463,26 @@ _IMPORTS: Json = {
             },
         },
     },
-    "/api/1/imports/{id}": _read("One import", _ONE_IMPORT, _IMPORT_ID, _404=_EITHER),
+    "/api/1/imports/{id}": {
+        **_read("One import", _ONE_IMPORT, _IMPORT_ID, _404=_EITHER),
+        "delete": {
+            "summary": "Undo an import with all its effects; again changes nothing",
+            "parameters": [_IMPORT_ID],
+            "responses": {"200": _ONE_IMPORT, "404": _EITHER, **_READ_ANSWERS},
+        },
+    },
+    "/api/1/imports/{id}/restore": {
+        "post": {
+            "summary": "Bring an undone import back",
+            "parameters": [_IMPORT_ID],
+            "responses": {
+                "200": _ONE_IMPORT,
+                "404": _EITHER,
+                "409": _json("Problem", "it is not undone, too long ago, or sent again since"),
+                **_READ_ANSWERS,
+            },
+        }
+    },
     "/api/1/imports/{id}/close": {
         "post": {
             "summary": "Note that all of an import was sent",
