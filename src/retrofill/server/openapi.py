@@ -421,7 +421,7 @@ _IMPORT = _object(
         "refusals",
     ),
     name=_TEXT,
-    state={"enum": ["open", "closed", "undoing", "undone"]},
+    state={"enum": ["open", "closed", "undoing", "undone", "restoring"]},
     generation=_INT,
     opened_ms=_NULLABLE_INT,
     events=_INT,
