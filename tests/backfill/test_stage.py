@@ -378,8 +378,11 @@ def walked(device: list[int], user: list[int], limit: int) -> list[int]:
 def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: Path) -> None:
     schema = pa.schema([("n", pa.int64())])
     batches = [pa.record_batch([[at, at + 1]], schema=schema) for at in range(0, 20, 2)]
-    for bound in (0, 50, 1 << 20):
-        whole, parts = (Spill(tmp_path / name, schema, memory_bytes=bound) for name in ("a", "b"))
+    for bound, plain in ((0, 0), (0, 1 << 20), (50, 100), (1 << 20, 1 << 20)):
+        whole, parts = (
+            Spill(tmp_path / name, schema, memory_bytes=bound, plain_bytes=plain)
+            for name in ("a", "b")
+        )
         for batch in batches:
             whole.add(batch)
             parts.add(batch)

@@ -159,13 +159,13 @@ class Columns:
             for number in range(len(self.used))
         )
         plain = "".join(
-            f", CAST(j{number} AS JSON) AS o{number}"
+            f", CASE WHEN j{number} IS NOT NULL THEN x[{number + 1}] END AS o{number}"
             if self.kind(number) == "JSON"
             else f", {unquote(f'j{number}')} AS u{number}"
             for number in range(len(self.used))
         )
         return (
-            f"SELECT *{plain} FROM (SELECT file, line, text, x IS NULL AS unreadable{values} "  # names are constants
+            f"SELECT * EXCLUDE (x){plain} FROM (SELECT file, line, text, x, x IS NULL AS unreadable{values} "  # names are constants
             f"FROM (SELECT file, line, text, TRY(json_extract(text, [{pointers}])) AS x FROM source))"
         )
 

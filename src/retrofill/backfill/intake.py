@@ -32,7 +32,7 @@ from retrofill.core.mapping import Field, Mapping, literal
 from retrofill.errors import InputError
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
-_ROWS = 8_192  # of one batch on its way
+_ROWS = 20_000  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample
@@ -261,17 +261,22 @@ class Intake:
             if options.since_ms is not None
             else np.zeros(len(time_ms), bool)
         )
-        until = np.full(len(time_ms), np.iinfo(np.int64).max)
-        if options.until_ms is not None:
-            until[:] = options.until_ms
-        for event_type, until_ms in options.until_types.items():
-            until[np.asarray(pc.equal(batch.column("event_type"), event_type))] = until_ms
-        late = time_ms >= until
+        late = time_ms >= self._until(batch)
         if early.any() or late.any():
             self.taken.left_out["since"] += int(early.sum())
             self.taken.left_out["until"] += int(late.sum())
             batch = batch.filter(pa.array(~(early | late)))
         return batch
+
+    def _until(self, batch: pa.RecordBatch) -> Ints | np.int64:
+        """Return the time from which each row is left out: its type's own, or the one of all, whichever is earlier."""
+        options = self.options
+        end = np.int64(np.iinfo(np.int64).max if options.until_ms is None else options.until_ms)
+        if not options.until_types:
+            return end
+        types = batch.column("event_type").dictionary_encode()
+        ends = [min(end, options.until_types.get(one, end)) for one in types.dictionary.to_pylist()]
+        return np.asarray(ends, np.int64)[types.indices.to_numpy()]
 
     def _judge(self) -> None:
         refused = self.letters.total

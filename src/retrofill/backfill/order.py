@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
-from retrofill.backfill.spill import Spill
+from retrofill.backfill.spill import PLAIN_BYTES, Spill
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
@@ -168,9 +168,15 @@ class Sorter:
         return self.found
 
     def _scatter(self, spill: Spill, edges: Borders, scratch: Path) -> list[Spill]:
+        count = len(edges.persons) + 1
         buckets = [
-            Spill(scratch / f"bucket-{at}.arrow", SPILLED, memory_bytes=0)
-            for at in range(len(edges.persons) + 1)
+            Spill(
+                scratch / f"bucket-{at}.arrow",
+                SPILLED,
+                memory_bytes=0,
+                plain_bytes=PLAIN_BYTES // count,
+            )
+            for at in range(count)
         ]
         for part in spill.parts():
             person = self.people.of(_ints(part, "device_node"), _ints(part, "user_node"))

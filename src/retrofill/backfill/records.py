@@ -24,7 +24,7 @@ from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.source import Piece
 from retrofill.errors import InputError
 
-CHUNK_BYTES = 1024 * 1024  # read at once
+CHUNK_BYTES = 1024 * 1024  # read at once; more would be fresh memory each time
 RECORD_BYTES_MAX = 16 * 1024 * 1024  # a longer record is no event: Amplitude takes 20 MB a request
 _EMPTY_BYTES_MAX = 2  # \r\n
 _HEADER_BYTES_MAX = 256 * 1024  # of a CSV file

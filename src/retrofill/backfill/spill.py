@@ -7,38 +7,52 @@ from pathlib import Path
 
 import pyarrow as pa
 
-MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a packed file does
+MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a file does
+# Written as it is. Packing takes about 1 CPU s for a million events each time; beyond this the room on disk is dearer.
+PLAIN_BYTES = 1024 * 1024 * 1024
 _TOGETHER = 4  # batches of the file read as one
 
 
 class Spill:
-    """A list of batches with a bound. First all `add`s, then one reading."""
+    """A list of batches with a bound. First all `add`s, then one reading.
 
-    def __init__(self, path: Path, schema: pa.Schema, *, memory_bytes: int = MEMORY_BYTES) -> None:
+    memory_bytes: held in memory at most. plain_bytes: of a file before the rest is packed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: pa.Schema,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        plain_bytes: int = PLAIN_BYTES,
+    ) -> None:
         self.path, self.schema = path, schema
         self.bytes = 0
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._plain_bytes = memory_bytes, plain_bytes
         self._held: list[pa.RecordBatch] = []
+        self._files: list[Path] = []
+        self._packed = False  # the file being written is
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
 
     @property
     def in_memory(self) -> bool:
         """Whether no file was needed."""
-        return self._writer is None
+        return not self._files
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take rows. The batch is not to be changed any more."""
         self.bytes += batch.nbytes
-        if self._writer is not None:
-            self._writer.write_batch(batch)
+        if self.in_memory:
+            self._held.append(batch)
+            if self.bytes > self._memory_bytes:
+                self._open()
+                for one in self._taken_held():
+                    self._write(one)
             return
-        self._held.append(batch)
-        if self.bytes > self._memory_bytes:
-            options = pa.ipc.IpcWriteOptions()
-            self._writer = pa.ipc.new_file(self.path, self.schema, options=options)
-            for one in self._held:
-                self._writer.write_batch(one)
-            self._held = []
+        if not self._packed and self.bytes > self._plain_bytes:
+            self._open()
+        self._write(batch)
 
     def whole(self) -> pa.Table:
         """Return all rows, each column in one piece, and forget them."""
@@ -47,21 +61,38 @@ class Spill:
 
     def parts(self) -> Iterator[pa.Table]:
         """Yield all rows, some thousands at a time, and forget them."""
-        if self._writer is None:
-            held, self._held = self._held, []
-            while held:
-                yield pa.Table.from_batches([held.pop()], self.schema)
-            return
-        self._writer.close()
-        with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
-            for start in range(0, reader.num_record_batches, _TOGETHER):
-                end = min(start + _TOGETHER, reader.num_record_batches)
-                batches = [reader.get_batch(at) for at in range(start, end)]
-                yield pa.Table.from_batches(batches, self.schema).combine_chunks()
-        self.path.unlink()
+        held = self._taken_held()
+        while held:
+            yield pa.Table.from_batches([held.pop()], self.schema)
+        if self._writer is not None:
+            self._writer.close()
+        for path in self._files:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+                for start in range(0, reader.num_record_batches, _TOGETHER):
+                    end = min(start + _TOGETHER, reader.num_record_batches)
+                    batches = [reader.get_batch(at) for at in range(start, end)]
+                    yield pa.Table.from_batches(batches, self.schema).combine_chunks()
+            path.unlink()
+
+    def _open(self) -> None:
+        """Begin a file, the next one where there is one already."""
+        if self._writer is not None:
+            self._writer.close()
+        self._packed = self.bytes > self._plain_bytes
+        path = self.path.with_name(f"{self.path.name}.{len(self._files)}")
+        options = pa.ipc.IpcWriteOptions(compression="lz4" if self._packed else None)
+        self._writer = pa.ipc.new_file(path, self.schema, options=options)
+        self._files.append(path)
+
+    def _write(self, batch: pa.RecordBatch) -> None:
+        assert self._writer is not None
+        self._writer.write_batch(batch)
+
+    def _taken_held(self) -> list[pa.RecordBatch]:
+        held, self._held = self._held, []
+        return held
 
     def _taken(self) -> list[pa.RecordBatch]:
-        if self._writer is None:
-            held, self._held = self._held, []
-            return held
+        if self.in_memory:
+            return self._taken_held()
         return [batch for part in self.parts() for batch in part.to_batches()]

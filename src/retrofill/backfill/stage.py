@@ -117,6 +117,8 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     mark: str,
     progress: Progress,
 ) -> Manifest:
+    # Batches come and go: Arrow's own pool asks the machine for fresh memory each time, malloc keeps some.
+    pa.set_memory_pool(pa.system_memory_pool())
     told = asked.mapping.format
     pieces = source.pieces(origins, scratch=scratch, format_name=told, endpoint=asked.endpoint)
     letters = DeadLetters(work / DEAD_LETTERS)
