@@ -118,7 +118,7 @@ def test_dead_letters_are_not_missing(tmp_path: Path, data: Exporting) -> None:
 def test_a_destination_that_answers_late_is_read_in_the_end(
     tmp_path: Path, data: Exporting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrofill.backfill.verify.time.sleep", lambda _: None)
+    monkeypatch.setattr("retrofill.backfill.readback.time.sleep", lambda _: None)
     sent_and_stored(tmp_path, data)
     data.broken = [503, 429, 504, 500]
     assert check(tmp_path, data)[0].clean

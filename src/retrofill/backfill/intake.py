@@ -276,7 +276,8 @@ class Intake:
             return end
         types = batch.column("event_type").dictionary_encode()
         ends = [min(end, options.until_types.get(one, end)) for one in types.dictionary.to_pylist()]
-        return np.asarray(ends, np.int64)[types.indices.to_numpy()]
+        found: Ints = np.asarray(ends, np.int64)[types.indices.to_numpy()]
+        return found
 
     def _judge(self) -> None:
         refused = self.letters.total

@@ -20,6 +20,7 @@ import msgspec
 import pygal
 from pygal.style import Style
 
+from retrofill.backfill import seam
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Ledger
 from retrofill.backfill.manifest import Manifest
@@ -33,6 +34,7 @@ sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != "pyg
 
 BARS_MAX = 120  # days beyond this are drawn as weeks or months
 POINTS_MAX = 240
+SQUARES_MAX = 3700  # ten years of the calendar
 VERIFIED = "verify.json"
 
 _STYLE = Style(
@@ -265,18 +267,28 @@ def _verified(work: Path) -> str:
 
 def _coverage(work: Path, found: Manifest) -> str:
     """A square a day: history, live data, both. Live days are known after `--until live`."""
-    path = work / "live.json"
     if not found.days:
         return ""
-    live = set(msgspec.json.decode(path.read_bytes()).get("days", [])) if path.exists() else set()
+    known = seam.read(work)
+    live = {} if known is None else known.days
     first = date.fromisoformat(min([*found.days, *live]))
     last = date.fromisoformat(max([*found.days, *live]))
-    length = min((last - first).days + 1, 3700)
+    length = min((last - first).days + 1, SQUARES_MAX)
     squares = []
     for at in range(length):
         day = (first + timedelta(days=at)).isoformat()
-        there = found.days.get(day, 0)
-        kind = "b" if there and day in live else "h" if there else "l" if day in live else ""
-        squares.append(f'<i class="{kind}" title="{day}: {there:,} events"></i>')
-    note = "blue: history, orange: live, violet: both" if live else "blue: history"
-    return f'<h2>Coverage</h2><p>{note}</p><div class="calendar">{"".join(squares)}</div>'
+        sent, there = found.days.get(day, 0), live.get(day, 0)
+        kind = "b" if sent and there else "h" if sent else "l" if there else ""
+        title = f"{day}: {sent:,} of the history, {there:,} live"
+        squares.append(f'<i class="{kind}" title="{title}"></i>')
+    calendar = f'<div class="calendar">{"".join(squares)}</div>'
+    if known is None:
+        return f"<h2>Coverage</h2><p>blue: history</p>{calendar}"
+    left_out = found.left_out.get("until", 0)
+    rows = [(name, moment(one.first_ms), one.events) for name, one in known.types.items()]
+    return (
+        "<h2>Coverage</h2><p>blue: history, orange: live, violet: both. "
+        f"{left_out:,} rows of the source lie on the live side of their type's seam and were left out; "
+        f"{known.imported:,} rows there are of imports and not live.</p>{calendar}"
+        + _table(rows, ("event type", "live from", "live events"))
+    )

@@ -14,15 +14,7 @@ Identify and group identify calls are in no export: they are counted as unreadab
 
 from __future__ import annotations
 
-import base64
-import gzip
-import http.client
-import io
 import shutil
-import time
-import urllib.error
-import urllib.request
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +22,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -39,6 +31,7 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill import readback
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Journal, Ledger, Rows
 from retrofill.backfill.keys import Keys
@@ -51,8 +44,6 @@ Json = dict[str, Any]
 
 HOUR_MS = 3_600_000
 PARALLEL = 4  # contract, read 1: 5 requests of a project at a time
-READ_TRIES = 8
-READ_S = 600.0  # ours: an hour's archive may take so long to begin
 PART_ROWS = 20_000  # ours: rows compared in memory at a time
 PARTS_MAX = 400  # ours: files open at once
 DEAL_ROWS = 20_000  # ours: rows dealt at a time
@@ -272,46 +263,15 @@ def _hours(work: Path) -> list[str]:
 
 
 def _fetch(url: str, keys: Keys, path: Path) -> Path | None:
-    """Download into a file. None for 404: no data. Tries again for as long as it may help; raises FinalError."""
-    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
-    request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"})  # noqa: S310 - http or https: `target` checked it
-    problem = ""
-    for tries in range(READ_TRIES):
-        if tries:
-            time.sleep(min(60.0, 2.0**tries))
-        try:
-            with urllib.request.urlopen(request, timeout=READ_S) as answer, path.open("wb") as file:  # noqa: S310 - the same
-                size = answer.headers.get("Content-Length")
-                copied = _copy(answer, file)
-            if size is None or int(size) == copied:
-                return path
-            problem = f"{copied:,} of {int(size):,} bytes"
-        except urllib.error.HTTPError as refused:
-            with refused:
-                said = refused.read(500).decode("utf-8", "replace")
-            if refused.code == 404:
-                return None
-            if refused.code in {400, 401, 403}:
-                raise FinalError(
-                    f"The destination does not let us read: {refused.code} {said.strip()}",
-                    where=url,
-                    mend="Check the keys; both are needed for reading"
-                    if refused.code != 400
-                    else "This hour holds more than the destination exports at once",
-                ) from refused
-            problem = f"{refused.code} {said.strip()}"
-        except (OSError, http.client.HTTPException) as failed:
-            problem = str(failed)
-    raise FinalError(
-        f"The destination cannot be read: {problem}", where=url, mend="Verify again later"
-    )
-
-
-def _copy(answer: http.client.HTTPResponse, file: IO[bytes]) -> int:
-    copied = 0
-    while block := answer.read(1 << 18):
-        copied += file.write(block)
-    return copied
+    """Download into a file. None for 404: no data. Raises FinalError."""
+    fetched = readback.fetch(url, keys, path)
+    if fetched.status == 400:
+        raise FinalError(
+            f"The destination does not let us read: 400 {fetched.said}",
+            where=url,
+            mend="This hour holds more than the destination exports at once",
+        )
+    return path if fetched.status == 200 else None
 
 
 class _Back(Struct):
@@ -324,7 +284,7 @@ def _take_in(deal: Deal, path: Path, place: int) -> int:
     """Deal the rows of an archive, and remove it. Returns the place of its last row."""
     decode = msgspec.json.Decoder(_Back).decode
     rows: list[tuple[str, int, str]] = []
-    for line in _lines(path):
+    for line in readback.lines(path):
         place += 1
         insert_id = decode(line).insert_id
         if insert_id is not None:
@@ -340,27 +300,6 @@ def _take_in(deal: Deal, path: Path, place: int) -> int:
 def _deal(deal: Deal, rows: list[tuple[str, int, str]]) -> None:
     if rows:
         deal.add(pa.table(list(zip(*rows, strict=True)), schema=BACK))
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of an archive: a ZIP of gzip members, one gzip file, or plain lines."""
-    with path.open("rb") as file:
-        start = file.read(4)
-        file.seek(0)
-        if start.startswith(b"PK"):
-            with zipfile.ZipFile(file) as archive:
-                for name in archive.namelist():
-                    with archive.open(name) as member:
-                        if name.endswith(".gz"):
-                            with gzip.open(member) as unpacked:
-                                yield from io.BufferedReader(unpacked)
-                        else:
-                            yield from member
-        elif start.startswith(b"\x1f\x8b"):
-            with gzip.open(file) as unpacked:
-                yield from unpacked
-        else:
-            yield from file
 
 
 # Comparing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrofill.cli.run import WORK, stage_of
+from retrofill.cli.run import WORK, say, seam_of, stage_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,13 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         Path | None, typer.Option(help="File with api_key=… and secret_key=….")
     ] = None,
     since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
-    until: Annotated[str | None, typer.Option(help="Leave out events from this time on.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Leave out events from this time on; live: from their type's first on."),
+    ] = None,
+    live: Annotated[
+        str | None, typer.Option(help="An export of the destination, for --until live.")
+    ] = None,
     sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
@@ -71,6 +77,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     keys = key_ring.find(api_key, secret_key, key_file)
     where = profiles.target(to)
     chosen = profiles.choose(where, profile)
+    seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
         sources,
         mapping=map_,
@@ -81,7 +88,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         skip=skip_user_properties_sync,
         sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
         since=since,
-        until=until,
+        until=None if seams is not None else until,
+        until_types={} if seams is None else seams.until,
         sample=sample,
         kiosk_limit=kiosk_limit,
         bad_rows=bad_rows,

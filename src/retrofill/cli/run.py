@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -15,8 +16,10 @@ import typer
 from retrofill.errors import InputError
 
 if TYPE_CHECKING:
+    from retrofill.backfill.keys import Keys
     from retrofill.backfill.manifest import Manifest
     from retrofill.backfill.profile import Profile, Target
+    from retrofill.backfill.seam import Live
     from retrofill.backfill.send import Outcome, Progress
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
@@ -43,7 +46,13 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         Path | None, typer.Option(help="File with api_key=… and secret_key=….")
     ] = None,
     since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
-    until: Annotated[str | None, typer.Option(help="Leave out events from this time on.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Leave out events from this time on; live: from their type's first on."),
+    ] = None,
+    live: Annotated[
+        str | None, typer.Option(help="An export of the destination, for --until live.")
+    ] = None,
     sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
     profile: Annotated[
         str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
@@ -78,6 +87,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     where = profiles.target(to)
     chosen = profiles.choose(where, profile)
     pause = None if give_up_after is None else seconds(give_up_after)
+    seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
         sources,
         mapping=map_,
@@ -88,7 +98,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         skip=skip_user_properties_sync,
         sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
         since=since,
-        until=until,
+        until=None if seams is not None else until,
+        until_types={} if seams is None else seams.until,
         sample=sample,
         kiosk_limit=kiosk_limit,
         bad_rows=bad_rows,
@@ -135,6 +146,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     sync_is_safe: Callable[[], bool],
     since: str | None,
     until: str | None,
+    until_types: dict[str, int],
     sample: str | None,
     kiosk_limit: int,
     bad_rows: str,
@@ -161,6 +173,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
         bad_rows=part(bad_rows, "--bad-rows"),
         since_ms=None if since is None else parse_time(since),
         until_ms=None if until is None else parse_time(until),
+        until_types=until_types,
         sample=1.0 if sample is None else part(sample, "--sample", some=True),
         skip_user_properties_sync=not sync_is_safe() if skip is None else skip,
     )
@@ -172,6 +185,46 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     )
     with Staging(as_json=as_json) as staging:
         return stage(work, asked, options, progress=staging.show)
+
+
+def seam_of(
+    until: str | None,
+    file: str | None,
+    work: Path,
+    to: Target,
+    keys: Keys,
+    *,
+    tell: Callable[[str], None],
+) -> Live | None:
+    """Find the seam with live data if `--until live` asks for it, and say it. Raises InputError, FinalError."""
+    from retrofill.backfill import keys as key_ring
+    from retrofill.backfill import seam
+    from retrofill.backfill.status import moment
+
+    if until != seam.LIVE:
+        if file is not None:
+            raise InputError("--live says nothing without --until live", mend="Give both")
+        return None
+
+    def both() -> Keys:
+        key_ring.need_both(keys)
+        return keys
+
+    found = seam.find(work, to, both, file=file, now=datetime.now(UTC), step=tell)
+    tell(
+        f"live at {found.where}: {sum(found.days.values()):,} events of {len(found.types):,} types;"
+        f" {found.imported:,} more are of imports and do not count"
+    )
+    if not to.ours and file is None:
+        tell("Amplitude's export does not mark imports: rows of an earlier import count as live")
+    for name, one in found.types.items():
+        tell(f"  {name}: history until {moment(one.first_ms)}, {one.events:,} live events")
+        if one.late:
+            tell(
+                f"  ! its first row arrived only at {moment(one.arrived_ms)}: if it came late,"
+                " take --until DATE"
+            )
+    return found
 
 
 def fitting(sources: list[str], query: str | None, endpoint: str | None) -> str:

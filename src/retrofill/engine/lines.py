@@ -23,12 +23,9 @@ from retrofill.core.row import EXPORT_KEYS
 from retrofill.lake import arrow
 from retrofill.limits import EXPORT_CHUNK_ROWS, MS_PER_DAY, MS_PER_S
 
-# What a line is made of. Left out: what was sent, the import, the kind (always an event's).
-COLUMNS = tuple(
-    name
-    for name in arrow.SCHEMA.names
-    if name not in {"import_id", "sent", "kind", "said", "sent_groups", "updates_max"}
-)
+# What a line is made of. Left out: what was sent, and the kind (always an event's).
+_LEFT_OUT = {"sent", "kind", "said", "sent_groups", "updates_max"}
+COLUMNS = tuple(name for name in arrow.SCHEMA.names if name not in _LEFT_OUT)
 # `core.row` makes a row's uuid and event_id of this text.
 HASH_SQL = "md5(concat(project, '/', partition, '/', block, '/', row))"
 _TIMES = (
@@ -327,4 +324,19 @@ def _line(columns: Columns) -> pa.Array:
             plain = value.dictionary_decode() if pa.types.is_dictionary(value.type) else value
             parts += [fixed, plain]
             fixed = ""
-    return pc.binary_join_element_wise(*parts, f"{fixed}}}\n", "")
+    marks = _marks(columns["import_id"])
+    return pc.binary_join_element_wise(*parts, fixed, *marks, "}\n", "")
+
+
+def _marks(imports: pa.DictionaryArray) -> list[pa.Array]:
+    """Return what marks an import's rows, beyond the keys that Amplitude has: nothing where all rows are live."""
+    words = imports.dictionary.to_pylist()
+    if all(one == "null" for one in words):
+        return []
+    texts = [
+        ""
+        if one == "null"
+        else f',"ingestion_metadata":{{"source_name":"retrofill","source_version":{one}}}'
+        for one in words
+    ]
+    return [pa.DictionaryArray.from_arrays(imports.indices, texts).dictionary_decode()]

@@ -1,0 +1,94 @@
+"""Reading a destination: archives of its Export API downloaded into files, and the lines of an archive."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import io
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from retrofill.backfill.keys import Keys
+from retrofill.errors import FinalError
+
+READ_TRIES = 8
+READ_S = 600.0  # ours: an archive may take so long to begin
+
+
+class Fetched(NamedTuple):
+    """How a download ended. status: 200, 404 for no data, or 400 and what it said: too much, or no such hours."""
+
+    status: int
+    said: str = ""
+
+
+def fetch(url: str, keys: Keys, path: Path, *, divisible: bool = False) -> Fetched:
+    """Download into a file. Tries again for as long as it may help.
+
+    divisible: the caller asks for less when there was too much; then a 504 counts as 400 and is not tried again.
+    Raises FinalError: the keys are refused, or nothing helps.
+    """
+    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
+    request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"})  # noqa: S310 - http or https: `target` checked it
+    problem = ""
+    for tries in range(READ_TRIES):
+        if tries:
+            time.sleep(min(60.0, 2.0**tries))
+        try:
+            with urllib.request.urlopen(request, timeout=READ_S) as answer, path.open("wb") as file:  # noqa: S310 - the same
+                size = answer.headers.get("Content-Length")
+                copied = _copy(answer, file)
+            if size is None or int(size) == copied:
+                return Fetched(200)
+            problem = f"{copied:,} of {int(size):,} bytes"
+        except urllib.error.HTTPError as refused:
+            with refused:
+                said = refused.read(500).decode("utf-8", "replace").strip()
+            if refused.code in {400, 404}:
+                return Fetched(refused.code, said)
+            if refused.code == 504 and divisible:
+                return Fetched(400, said)
+            if refused.code in {401, 403}:
+                raise FinalError(
+                    f"The destination does not let us read: {refused.code} {said}",
+                    where=url,
+                    mend="Check the keys; both are needed for reading",
+                ) from refused
+            problem = f"{refused.code} {said}"
+        except (OSError, http.client.HTTPException) as failed:
+            problem = str(failed)
+    raise FinalError(f"The destination cannot be read: {problem}", where=url, mend="Try it later")
+
+
+def _copy(answer: http.client.HTTPResponse, file: IO[bytes]) -> int:
+    copied = 0
+    while block := answer.read(1 << 18):
+        copied += file.write(block)
+    return copied
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of an archive: a ZIP of gzip members, one gzip file, or plain lines."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(0)
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(file) as archive:
+                for name in archive.namelist():
+                    with archive.open(name) as member:
+                        if name.endswith(".gz"):
+                            with gzip.open(member) as unpacked:
+                                yield from io.BufferedReader(unpacked)
+                        else:
+                            yield from member
+        elif start.startswith(b"\x1f\x8b"):
+            with gzip.open(file) as unpacked:
+                yield from unpacked
+        else:
+            yield from file
