@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -32,3 +33,30 @@ async def app(
     b"".join(chunks)
     await send(_START)
     await send({"type": "http.response.body", "body": _ANSWER})
+
+
+_counted = Counter[str]()
+
+
+async def counting(
+    scope: Message,
+    receive: Callable[[], Awaitable[Message]],
+    send: Callable[[Message], Awaitable[None]],
+) -> None:
+    """The same, but count requests, and events of ours; a GET tells how many."""
+    chunks: list[bytes] = []
+
+    async def heard() -> Message:
+        message = await receive()
+        chunks.append(message.get("body", b""))
+        return message
+
+    if scope["type"] == "http" and scope["method"] == "GET":
+        body = b'{"events":%d,"requests":%d}' % (_counted["events"], _counted["requests"])
+        head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+        return
+    await app(scope, heard, send)
+    _counted["requests"] += 1
+    _counted["events"] += b"".join(chunks).count(b'{"insert_id":')

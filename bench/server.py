@@ -118,11 +118,11 @@ def retrofill(data: Path, *, extra: tuple[str, ...] = ()) -> Server:
     return Server(command, port, ready="/healthz", log=data.parent / "server.log")
 
 
-def null(folder: Path) -> Server:
-    """Start the app that stores nothing."""
+def null(folder: Path, *, app: str = "app") -> Server:
+    """Start the app that stores nothing, or `counting`, which counts."""
     port = free_port()
     command = [
-        *(sys.executable, "-m", "uvicorn", "null:app", "--app-dir", str(Path(__file__).parent)),
+        *(sys.executable, "-m", "uvicorn", f"null:{app}", "--app-dir", str(Path(__file__).parent)),
         *("--port", str(port), "--log-level", "warning", "--loop", "uvloop", "--http", "httptools"),
     ]
     return Server(command, port, ready="/", log=folder / "null.log")
