@@ -225,7 +225,7 @@ class State:
     def oldest_block(self, after_ms: int) -> int:
         """Return the first block committed after this time.
 
-        Times are kept once a second, so among blocks of one second some count for up to a second longer.
+        Times are kept once a second, so blocks that follow within a second of one count for up to a second longer.
         """
         times = self.block_times
         low, high = 0, len(times)
@@ -236,7 +236,10 @@ class State:
             else:
                 high = middle
         if low:
-            return times[low - 1][0] + 1
+            number, ms = times[low - 1]
+            if after_ms < ms + MS_PER_S:
+                return number + 1
+            return times[low][0] if low < len(times) else self.block + 1
         # Times that no window reaches any more are let go (`saved`), and so are the blocks before the first one kept.
         return times[0][0] if times else self.block + 1
 
