@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrofill.core import dedupe
+from retrofill.core.block import Kind
 from retrofill.core.dedupe import (
     KEY_BYTES,
     NO_KEY,
     Fingerprints,
-    first_of_each,
     held,
     key,
     keys,
@@ -56,8 +56,9 @@ def test_a_key_of_each_kind_is_its_own() -> None:
         key(1, "device", "1:5", import_id="i"),
         triple(1, "device", 1, 5),
         triple(1, "", 1, 5),
+        triple(1, "device", 1, 5, import_id="i"),
     }
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(len(one) == KEY_BYTES for one in found)
 
 
@@ -77,10 +78,73 @@ def test_a_key_stays_the_same_for_ever() -> None:
     assert triple(1, "device", 2, 3).hex() == "e35e6fdbada39ba664b152c6592acc66"
 
 
-@given(st.lists(st.sampled_from([NO_KEY, made(1), made(2), made(1, 2), made(3)]), max_size=12))
-def test_the_first_of_each_key_in_a_list_wins(some: list[bytes]) -> None:
-    expected = [one == NO_KEY or one not in some[:index] for index, one in enumerate(some)]
-    assert first_of_each(b"".join(some)).tolist() == expected
+LIVE, KEPT, DROPPED, DISPLACED = "", 0, int(Kind.DROPPED), int(Kind.DISPLACED)
+# What holds the key of an event, of which import the event is, whether its own import has its key → what becomes of it.
+VERDICTS = [
+    (KEPT, LIVE, False, KEPT),
+    (KEPT, "a", False, KEPT),
+    (KEPT, "a", True, DROPPED),
+    (DROPPED, LIVE, False, DROPPED),
+    (DROPPED, "a", False, DROPPED),
+    (DISPLACED, LIVE, False, DISPLACED),
+    (DISPLACED, "a", False, DISPLACED),
+    (DISPLACED, "a", True, DROPPED),
+]
+
+
+def own(import_id: str, insert: int) -> bytes:
+    return made(insert, 2 + ord(import_id)) if import_id and insert else NO_KEY
+
+
+def plain(insert: int) -> bytes:
+    return made(insert) if insert else NO_KEY
+
+
+class Stored:
+    """The rule in plain dicts, for events that come one at a time."""
+
+    def __init__(self, held: dict[bytes, int], own: set[bytes]) -> None:
+        self.held, self.own = dict(held), set(own)
+
+    def decide(self, events: list[tuple[str, int]]) -> list[int]:
+        keys, owns = [plain(insert) for _, insert in events], [own(*event) for event in events]
+        held = np.array([self.held.get(key, KEPT) for key in keys], np.uint8)
+        own_held = np.array([one in self.own for one in owns])
+        imports = b"".join(owns)
+        if imports.strip(b"\0"):
+            return list(dedupe.decide(b"".join(keys), imports, held, own_held))
+        return list(dedupe.decide(b"".join(keys), b"", held, None))
+
+    def take(self, event: tuple[str, int]) -> int:
+        (verdict,) = self.decide([event])
+        if verdict == KEPT and event[1]:
+            self.held[plain(event[1])] = DISPLACED if event[0] else DROPPED
+        if verdict != DROPPED and own(*event) != NO_KEY:
+            self.own.add(own(*event))
+        return verdict
+
+
+@pytest.mark.parametrize(("held", "import_id", "own_held", "expected"), VERDICTS)
+def test_what_becomes_of_an_event(
+    *, held: int, import_id: str, own_held: bool, expected: int
+) -> None:
+    stored = Stored({plain(1): held}, {own(import_id, 1)} if own_held else set())
+    assert stored.decide([(import_id, 1)]) == [expected]
+    assert stored.decide([(import_id, 0), (import_id, 2)]) == [KEPT, KEPT]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(0, 3)), max_size=12),
+    st.dictionaries(st.integers(1, 3), st.sampled_from([DROPPED, DISPLACED])),
+    st.sets(st.tuples(st.sampled_from(["a", "b"]), st.integers(1, 3))),
+)
+def test_events_of_one_block_are_judged_as_if_each_had_come_alone(
+    events: list[tuple[str, int]], held: dict[int, int], owns: set[tuple[str, int]]
+) -> None:
+    stored = Stored(
+        {plain(insert): verdict for insert, verdict in held.items()}, {own(*one) for one in owns}
+    )
+    assert stored.decide(events) == [stored.take(event) for event in events]
 
 
 @given(

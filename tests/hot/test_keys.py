@@ -73,12 +73,45 @@ def test_keys_without_a_value_are_left_out_and_an_empty_range_has_its_file(tmp_p
     assert KeyFiles(tmp_path).missing(1, 20) == []
 
 
-def test_block_numbers_beyond_31_bits_come_back_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [30, 31, 32])
+def test_block_numbers_beyond_30_bits_come_back_whole(tmp_path: Path, bits: int) -> None:
     files = KeyFiles(tmp_path)
     packed = random_keys(3, 1)
-    blocks = np.array([2**31 - 1, 2**31, 2**31 + 1])
-    files.write(2**31 - 1, 2**31 + 5, packed, blocks, forever=np.array([True, False, True]))
-    assert files.find(packed).tolist() == blocks.tolist()
+    blocks = np.array([2**bits - 1, 2**bits, 2**bits + 1])
+    forever, imported = np.array([True, False, False]), np.array([False, False, True])
+    files.write(2**bits - 1, 2**bits + 5, packed, blocks, forever=forever, imported=imported)
+    for one in (files, KeyFiles(tmp_path)):
+        found, of_imports = one.holders(packed)
+        assert found.tolist() == blocks.tolist()
+        assert of_imports.tolist() == imported.tolist()
+
+
+def test_a_file_says_which_keys_are_of_imports_rows(tmp_path: Path) -> None:
+    files = KeyFiles(tmp_path)
+    packed = random_keys(KEY_FILES_MERGED * 2, 4)
+    for index in range(KEY_FILES_MERGED):
+        two = packed[index * 2 * KEY_BYTES :][: 2 * KEY_BYTES]
+        blocks = np.full(2, index + 1)
+        files.write(index + 1, index + 1, two, blocks, imported=np.array([False, True]))
+    assert files.merge(KEY_FILES_MERGED - 1)
+    found, imported = files.holders(packed)
+    assert not found[
+        : 2 * KEY_FILES_MERGED - 4
+    ].any()  # the ordinary key of an import's row expires too
+    assert imported.tolist() == [False] * (2 * KEY_FILES_MERGED - 4) + [False, True, False, True]
+    table = Fingerprints.bulk(files.runs(), newest=KEY_FILES_MERGED)
+    assert (table.split(packed, oldest_block=1) == found).all()
+
+
+def test_a_file_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    fill(KeyFiles(tmp_path), 1)
+    path = next(tmp_path.glob("*.bin"))
+    data = bytearray(path.read_bytes())
+    data[8] = 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="no key file of this version"):
+        KeyFile(path)
+    assert KeyFiles(tmp_path).missing(1, 10) == [(1, 10)]
 
 
 def test_missing_ranges_are_named(tmp_path: Path) -> None:
@@ -273,4 +306,4 @@ def test_one_thread_may_search_what_another_merges(tmp_path: Path) -> None:
     block, packed = chance.choice(list(written.items()))
     # The old files are unlinked, but whoever still holds the old tuple reads on.
     wanted = np.frombuffer(packed, "<u8").reshape(-1, 2)
-    assert any((file.find(wanted) == block).all() for file in before)
+    assert any((file.find(wanted)[0] == block).all() for file in before)

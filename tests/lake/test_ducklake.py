@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.lake.blocks import FIRST_PERSON, World, block_of
 
-from retrofill.core.block import Block, Merge
+from retrofill.core.block import Block, Kind, Merge
 from retrofill.errors import FullError, StoreError
 from retrofill.lake import Lake, arrow, compact, parquet
 from retrofill.lake.compact import LakeFile
@@ -179,6 +179,27 @@ def test_deleting_people_takes_their_rows_of_that_project_alone(lake: Lake) -> N
     assert lake.delete(7, [1]) == 0
     with lake.snapshot() as snapshot:
         assert snapshot.cursor.execute("SELECT count(*) FROM lake.merges").fetchall() == [(0,)]
+
+
+def test_deleting_people_takes_what_imports_displaced_of_them(lake: Lake) -> None:
+    displaced = [
+        ({"user_id": "user-1", "device_id": "other"}, 0, Kind.DISPLACED),
+        ({"device_id": "device-1"}, 0, Kind.DISPLACED),
+        ({"user_id": "user-2", "device_id": "device-1"}, 0, Kind.DISPLACED),
+        ({"device_id": "device-2"}, 0, Kind.DISPLACED),
+        ({"user_id": "user-1", "device_id": "device-1"}, 1, Kind.EVENT),
+        ({"user_id": "user-2", "device_id": "device-2"}, 2, Kind.EVENT),
+        ({"device_id": "device-1"}, 0, Kind.GROUP_IDENTIFY),
+    ]
+    events = [{"event_type": "e", **ids} for ids, _, _ in displaced]
+    people = [person for _, person, _ in displaced]
+    kinds = [kind for _, _, kind in displaced]
+    seal(lake, [block_of(events, people=people, kinds=kinds)])
+    seal(lake, [block_of(events, people=people, kinds=kinds, project=8, number=2)])
+    assert lake.delete(7, [1]) == 3
+    assert [row for block, row in positions(lake) if block == 1] == [2, 3, 5, 6]
+    assert [row for block, row in positions(lake) if block == 2] == list(range(7))
+    assert lake.delete(7, [1]) == 0
 
 
 def test_deleted_rows_leave_the_disk_with_the_next_compaction(lake: Lake) -> None:

@@ -26,6 +26,17 @@ class Someone:
 
 
 @dataclass
+class Displaced:
+    """What must be kept, hidden, of an event that an import's row displaced."""
+
+    insert_id: str | None
+    event_type: str
+    user_id: str | None
+    sent: dict[str, Any] | None
+    import_id: str | None
+
+
+@dataclass
 class Row:
     """What a reader must find of one stored event."""
 
@@ -50,7 +61,9 @@ class Model:
         self.aliases: dict[str, str] = {}
         self.rows: list[Row] = []
         self.groups: dict[tuple[str, str], dict[str, Any]] = {}
-        self.seen: dict[tuple[str, str], int] = {}
+        self.displaced: list[Displaced] = []
+        self.seen: dict[tuple[str, str], tuple[int, str | None]] = {}  # when, of which import
+        self.seen_by_imports: set[tuple[str, str, str]] = set()
 
     def survivor(self, person: int) -> int:
         """Follow a merge."""
@@ -62,12 +75,8 @@ class Model:
         user, device = event.get("user_id"), event.get("device_id") or ""
         if user is not None and not device:
             device = f"of {user}"
-        insert_id = event.get("insert_id")
-        if insert_id is not None:
-            before = self.seen.get((device, insert_id))
-            if before is not None and now_ms - before < WEEK_MS:
-                return
-            self.seen[device, insert_id] = now_ms
+        if event.get("insert_id") is not None and self._repeats(event, user, device, now_ms):
+            return
         groups = {kind: aslist(value) for kind, value in (event.get("groups") or {}).items()}
         if event["event_type"] == "$groupidentify":
             for group in pairs(groups):
@@ -96,7 +105,15 @@ class Model:
         for kind, value in pairs(groups):
             if self.groups.get((kind, value)):
                 shown.setdefault(kind, {})[value] = self.groups[kind, value]
-        said = (insert_id, event["event_type"], who, user, dict(table), shown_platform, time_ms)
+        said = (
+            event.get("insert_id"),
+            event["event_type"],
+            who,
+            user,
+            dict(table),
+            shown_platform,
+            time_ms,
+        )
         self.rows.append(Row(*said, groups, shown))
 
     def map(self, user: str, to: str | None) -> bool:
@@ -107,6 +124,27 @@ class Model:
                 return False
             others[user] = to
         self.aliases = others
+        return True
+
+    def _repeats(self, event: dict[str, Any], user: str | None, device: str, now_ms: int) -> bool:
+        """Say whether an event is a duplicate; keep it if an import's row is what it repeats."""
+        insert_id, import_id = event["insert_id"], None
+        if "ingestion_metadata" in event:
+            import_id = event["ingestion_metadata"]["source_version"]
+            if (import_id, device, insert_id) in self.seen_by_imports:
+                return True
+        since, holder = self.seen.get((device, insert_id), (-WEEK_MS, None))
+        duplicate = now_ms - since < WEEK_MS
+        if duplicate and holder is None:
+            return True
+        if import_id is not None:
+            self.seen_by_imports.add((import_id, device, insert_id))
+        if not duplicate:
+            self.seen[device, insert_id] = (now_ms, import_id)
+            return False
+        group = event["event_type"] == "$groupidentify"
+        sent = event.get("group_properties" if group else "user_properties") or None
+        self.displaced.append(Displaced(insert_id, event["event_type"], user, sent, import_id))
         return True
 
     def _new(self, owner: str | None) -> int:

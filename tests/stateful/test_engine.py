@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from tests.stateful.model import Model
+from tests.stateful.model import Displaced, Model
 
 from retrofill.config import Settings
 from retrofill.core import block as block_codec
@@ -62,6 +62,16 @@ operations = st.fixed_dictionaries(
     },
 )
 properties = st.one_of(st.none(), plain, operations, st.just({"$clearAll": "-"}))
+
+
+origins = st.sampled_from([None, None, "summer", "winter"])  # live, or an import
+
+
+def stamped(wire: list[dict[str, Any]], of: str | None) -> list[dict[str, Any]]:
+    """Return the same events as sent live, or by an import."""
+    plain = [{name: one[name] for name in one if name != "ingestion_metadata"} for one in wire]
+    origin = {"source_name": "retrofill", "source_version": of}
+    return [one | {"ingestion_metadata": origin} for one in plain] if of else plain
 
 
 class FakeClock:
@@ -179,6 +189,7 @@ class EngineBesideModel(RuleBasedStateMachine):
         platform=st.sampled_from(["iOS", "Web", None]),
         back_ms=st.integers(0, 400 * DAY_MS),
         path=st.sampled_from(["/batch", "/2/httpapi"]),
+        of=origins,
     )
     def track(
         self,
@@ -190,8 +201,9 @@ class EngineBesideModel(RuleBasedStateMachine):
         platform: str | None,
         back_ms: int,
         path: str,
+        of: str | None,
     ) -> None:
-        wire = []
+        wire: list[dict[str, Any]] = []
         for device, user in who:
             if device is None and user is None:
                 continue
@@ -209,7 +221,7 @@ class EngineBesideModel(RuleBasedStateMachine):
                 }
             )
         if wire:
-            self.send(wire, path)
+            self.send(stamped(wire, of), path)
 
     @rule(org=st.sampled_from(["acme", "umbra"]), first=properties, then=properties, device=devices)
     def group(
@@ -256,6 +268,12 @@ class EngineBesideModel(RuleBasedStateMachine):
         if again:
             self.send(again, "/batch")
 
+    @rule(index=st.integers(0, 1000), count=st.integers(1, 5), of=origins)
+    def repeat_elsewhere(self, index: int, count: int, of: str | None) -> None:
+        again = self.sent[index % max(len(self.sent), 1) :][:count]
+        if again:  # twice: one block has to judge what two would
+            self.send(stamped(again, of) + stamped(again, "summer"), "/batch")
+
     @rule(step_ms=st.sampled_from([1, 1000, 3_600_000, 8 * DAY_MS, -60_000]))
     def wait(self, step_ms: int) -> None:
         self.clock.ms += step_ms
@@ -289,7 +307,9 @@ class EngineBesideModel(RuleBasedStateMachine):
 
     @invariant()
     def rows_equal_the_model(self) -> None:
-        found = [row for row in self.rows() if row["kind"] == Kind.EVENT]
+        rows = self.rows()
+        self.displaced_rows_equal_the_model(rows)
+        found = [row for row in rows if row["kind"] == Kind.EVENT]
         assert [
             (row["insert_id"], row["user_id"], row["platform"], row["event_time"]) for row in found
         ] == [(row.insert_id, row.user_id, row.platform, row.time_ms) for row in self.model.rows]
@@ -323,6 +343,19 @@ class EngineBesideModel(RuleBasedStateMachine):
             said = charts.active(view, when, [[]], None)
         counts = zip(said["xValues"], said["series"][0], strict=True)
         assert {month: count for month, count in counts if count} == expected
+
+    def displaced_rows_equal_the_model(self, rows: list[dict[str, Any]]) -> None:
+        found = [row for row in rows if row["kind"] == Kind.DISPLACED]
+        assert [
+            Displaced(
+                row["insert_id"],
+                row["event_type"],
+                row["user_id"],
+                row["sent"] and (msgspec.json.decode(row["sent"]) or None),
+                row["import_id"],
+            )
+            for row in found
+        ] == self.model.displaced
 
     @invariant()
     def states_equal_the_model(self) -> None:

@@ -21,7 +21,7 @@ class Kind(IntEnum):
     IDENTIFY = 1
     GROUP_IDENTIFY = 2
     ALIAS = 3
-    DISPLACED = 4  # a live event dropped as the duplicate of an import's row
+    DISPLACED = 4  # the duplicate of an import's row: it comes back if that import is undone
     UNDONE = 5  # a row of an import that was undone
     DROPPED = 255  # a duplicate: it has no row
 

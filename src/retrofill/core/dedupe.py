@@ -11,13 +11,15 @@ window is passed over, and left behind at the next move.
 A fingerprint found is not yet a duplicate: the caller confirms the full key in that block. If it is not there
 (2^-64 for each pair of keys), `candidates` names all blocks that may hold it, so that not even then an event is lost.
 
-Blocks are kept as 31 bits, beside one bit for keys that never expire (an import's own); the newest block added makes
-them whole again. For a key that never expires and is older than 2^31 blocks that number is wrong: confirm it by key.
+Blocks are kept as 30 bits; the newest block added makes them whole again. For a key that never expires and is older
+than 2^30 blocks that number is wrong: confirm it by key. Of the other two bits one marks keys that never expire (an
+import's own), the other the ordinary keys of an import's rows: `decide` keeps what such a row displaces, so that an
+undo of the import can bring it back.
 
 Beyond `most` keys in memory the oldest blocks that key files hold (`filed`) are left out: `memory_from` says from
 which block on memory answers, and the key files answer for those before. Nothing is forgotten.
 
-Source: contract, events 6; decision 0005.
+Source: contract, events 6; decisions 0005, 0011.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from retrofill.core.block import Kind
 from retrofill.limits import FINGERPRINTS_IN_MEMORY
 
 KEY_BYTES = 16
@@ -38,10 +41,15 @@ U64s = NDArray[np.uint64]
 U32s = NDArray[np.uint32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Verdicts = NDArray[
+    np.uint8
+]  # what becomes of each event: 0 it is kept, Kind.DROPPED, Kind.DISPLACED
 Run = tuple[U64s, U32s]  # fingerprints in rising order, and what `slot_value` makes of their blocks
 
 _FOREVER = 1 << 31
-_LOW = _FOREVER - 1
+_IMPORTED = 1 << 30
+_LOW = _IMPORTED - 1
+_DROPPED, _DISPLACED = int(Kind.DROPPED), int(Kind.DISPLACED)
 
 
 def key(project: int, device_id: str, insert_id: str, *, import_id: str = "") -> bytes:
@@ -71,9 +79,12 @@ def keys(
     )
 
 
-def triple(project: int, device_id: str, event_id: int, time_ms: int) -> bytes:
+def triple(
+    project: int, device_id: str, event_id: int, time_ms: int, *, import_id: str = ""
+) -> bytes:
     """Return the key of an event without insert_id whose sender gave a counter, a time and a device."""
-    text = f"t{project}:{len(device_id)}:{device_id}{event_id}:{time_ms}"
+    scope = f"i{project}:{len(import_id)}:{import_id}" if import_id else f"t{project}:"
+    text = f"{scope}{len(device_id)}:{device_id}{event_id}:{time_ms}"
     return xxh3_128_digest(text.encode())
 
 
@@ -84,22 +95,47 @@ def table_of(packed: bytes | Keys) -> Keys:
     return packed.reshape(-1, 2)
 
 
-def first_of_each(packed: bytes | Keys) -> Bools:
-    """Say of each key whether it is the first of its kind in this list; true where there is no key."""
-    found = table_of(packed)
-    mask = np.ones(len(found), bool)
-    fingerprints = np.sort(found[:, 0][found[:, 0] != 0])
-    if not (fingerprints[1:] == fingerprints[:-1]).any():
-        return mask
+def decide(packed: bytes, imports: bytes, held: Verdicts, own_held: Bools | None) -> bytearray:
+    """Say of each event whether it is kept (0) or a duplicate: Kind.DROPPED, or Kind.DISPLACED by an import's row.
+
+    packed: the keys of events in order of arrival. imports: their keys within their imports, empty if none is of one.
+    held: what a stored row makes of an event with that key: DISPLACED if it is a row of any import, DROPPED if it is
+    live, 0 if there is none. own_held: whether the key within the import is stored.
+
+    An event of the import whose row holds its key is DROPPED: a row that holds a key of an import has left the key
+    within that import too, for ever. So an event whose own key is not there is of another import than that row.
+    """
+    if own_held is not None:
+        held = np.where(own_held, _DROPPED, held).astype(np.uint8)
+    verdicts = bytearray(held.tobytes())
+    if _repeats(packed):
+        _decide_in_order(packed, imports, verdicts)
+    return verdicts
+
+
+def _repeats(packed: bytes) -> bool:
+    """Say whether a fingerprint stands there twice. An import's key does so only where the ordinary one does."""
+    fingerprints = table_of(packed)[:, 0]
+    fingerprints = np.sort(fingerprints[fingerprints != 0])
+    return bool((fingerprints[1:] == fingerprints[:-1]).any())
+
+
+def _decide_in_order(packed: bytes, imports: bytes, verdicts: bytearray) -> None:
+    """Judge events also by those before them, as if each had come alone."""
+    holders: dict[bytes, int] = {}  # key → what its row makes of the events after it
     seen: set[bytes] = set()
-    data = found.tobytes()
-    for index in range(len(found)):
-        one = data[index * KEY_BYTES : (index + 1) * KEY_BYTES]
-        if one in seen:
-            mask[index] = False
-        elif one != NO_KEY:
-            seen.add(one)
-    return mask
+    for index, verdict in enumerate(verdicts):
+        place = slice(index * KEY_BYTES, (index + 1) * KEY_BYTES)
+        one, own = packed[place], imports[place] or NO_KEY
+        if one == NO_KEY:
+            continue
+        if own in seen:
+            verdicts[index] = _DROPPED
+        elif not verdict:
+            verdicts[index] = holders.get(one, 0)
+            holders.setdefault(one, _DROPPED if own == NO_KEY else _DISPLACED)
+        if own != NO_KEY and verdicts[index] != _DROPPED:
+            seen.add(own)
 
 
 def sorted_index(high: U64s, low: U64s, wanted: Keys) -> Ints:
@@ -125,9 +161,10 @@ def held(block_keys: bytes | Keys, wanted: bytes | Keys) -> Bools:
     return sorted_index(block[:, 0], block[:, 1], table_of(wanted)) >= 0
 
 
-def slot_value(blocks: Ints, *, forever: Bools | bool) -> U32s:
-    """Return what a slot holds for blocks, and whether their keys never expire."""
-    return ((blocks & _LOW) | np.where(forever, _FOREVER, 0)).astype(np.uint32)
+def slot_value(blocks: Ints, *, forever: Bools | bool, imported: Bools | bool = False) -> U32s:
+    """Return what a slot holds for blocks, whether their keys never expire, and whether they are of imports' rows."""
+    marks = np.where(forever, _FOREVER, 0) | np.where(imported, _IMPORTED, 0)
+    return ((blocks & _LOW) | marks).astype(np.uint32)
 
 
 # One window of slots is looked at together: at two thirds full, it nearly always has the answer.

@@ -49,8 +49,9 @@ DEFAULT_LIBRARY = {
     "/usermap": "http/1.0",
 }
 # Plain numbers: reaching a member through its enum costs more than the rest of a step in the hot loop.
-_EVENT, _IDENTIFY, _GROUP_IDENTIFY, _ALIAS, _DROPPED = (
-    int(kind) for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DROPPED)
+_EVENT, _IDENTIFY, _GROUP_IDENTIFY, _ALIAS, _DISPLACED = (
+    int(kind)
+    for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DISPLACED)
 )
 _SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE = (
     int(flag) for flag in (Flag.SKIP, Flag.FIRST_EVENT, Flag.UPDATE_DROPPED, Flag.REVENUE)
@@ -128,8 +129,8 @@ def fold(
 ) -> Folded:
     """Fold the requests of one block.
 
-    batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, true for a
-    duplicate. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
+    batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, for a duplicate
+    the kind it becomes (DROPPED, or DISPLACED with a row that shows what the event alone said), 0 for others. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
     updates_max: the property updates of a person in an hour, by project, 0 = any number.
     forgotten: (project, amplitude_id) of people to delete before the first event.
     """
@@ -252,10 +253,17 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             add_person(0)
             add_time(event_time)
             add_created(-1)
-            add_kind(_DROPPED)
-            add_flags(0)
-            add_table(_NO_TABLE)
-            add_said(0)
+            add_kind(is_dropped)
+            if is_dropped == _DISPLACED:
+                shown, which = _alone(event, remote, library)
+                add_flags(_SKIP if event.skip_user_properties_sync else 0)
+                add_table(len(tables))
+                add_said(which)
+                tables.append(shown)
+            else:
+                add_flags(0)
+                add_table(_NO_TABLE)
+                add_said(0)
             continue
         user, device = event.user_id, event.device_id
         kind = _ALIAS if aliases else _kind_of(event.event_type, _EVENT)
@@ -411,6 +419,18 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             add_table(len(tables))
             tables.append(shown)
     return fresh
+
+
+def _alone(event: Event, remote: str | None, library: str) -> tuple[bytes, int]:
+    """What an event says of itself, as a row's snapshot: nothing of its person or groups is looked up.
+
+    With it which columns it said, as `_which` does.
+    """
+    said = _said(event)
+    if said[14] == "$remote":
+        said = (*said[:14], remote, *said[15:])
+    groups = {group_type: _values(value) for group_type, value in (event.groups or {}).items()}
+    return _encode(({}, groups, {}, *_columns(NO_COLUMNS, said, library))), _which(said)
 
 
 def _follow(

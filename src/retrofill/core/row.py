@@ -3,7 +3,7 @@
 `columns` is a pure function of the block, column by column and never event by event where it can be helped, since
 every event of the history passes through it once. The built-in columns and the user's properties come from the row's
 snapshot (`block.Table`), never from the event; the event gives its ids, times and event properties. An event whose
-kind is DROPPED has no row: row numbers keep the gap.
+kind is DROPPED has no row: row numbers keep the gap. One that is DISPLACED has, with what it alone said as its snapshot.
 
 Nothing random is stored. The Export row's `uuid`, and an `event_id` that was not sent, are hashes of the row's
 position, the same whoever reads them and whenever; the SQL beside each function says the same to DuckDB.
@@ -330,8 +330,10 @@ def _json(events: list[_Event], kinds: Numbers) -> dict[str, Column]:
     """What most events say as JSON."""
     said = [event.event_properties for event in events]
     sent = [_object(event.user_properties) for event in events]
-    for index in np.flatnonzero(kinds == Kind.GROUP_IDENTIFY).tolist():
-        sent[index] = _object(events[index].group_properties)
+    groups = (kinds == Kind.GROUP_IDENTIFY) | (kinds == Kind.DISPLACED)
+    for index in np.flatnonzero(groups).tolist():
+        if events[index].event_type == "$groupidentify":
+            sent[index] = _object(events[index].group_properties)
     return {
         "sent": sent,
         "event_properties": [

@@ -2,7 +2,9 @@
 
 Every event with an `insert_id` has a key of (project, device, insert_id); an import's event has a second one of its
 own import, which never expires, so that an import run again a year later changes nothing. A fingerprint found is
-confirmed by the whole key before an event is dropped. The keys of blocks that no key file holds yet are kept here;
+confirmed by the whole key before an event is dropped. An ordinary key says whether the row that holds it is an
+import's: what such a row displaces is kept as a hidden row (decision 0011). A displaced event leaves no ordinary key,
+since the row that displaced it holds that, but the one of its own import: it was seen there. The keys of blocks that no key file holds yet are kept here;
 `sealed` turns them into a file, after the lake has the blocks and before the hot store lets them go. A file that is
 missing or damaged is made anew from the lake's rows.
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from retrofill.core import dedupe, identity
 from retrofill.core.block import Kind
-from retrofill.core.dedupe import NO_KEY, Fingerprints
+from retrofill.core.dedupe import NO_KEY, Fingerprints, Verdicts
 from retrofill.core.event import Batch, Event
 from retrofill.hot.keys import KeyFiles
 from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
@@ -65,10 +67,10 @@ def keys_of(batches: Sequence[Batch], limits: Sequence[Limits]) -> Keyed:
         if any([event.ingestion_metadata for event in events]):  # noqa: C419 - a list is faster here
             any_import = True
             imports += [
-                dedupe.key(batch.project, device, insert, import_id=name)
-                if insert and (name := import_of(event))
+                _own_key(batch.project, event, device, name, rules)
+                if (name := import_of(event))
                 else NO_KEY
-                for event, device, insert in zip(events, devices, inserts, strict=True)
+                for event, device in zip(events, devices, strict=True)
             ]
         else:
             imports.append(NO_KEY * len(events))
@@ -79,15 +81,34 @@ def _or_triple(project: int, events: Sequence[Event], packed: bytes) -> Iterator
     """The key of (device, event_id, time) for an event without insert_id whose sender gave all three."""
     for row, event in enumerate(events):
         key = packed[16 * row : 16 * row + 16]
-        if (
-            key == NO_KEY
-            and event.event_id is not None
-            and event.time is not None
-            and event.device_id
-            and not (event.user_id and event.device_id == identity.derived_device(event.user_id))
-        ):
-            key = dedupe.triple(project, event.device_id, event.event_id, event.time)
-        yield key
+        yield _triple(project, event) if key == NO_KEY else key
+
+
+def _triple(project: int, event: Event, import_id: str = "") -> bytes:
+    device, user = event.device_id, event.user_id
+    if event.event_id is None or event.time is None or not device:
+        return NO_KEY
+    if user and device == identity.derived_device(user):
+        return NO_KEY
+    return dedupe.triple(project, device, event.event_id, event.time, import_id=import_id)
+
+
+def _own_key(project: int, event: Event, device: str, import_id: str, rules: Limits) -> bytes:
+    """The key of an event within its import: one wherever it has an ordinary key."""
+    if event.insert_id:
+        return dedupe.key(project, device, event.insert_id, import_id=import_id)
+    return _triple(project, event, import_id) if rules.dedupe_triple else NO_KEY
+
+
+class _Recent(Struct, frozen=True):
+    """The keys of a block that are in no file yet: ordinary ones first, then those within imports.
+
+    imported: one byte a key, true for the ordinary key of an import's row. forever: how many are within imports.
+    """
+
+    keys: bytes
+    imported: bytes
+    forever: int
 
 
 class Duplicates:
@@ -96,9 +117,7 @@ class Duplicates:
     def __init__(self, folder: Path) -> None:
         self._files = KeyFiles(folder)
         self._fingerprints = Fingerprints()
-        self._recent: dict[
-            int, tuple[bytes, int]
-        ] = {}  # block → its keys, how many are an import's
+        self._recent: dict[int, _Recent] = {}
 
     def open(
         self,
@@ -110,8 +129,8 @@ class Duplicates:
     ) -> None:
         """Read the key files of blocks up to `sealed`; what is missing is made from the lake's rows."""
         for first, last in self._files.missing(oldest_block, sealed):
-            keys, blocks, forever = _keys_of_rows(rows(first, last), limits)
-            self._files.write(first, last, keys, blocks, forever=forever)
+            keys, blocks, forever, imported = _keys_of_rows(rows(first, last), limits)
+            self._files.write(first, last, keys, blocks, forever=forever, imported=imported)
         self._load(sealed=sealed, oldest_block=oldest_block)
 
     def change(
@@ -124,10 +143,15 @@ class Duplicates:
         oldest_block: int,
     ) -> None:
         """Rows of the lake are no longer stored, and others are: know it. Every block must be in the lake."""
-        removed, _, _ = _keys_of_rows(gone, lambda _: limits)
-        keys, blocks, forever = _keys_of_rows(added, lambda _: limits)
+        removed, *_ = _keys_of_rows(gone, lambda _: limits)
+        keys, blocks, forever, imported = _keys_of_rows(added, lambda _: limits)
         self._files.change(
-            removed.tobytes(), keys.tobytes(), blocks, forever=forever, oldest_block=oldest_block
+            removed.tobytes(),
+            keys.tobytes(),
+            blocks,
+            forever=forever,
+            imported=imported,
+            oldest_block=oldest_block,
         )
         self._fingerprints = Fingerprints()
         self._load(sealed=sealed, oldest_block=oldest_block)
@@ -140,71 +164,90 @@ class Duplicates:
         self._fingerprints.filed = sealed
 
     def split(self, keyed: Keyed, oldest_block: NDArray[np.int64]) -> bytearray:
-        """Return one byte an event: true for a duplicate of what is stored or of an earlier event among these.
+        """Return one byte an event: 0, or Kind.DROPPED or Kind.DISPLACED for a duplicate, as `dedupe.decide` says.
 
         oldest_block: for each event the first block of its window.
         """
         packed = keyed.packed
         if not packed:
             return bytearray()
-        dropped = ~dedupe.first_of_each(packed)
-        dropped |= self._stored(packed, oldest_block)
+        held, own_held = self._held(packed, oldest_block), None
         if keyed.imports:
-            dropped |= ~dedupe.first_of_each(keyed.imports)
-            dropped |= self._stored(keyed.imports, np.ones_like(oldest_block))
-        return bytearray(dropped.tobytes())
+            own_held = self._held(keyed.imports, np.ones_like(oldest_block)) != 0
+        return dedupe.decide(packed, keyed.imports, held, own_held)
 
-    def _stored(self, packed: bytes, oldest_block: NDArray[np.int64]) -> Bools:
+    def _held(self, packed: bytes, oldest_block: NDArray[np.int64]) -> Verdicts:
+        """Return what stored rows make of events with these keys: 0, Kind.DROPPED or Kind.DISPLACED."""
         found = self._fingerprints.split(packed, oldest_block=oldest_block)
         maybe = found > 0
         if self._fingerprints.memory_from > 1:
             maybe |= (
                 oldest_block < self._fingerprints.memory_from
             )  # the files alone know older ones
-        stored = np.zeros(len(found), bool)
+        held = np.zeros(len(found), np.uint8)
         rows = np.flatnonzero(maybe)
         if not len(rows):
-            return stored
+            return held
         keys = dedupe.table_of(packed)
-        stored[rows] = self._files.find(np.ascontiguousarray(keys[rows])) >= oldest_block[rows]
-        for row in rows[~stored[rows] & (found[rows] > 0)].tolist():
+        blocks, imported = self._files.holders(np.ascontiguousarray(keys[rows]))
+        filed = blocks >= oldest_block[rows]
+        held[rows[filed]] = np.where(imported[filed], Kind.DISPLACED, Kind.DROPPED)
+        for row in rows[~filed & (found[rows] > 0)].tolist():
             one = packed[16 * row : 16 * row + 16]
-            stored[row] = self._is_recent(one, int(found[row])) or any(
-                self._is_recent(one, block)
-                for block in self._fingerprints.candidates(one, oldest_block=int(oldest_block[row]))
+            held[row] = self._recently(one, int(found[row])) or self._elsewhere(
+                one, int(oldest_block[row])
             )
-        return stored
+        return held
 
-    def _is_recent(self, one: bytes, block: int) -> bool:
-        keys, _ = self._recent.get(block, (b"", 0))
-        at = keys.find(one)
+    def _elsewhere(self, one: bytes, oldest_block: int) -> int:
+        blocks = self._fingerprints.candidates(one, oldest_block=oldest_block)
+        return next(filter(None, (self._recently(one, block) for block in blocks)), 0)
+
+    def _recently(self, one: bytes, block: int) -> int:
+        """Return what a key makes of events like it if this block, in no file yet, has it; 0 if not."""
+        recent = self._recent.get(block)
+        if recent is None:
+            return 0
+        at = recent.keys.find(one)
         while at >= 0 and at % dedupe.KEY_BYTES:
-            at = keys.find(one, at + 1)
-        return at >= 0
+            at = recent.keys.find(one, at + 1)
+        if at < 0:
+            return 0
+        return Kind.DISPLACED if recent.imported[at // dedupe.KEY_BYTES] else Kind.DROPPED
 
     def add(self, keyed: Keyed, kind: bytes, block: int, *, oldest_block: int) -> None:
         """Take the keys of a block that is on disk; a dropped event's key is its first one's already."""
-        packed = _kept(keyed.packed, kind)
-        imports = _kept(keyed.imports, kind).replace(NO_KEY, b"") if keyed.imports else b""
-        add = self._fingerprints.add
-        add(packed, block, oldest_block=oldest_block)
-        if imports:
-            add(imports, block, oldest_block=oldest_block, forever=True)
-        self._recent[block] = (packed + imports, len(imports) // dedupe.KEY_BYTES)
+        kinds = np.frombuffer(kind, np.uint8)
+        packed, own, imported = keyed.packed, b"", bytes(len(kind))
+        if keyed.imports:
+            of_imports = dedupe.table_of(keyed.imports)
+            some = of_imports.any(axis=1)
+            own = of_imports[some & (kinds != Kind.DROPPED)].tobytes()
+            imported = some.tobytes()
+        if Kind.DROPPED in kind or Kind.DISPLACED in kind:
+            stays = (kinds != Kind.DROPPED) & (kinds != Kind.DISPLACED)
+            packed = dedupe.table_of(packed)[stays].tobytes()
+            imported = np.frombuffer(imported, bool)[stays].tobytes()
+        self._fingerprints.add(packed, block, oldest_block=oldest_block)
+        if own:
+            self._fingerprints.add(own, block, oldest_block=oldest_block, forever=True)
+        forever = len(own) // dedupe.KEY_BYTES
+        self._recent[block] = _Recent(packed + own, imported + bytes(forever), forever)
 
     def sealed(self, first: int, last: int, *, oldest_block: int) -> None:
         """Write the key file of blocks that the lake holds now. It is on disk when this returns."""
-        held = [(number, *self._recent[number]) for number in range(first, last + 1)]
-        counts = [len(packed) // dedupe.KEY_BYTES for _, packed, _ in held]
+        held = [self._recent[number] for number in range(first, last + 1)]
+        counts = [len(one.imported) for one in held]
         blocks = np.repeat(np.arange(first, last + 1, dtype=np.int64), counts)
         forever = np.concatenate(
             [
-                np.arange(count) >= count - imports
-                for count, (_, _, imports) in zip(counts, held, strict=True)
+                np.arange(count) >= count - one.forever
+                for count, one in zip(counts, held, strict=True)
             ]
         )
-        keys = dedupe.table_of(b"".join(packed for _, packed, _ in held))
-        self._files.write(first, last, keys, blocks, forever=forever)
+        imported = np.frombuffer(b"".join(one.imported for one in held), bool)
+        keys = dedupe.table_of(b"".join(one.keys for one in held))
+        self._files.write(first, last, keys, blocks, forever=forever, imported=imported)
         while self._files.merge(oldest_block):
             pass
 
@@ -216,45 +259,50 @@ class Duplicates:
         self._files.expire(oldest_block)
 
 
-def _kept(packed: bytes, kind: bytes) -> bytes:
-    if Kind.DROPPED not in kind:
-        return packed
-    stays = np.frombuffer(kind, np.uint8) != Kind.DROPPED
-    kept: bytes = dedupe.table_of(packed)[stays].tobytes()
-    return kept
-
-
 def _keys_of_rows(
     batches: Iterable[pa.RecordBatch | pa.Table], limits: Callable[[int], Limits]
-) -> tuple[dedupe.Keys, NDArray[np.int64], Bools]:
-    """Make the keys of lake rows as `keys_of` made them of events."""
+) -> tuple[dedupe.Keys, NDArray[np.int64], Bools, Bools]:
+    """Make the keys of lake rows as `keys_of` and `add` made them of events: with the block of each, and its marks."""
     keys: list[bytes] = []
     blocks: list[int] = []
     forever: list[bool] = []
+    imported: list[bool] = []
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     for project, theirs in groupby(rows, key=itemgetter("project")):
         rules = limits(project)
         for row in theirs:
-            for key, lasts in _keys_of_row(row, rules):
-                keys.append(key)
+            import_id = str(row["import_id"] or "")
+            if row["kind"] != Kind.DISPLACED:
+                keys.append(_key_of_row(row, rules))
+                forever.append(False)
+                imported.append(bool(import_id))
                 blocks.append(row["block"])
-                forever.append(lasts)
-    return dedupe.table_of(b"".join(keys)), np.array(blocks, np.int64), np.array(forever, bool)
+            if import_id:
+                keys.append(_key_of_row(row, rules, import_id))
+                forever.append(True)
+                imported.append(False)
+                blocks.append(row["block"])
+    return (
+        dedupe.table_of(b"".join(keys)),
+        np.array(blocks, np.int64),
+        np.array(forever, bool),
+        np.array(imported, bool),
+    )
 
 
-def _keys_of_row(row: dict[str, object], rules: Limits) -> Iterator[tuple[bytes, bool]]:
+def _key_of_row(row: dict[str, object], rules: Limits, import_id: str = "") -> bytes:
     project, insert = row["project"], row["insert_id"]
     assert isinstance(project, int)
     device = str(row["device_id"] or "")
     if insert:
-        whole = rules.dedupe_scope == "project" or row["kind"] == Kind.GROUP_IDENTIFY
+        whole = rules.dedupe_scope == "project" or row["event_type"] == "$groupidentify"
         scope = "" if whole else device
-        yield dedupe.key(project, scope, str(insert)), False
-        if row["import_id"]:
-            yield dedupe.key(project, scope, str(insert), import_id=str(row["import_id"])), True
-    elif rules.dedupe_triple and row["event_id"] is not None and device:
-        user, event_id, time = row["user_id"], row["event_id"], row["client_event_time"]
-        assert isinstance(event_id, int)
-        assert isinstance(time, int)
-        if not (user and device == identity.derived_device(str(user))):
-            yield dedupe.triple(project, device, event_id, time), False
+        return dedupe.key(project, scope, str(insert), import_id=import_id)
+    user, event_id, time = row["user_id"], row["event_id"], row["client_event_time"]
+    if not rules.dedupe_triple or event_id is None or not device:
+        return NO_KEY
+    assert isinstance(event_id, int)
+    assert isinstance(time, int)
+    if user and device == identity.derived_device(str(user)):
+        return NO_KEY
+    return dedupe.triple(project, device, event_id, time, import_id=import_id)

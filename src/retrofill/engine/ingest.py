@@ -381,7 +381,7 @@ class Engine:
         return taken
 
     def _dropped(self, batches: list[Batch], now_ms: int) -> tuple[Keyed, bytearray]:
-        """Return the dedupe keys of these events and which of them are duplicates."""
+        """Return the dedupe keys of these events, and what becomes of those that are duplicates."""
         limits = [self._admissions[batch.project].limits for batch in batches]
         keyed = keys_of(batches, limits)
         oldest = np.repeat(
@@ -470,7 +470,7 @@ class Engine:
         figures = self._figures
         figures.blocks += 1
         figures.events += block.rows
-        figures.duplicates += block.kind.count(Kind.DROPPED)
+        figures.duplicates += block.kind.count(Kind.DROPPED) + block.kind.count(Kind.DISPLACED)
         figures.merges += len(block.merges)
         self._since_checkpoint += block.rows
         if self._unsealed_events >= SEAL_EVENTS or self._since_checkpoint >= CHECKPOINT_EVENTS:

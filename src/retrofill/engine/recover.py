@@ -8,6 +8,11 @@ from retrofill.core.event import Batch, decode
 from retrofill.engine.state import State
 from retrofill.errors import CorruptError
 
+# Of each stored kind: what the fold was told of duplicates.
+_DROPPED = bytes(
+    kind if kind in (Kind.DROPPED, Kind.DISPLACED) else 0 for kind in range(Kind.DROPPED + 1)
+)
+
 
 def fill_devices(batch: Batch) -> None:
     """Give every event its device_id: one derived from the user where none was sent, "" where there is neither."""
@@ -48,7 +53,7 @@ def refold(state: State, block: Block, batches: list[Batch]) -> None:
         server_upload_ms=block.server_upload_ms,
         fresh=state.fresh,
         updates_max={part.project: part.updates_max for part in block.parts},
-        dropped=[kind == Kind.DROPPED for kind in block.kind],
+        dropped=block.kind.translate(_DROPPED),
         keys=block.keys,
         forgotten=block.forgotten,
         partition=block.partition,

@@ -33,8 +33,8 @@ from retrofill.limits import REFOLD_FILE_ROWS, REFOLD_ROWS, Limits
 
 _SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
 _KEY_COLUMNS = (
-    *("project", "block", "row", "kind", "user_id", "device_id", "insert_id", "event_id"),
-    *("client_event_time", "import_id"),
+    *("project", "block", "row", "kind", "user_id", "device_id", "event_type", "insert_id"),
+    *("event_id", "client_event_time", "import_id"),
 )
 
 
@@ -260,9 +260,12 @@ class _Fold:
         visible = np.isin(kinds, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
         keys = rows.select(_KEY_COLUMNS)
         now = np.isin(kind, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
-        self._made.gone.append(keys.filter(pa.array(visible & ~now)))
+        # A displaced row has the key within its import, a visible one both.
+        other = kind != kinds
+        holds, held = now | (kind == Kind.DISPLACED), visible | (kinds == Kind.DISPLACED)
+        self._made.gone.append(keys.filter(pa.array(held & other)))
         self._made.added.append(
-            _with(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(now & ~visible))
+            _with(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(holds & other))
         )
         self._made.hidden += int((visible & ~now).sum())
         # Somebody else's group identify is read for its group and stays where it is.

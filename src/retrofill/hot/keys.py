@@ -1,7 +1,8 @@
 """Key files: the dedupe keys of blocks that are in the lake, on disk, sorted.
 
 A file holds the keys of a range of blocks in rising order of their first half, as three arrays after a header: first
-halves, second halves, and what `dedupe.slot_value` makes of each block. So a start reads sorted runs for its table of
+halves, second halves, and what `dedupe.slot_value` makes of each block: its number, whether the key never expires, and
+whether it is the ordinary key of an import's row. So a start reads sorted runs for its table of
 fingerprints, and a key is found in a mapped file by a binary search on both halves. Files are written new, synced,
 renamed, and the folder synced; they are never changed. All of them can be made again from lake rows: `missing` names
 the blocks of files that are missing or damaged, and these are the caller's to write again. A damaged file is set aside
@@ -42,14 +43,15 @@ from retrofill.limits import KEY_FILE_KEYS_MAX, KEY_FILES_MERGED
 log = structlog.get_logger()
 
 _MAGIC = b"rf-keys\n"
-_VERSION = 1
+_VERSION = 2  # 1 did not say which keys are of imports' rows: such a file is made again
 _HEADER = struct.Struct("<8sIIqqqq")  # magic, version, zero, first, last, keys, of them for ever
 _CHECKSUM = struct.Struct("<Q")  # over the header and the three arrays
 _START = 64
 _NAMES = "keys-" + "-".join(["[0-9]" * 12 + "*"] * 2)
 _KEY_SIZE = 8 + 8 + 4
 _FOREVER = np.uint32(1 << 31)
-_LOW = (1 << 31) - 1
+_IMPORTED = np.uint32(1 << 30)
+_LOW = (1 << 30) - 1
 
 
 class KeyFile:
@@ -85,13 +87,14 @@ class KeyFile:
         """Return the block numbers at these places."""
         return self.first + ((self.values[index].astype(np.int64) - self.first) & _LOW)
 
-    def find(self, wanted: Keys) -> Ints:
-        """Return the last block that holds each key, 0 for none."""
+    def find(self, wanted: Keys) -> tuple[Ints, Bools]:
+        """Return the last block that holds each key, 0 for none, and whether it is there the key of an import's row."""
         index = sorted_index(self.high, self.low, wanted)
-        found = np.zeros(len(wanted), np.int64)
+        found, imported = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
         hit = np.flatnonzero(index >= 0)
         found[hit] = self.blocks(index[hit])
-        return found
+        imported[hit] = self.values[index[hit]] & _IMPORTED != 0
+        return found, imported
 
 
 def write(
@@ -102,21 +105,22 @@ def write(
     blocks: Ints,
     *,
     forever: Bools | bool = False,
+    imported: Bools | bool = False,
 ) -> Path:
     """Write the keys of blocks first … last (both included); on disk when this returns.
 
-    packed, blocks, forever: one entry a key, in order of arrival; those without a key (zeros) are left out. A range
-    without keys gets a file too: it says so. Raises StoreError, FullError.
+    packed, blocks, forever, imported: one entry a key, in order of arrival; those without a key (zeros) are left out.
+    A range without keys gets a file too: it says so. Raises StoreError, FullError.
     """
     keys = table_of(packed)
     assert len(keys) == len(blocks)
     some = np.flatnonzero(keys.any(axis=1))
     kept = forever if isinstance(forever, bool) else forever[some]
+    marked = imported if isinstance(imported, bool) else imported[some]
     chosen = blocks[some]
     assert not len(chosen) or first <= chosen.min() <= chosen.max() <= last
-    return _write(
-        folder, first, last, keys[some, 0], keys[some, 1], slot_value(chosen, forever=kept)
-    )
+    values = slot_value(chosen, forever=kept, imported=marked)
+    return _write(folder, first, last, keys[some, 0], keys[some, 1], values)
 
 
 class KeyFiles:
@@ -186,9 +190,12 @@ class KeyFiles:
         blocks: Ints,
         *,
         forever: Bools | bool = False,
+        imported: Bools | bool = False,
     ) -> None:
         """Write a file, as `write` does, and use it from now on."""
-        self.use(write(self.folder, first, last, packed, blocks, forever=forever))
+        self.use(
+            write(self.folder, first, last, packed, blocks, forever=forever, imported=imported)
+        )
 
     def use(self, path: Path) -> None:
         """Use a file that was written; it takes the place of any of the same range. Raises CorruptError."""
@@ -198,17 +205,25 @@ class KeyFiles:
         self._forget_mended()
 
     def change(
-        self, gone: bytes, added: bytes, blocks: Ints, *, forever: Bools, oldest_block: int
+        self,
+        gone: bytes,
+        added: bytes,
+        blocks: Ints,
+        *,
+        forever: Bools,
+        imported: Bools,
+        oldest_block: int,
     ) -> None:
         """Take keys out of every file, then put others in where their blocks are. On disk when this returns.
 
-        gone, added: packed keys. blocks, forever: one entry for each of `added`. Cut off, it leaves some files
+        gone, added: packed keys. blocks, forever, imported: one entry for each of `added`. Cut off, it leaves some files
         changed and others not, each whole: doing it again ends it. What expired is not put in again.
         """
         removed = {gone[at : at + 16] for at in range(0, len(gone), 16)}
         removed.discard(bytes(16))
         high, low = table_of(b"".join(removed))[:, 0], table_of(b"".join(removed))[:, 1]
         table = table_of(added)
+        values = slot_value(blocks, forever=forever, imported=imported)
         fresh = table.any(axis=1) & (forever | (blocks >= oldest_block))
         for file in self._files:
             hit = np.flatnonzero(np.isin(file.high, high) & np.isin(file.low, low))
@@ -225,33 +240,44 @@ class KeyFiles:
                 file.last,
                 np.concatenate([file.high[stays], table[mine, 0]]),
                 np.concatenate([file.low[stays], table[mine, 1]]),
-                np.concatenate(
-                    [file.values[stays], slot_value(blocks[mine], forever=forever[mine])]
-                ),
+                np.concatenate([file.values[stays], values[mine]]),
             )
             self.use(path)
         if fresh.any():
             for first, last in self._gaps(int(blocks[fresh].min()), int(blocks[fresh].max())):
                 mine = fresh & (blocks >= first) & (blocks <= last)
                 if mine.any():
-                    self.write(first, last, table[mine], blocks[mine], forever=forever[mine])
+                    self.write(
+                        first,
+                        last,
+                        table[mine],
+                        blocks[mine],
+                        forever=forever[mine],
+                        imported=imported[mine],
+                    )
 
     def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
         """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.
 
         A block outside of first … last can be the answer: files are asked whole.
         """
+        return self.holders(packed, first=first, last=last)[0]
+
+    def holders(
+        self, packed: bytes | Keys, *, first: int = 1, last: int | None = None
+    ) -> tuple[Ints, Bools]:
+        """Return what `find` does, and of each key whether it is the one of an import's row in that block."""
         wanted = table_of(packed)
-        found = np.zeros(len(wanted), np.int64)
+        found, imported = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
         open_ = np.flatnonzero(wanted.any(axis=1))
         for file in reversed(self._files):
             if not len(open_):
                 break
             if file.last < first or (last is not None and file.first > last):
                 continue
-            found[open_] = file.find(wanted[open_])
+            found[open_], imported[open_] = file.find(wanted[open_])
             open_ = open_[found[open_] == 0]
-        return found
+        return found, imported
 
     def runs(self, from_block: int = 1) -> list[Run]:
         """Return the sorted runs of every file with blocks of `from_block` or later, or with keys that never expire."""

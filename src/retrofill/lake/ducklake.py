@@ -55,6 +55,17 @@ _CATALOG = "__ducklake_metadata_lake"
 _PIN = """
 SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
 """
+_DISPLACED_OF = f"""
+WITH theirs AS (
+    SELECT DISTINCT user_id, device_id FROM lake.events
+    WHERE project = $1 AND amplitude_id IN (SELECT unnest($2))
+)
+SELECT "partition", "block", "row" FROM lake.events
+WHERE project = $1 AND amplitude_id = 0 AND kind = {int(Kind.DISPLACED)} AND (
+    user_id IN (SELECT user_id FROM theirs WHERE user_id IS NOT NULL)
+    OR (user_id IS NULL AND device_id IN (SELECT device_id FROM theirs WHERE device_id IS NOT NULL))
+)
+"""  # noqa: S608 - a number of ours
 _FETCH_ROWS = 20_000
 # What decides whether an event is a duplicate, with its place.
 _DEDUPE_COLUMNS = (
@@ -65,14 +76,12 @@ _DEDUPE_COLUMNS = (
     "path",
     "user_id",
     "device_id",
+    "event_type",
     "insert_id",
     "event_id",
     "client_event_time",
     "import_id",
 )
-
-# Rows that hold no key: what they repeat does, or nobody any more.
-_HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
 
 Steps = list[tuple[int, dict[str, int]]]  # (hour since the epoch, id → rows), oldest first
 
@@ -196,14 +205,14 @@ class Lake:
     def dedupe_rows(self, first: int, last: int) -> Iterator[pa.RecordBatch]:
         """Yield what decides about duplicates of the events in blocks first … last, in order of position.
 
-        Columns: project, block, row, kind, path, user_id, device_id, insert_id, event_id, client_event_time,
-        import_id.
+        Columns: project, block, row, kind, path, user_id, device_id, event_type, insert_id, event_id,
+        client_event_time, import_id.
         """
         columns = ", ".join(f'"{name}"' for name in _DEDUPE_COLUMNS)
         with self.snapshot() as snapshot, _told(self.folder):
             yield from snapshot.cursor.execute(
                 f'SELECT {columns} FROM lake.events WHERE "block" BETWEEN ? AND ? '  # noqa: S608 - column names of ours
-                f'AND kind NOT IN ({_HIDDEN}) ORDER BY "block", "row"',
+                f'AND kind <> {int(Kind.UNDONE)} ORDER BY "block", "row"',
                 [first, last],
             ).to_arrow_reader(_FETCH_ROWS)
 
@@ -261,16 +270,29 @@ class Lake:
         return swapped
 
     def delete(self, project: int, amplitude_ids: Sequence[int]) -> int:
-        """Delete every row of some people in one transaction. Returns how many there were."""
+        """Delete every row of some people in one transaction, and what imports displaced of them.
+
+        Returns how many there were. A displaced row is of nobody yet: it is found by the ids on the people's rows.
+        """
         gone = 0
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             nonlocal gone
             people = [project, list(amplitude_ids)]
-            gone = cursor.execute(
-                "DELETE FROM lake.events WHERE project = ? AND amplitude_id IN (SELECT unnest(?))",
-                people,
-            ).fetchall()[0][0]
+            displaced = cursor.execute(_DISPLACED_OF, people).fetchall()
+            if displaced:
+                cursor.execute(
+                    "DELETE FROM lake.events WHERE amplitude_id = 0 "
+                    'AND ("partition", "block", "row") IN (SELECT unnest(?), unnest(?), unnest(?))',
+                    [list(side) for side in zip(*displaced, strict=True)],
+                )
+            gone = (
+                len(displaced)
+                + cursor.execute(
+                    "DELETE FROM lake.events WHERE project = ? AND amplitude_id IN (SELECT unnest(?))",
+                    people,
+                ).fetchall()[0][0]
+            )
             cursor.execute(
                 "DELETE FROM lake.merges WHERE project = ? "
                 "AND (absorbed IN (SELECT unnest($2)) OR surviving IN (SELECT unnest($2)))",
