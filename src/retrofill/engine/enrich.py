@@ -53,8 +53,11 @@ class Enricher:
     def _place(self, event: Event, remote: str | None) -> bool:
         if not (event.country is event.region is event.city is event.dma is None):
             return False
+        address = remote if event.ip == "$remote" else event.ip
+        if address is None:  # a peer on a local socket has none
+            return False
         try:
-            found: Any = self._places.get(remote if event.ip == "$remote" else event.ip)
+            found: Any = self._places.get(address)
         except ValueError:
             return False
         if not found:
