@@ -105,7 +105,7 @@ class Batch(Struct, gc=False):
     path: the request's path as the Export row's `data.path` shows it. It decides what the events are:
         `/identify`, `/groupidentify`: event_type is `$identify` or `$groupidentify`;
         `/usermap`: `user_id` and either `user_properties = {"global_user_id": text}` or `{"unmap": true}`.
-    payload_bytes: size of the request as it came. remote: the peer's address, for `ip: "$remote"`.
+    payload_bytes: size of the request's body, unpacked. remote: the peer's address, for `ip: "$remote"`.
     client_upload_ms: as the request says, or None.
     """
 
@@ -322,7 +322,7 @@ def parse(
 ) -> Batch | Refusal:
     """Check and mend the events of a request of a known project.
 
-    path: one of the ingest paths; it decides which limits hold. payload_bytes: as it came, for the answer.
+    path: one of the ingest paths; it decides which limits hold. payload_bytes: of the body, unpacked, for the answer.
     """
     if envelope.size > bytes_max(path, limits):
         return Refusal("too_large")

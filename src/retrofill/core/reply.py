@@ -61,7 +61,7 @@ _FAULTS = {
 
 
 def ingested(accepted: Accepted, *, path: str, payload_bytes: int) -> Reply:
-    """Answer a request that is stored. payload_bytes: its size as it came."""
+    """Answer a request that is stored. payload_bytes: its size, unpacked."""
     if path not in JSON_PATHS:
         return _SUCCESS
     return Reply(
