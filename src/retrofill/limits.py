@@ -186,7 +186,6 @@ DELETION_BYTES_MAX = 256 * 1024  # body of one request
 DELETION_IDS_MAX = 100  # people of one request: contract, read 7
 DELETION_FREEZE_DAYS = 3  # a job can no longer be edited this long before its day: contract, read 7
 DELETION_RANGE_DAYS_MAX = 184  # six months: contract, read 7
-DELETION_CHECK_S = 60  # how often due jobs are looked for
 IMPORTS_LISTED_MAX = 1000  # imports in one answer, those that did something last
 IMPORTS_REFUSED_MAX = 10_000  # names whose refused requests are counted until they are saved
 IMPORT_BYTES_MAX = 4096  # body of POST /api/1/imports

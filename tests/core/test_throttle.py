@@ -236,6 +236,16 @@ def test_a_quota_loaded_from_its_rows_says_the_same() -> None:
         again.add(["d0"], [None], now_ms=now + later)
 
 
+def test_a_loaded_hour_goes_on_whatever_the_order_of_its_ids() -> None:
+    quota = Quota()
+    hour = 472_222
+    quota.load([(hour - 1, {"a": 1, "b": 1, "c": 1}), (hour, {"c": 5, "a": 2, "b": 3})], [])
+    quota.add(["a"], [None], now_ms=hour * MS_PER_HOUR)
+    quota.add(["b"], [None], now_ms=(hour + 1) * MS_PER_HOUR)
+    over = quota.over(["a", "b", "c"], [None] * 3, limit=1, now_ms=(hour + 1) * MS_PER_HOUR)
+    assert over == ({"a": 4, "b": 5, "c": 6}, {})
+
+
 def test_many_rows_within_one_hour_are_counted_whole() -> None:
     quota = Quota()
     names: Ids = [f"d{index}" for index in range(1000)]

@@ -126,7 +126,7 @@ def clock() -> FakeClock:
 
 
 DEVICES = ["phone-1", "phone-2", "kiosk-9", "tablet-4", None]
-UNIQUE = 2.0
+UNIQUE = 0.8
 USERS = ["ann-111", "bob-222", "eve-333", None, None]
 
 

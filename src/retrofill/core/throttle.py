@@ -185,6 +185,9 @@ class _Window:
         self.roll(number * self.step_ms, number + 1)
         slots = np.array(self._slots(list(counts)), np.int64)
         numbers = np.fromiter(counts.values(), np.int64, len(counts))
+        # A step's slots stand in order; ids that were forgotten leave slots that are given out in any.
+        order = np.argsort(slots)
+        slots, numbers = slots[order], numbers[order]
         self._totals[slots] += numbers
         self._peak += int(numbers.max(initial=0))
         self._past.append(_Step(number, slots, numbers))
