@@ -28,7 +28,7 @@ demo: $(RUNTIME) ## send two real histories into a fresh server and read them ba
 	@$(RUN) demo/histories.py
 
 test: $(DEV) ## all tests but the long ones, under ten minutes
-	@$(RUN) -m pytest -q -n 2 --dist loadfile -m "not long"
+	@$(RUN) -m pytest -q -n 2 --dist worksteal -m "not long"
 
 test-fast: $(DEV) ## tests without processes and sockets, under one minute
 	@$(RUN) -m pytest -q -m "not slow and not long"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
-from retrofill.core.block import SAYABLE, Kind
+from retrofill.core.block import SAYABLE, Flag, Kind
 from retrofill.core.fold import Changes, Group
 from retrofill.core.person import Person
 from retrofill.core.refold import Refold, Rows
@@ -297,6 +297,7 @@ class _Fold:
 
     def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:
         some = rows.filter(pa.array(seen))
+        some = _with(some, "flags", _earned(some))
         side = {name: some[name].to_pylist() for name in _FOLDED}
         decided = self._refold.fold(
             Rows(
@@ -383,6 +384,19 @@ _FOLDED = (
     *("client_event_time", "client_upload_time", "server_received_time", "server_upload_time"),
     *("path", "sent", "sent_groups", "said", "updates_max"),
 )
+
+
+def _earned(rows: pa.Table) -> pa.Array:
+    """The flags of rows; one that was never folded says by its properties whether it carries revenue."""
+    flags = rows["flags"].to_numpy().copy()
+    unfolded = np.isin(rows["kind"].to_numpy(), (Kind.DISPLACED, Kind.UNDONE))
+    if unfolded.any():
+        places = np.flatnonzero(unfolded)
+        said = rows["event_properties"].take(pa.array(places))
+        for name in ('"$revenue"', '"$price"'):
+            carries = pc.match_substring(said, name).to_numpy(zero_copy_only=False)
+            flags[places[carries]] |= np.uint8(Flag.REVENUE)
+    return pa.array(flags, pa.uint8())
 
 
 def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
