@@ -141,7 +141,7 @@ class Lake:
         self.folder = folder
         self.files = files
         self._db = db
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
         self._pinning = threading.RLock()
         self._pins: Counter[int] = Counter()
         self._synced: set[Path] = set()
@@ -351,7 +351,8 @@ class Lake:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Let no reader begin meanwhile, for a change of the lake that memory must follow at once."""
-        with self._pinning:
+        # In the order of `_commit`, which tidies under the lock of writers.
+        with self._writing, self._pinning:
             yield
 
     def _commit(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
