@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from retrofill import __version__
 from retrofill.cli import map as map_
-from retrofill.cli import plan, report, resend, run, serve, status, undo_recipe, verify
+from retrofill.cli import plan, report, resend, run, serve, status, undo, undo_recipe, verify
 from retrofill.errors import Error
 
 
@@ -74,4 +74,5 @@ app.command("status", epilog=status.EXAMPLE)(status.command)
 app.command("verify", epilog=verify.EXAMPLE)(verify.command)
 app.command("report", epilog=report.EXAMPLE)(report.command)
 app.command("resend", epilog=resend.EXAMPLE)(resend.command)
+app.command("undo", epilog=undo.EXAMPLE)(undo.command)
 app.command("undo-recipe", epilog=undo_recipe.EXAMPLE)(undo_recipe.command)
