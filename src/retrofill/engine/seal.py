@@ -160,7 +160,8 @@ class Sealer:
         sources = compact.choose(await asyncio.to_thread(self._lake.event_files))
         if not sources:
             return False
-        file = self._lake.new_file(sources[0].first, sources[-1].last)
+        # An undo leaves files whose blocks overlap those of others.
+        file = self._lake.new_file(sources[0].first, max(source.last for source in sources))
         done = await self._compacting.ask(MergeTask(sources, file))
         swapped = await asyncio.to_thread(self._lake.swap, sources, file if done.rows else None)
         if not swapped and done.rows:
