@@ -281,3 +281,58 @@ def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> Non
     with pytest.raises(ConflictError, match="later generation"):
         subject.run(subject.engine.restore(1, "old-shop"))
     subject.close()
+
+
+class _CutError(BaseException):
+    """The machine stops here."""
+
+
+@pytest.mark.parametrize("name", ["rewrite", "change", "checkpoint", "put"])
+def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
+    name: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    control = Server(tmp_path / "control", clock)
+    steps: list[tuple[str, dict[str, Any]]] = [
+        # The import joins two people who are two without it: one of them gets a new number.
+        ("old-shop", {"device_id": "phone-1", "user_id": "ann-111"}),
+        ("", {"device_id": "phone-1"}),
+        ("", {"device_id": "tablet-4", "user_id": "ann-111"}),
+    ]
+    old: Wire = []
+    for at, (source, event) in enumerate(steps):
+        clock.ms += 1000
+        wire = [{"event_type": "open", "insert_id": f"i-{at}", "time": clock.ms, **event}]
+        if source:
+            wire[0]["ingestion_metadata"] = {"source_name": "retrofill", "source_version": source}
+            old = wire
+        else:
+            control.send(wire)
+        subject.send(wire)
+    engine: Any = subject.engine
+    owner = {"rewrite": engine.lake, "change": engine.duplicates, "put": engine.imports}.get(
+        name, engine
+    )
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise _CutError
+
+    real = getattr(owner, name)
+    after = name == "rewrite"
+    monkeypatch.setattr(owner, name, lambda *a, **k: (after and real(*a, **k), cut()))
+    with pytest.raises(_CutError):
+        subject.run(engine._undo(1, "old-shop"))
+    monkeypatch.undo()
+    subject.crash()
+    assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
+    assert subject.seen() == control.seen()
+    clock.ms += 1000
+    for server in (subject, control):
+        server.send([{"event_type": "open", "device_id": "kiosk-9", "insert_id": "new"}])
+    assert subject.seen() == control.seen()
+    for server in (subject, control):  # sent again it is stored: none of its keys is left
+        server.send(old)
+    assert subject.seen() == control.seen()
+    assert len({row["amplitude_id"] for row in subject.seen()["rows"]}) == 3
+    subject.close()
+    control.close()

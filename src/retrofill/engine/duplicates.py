@@ -146,7 +146,7 @@ class Duplicates:
         removed, *_ = _keys_of_rows(gone, lambda _: limits)
         keys, blocks, forever, imported = _keys_of_rows(added, lambda _: limits)
         self._files.change(
-            removed.tobytes(),
+            removed.tobytes() + keys.tobytes(),
             keys.tobytes(),
             blocks,
             forever=forever,

@@ -240,7 +240,7 @@ class Engine:
         for number in self._admissions:
             for one in await asyncio.to_thread(self.imports.all, number):
                 if one.state in ("undoing", "restoring"):
-                    await self._change_import(number, one)
+                    await self._change_import(number, one, again=True)
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
 
@@ -645,7 +645,9 @@ class Engine:
         if one is not None and undone and self.lake.holds_import(project, name, one.until):
             imports.begun_again(self.imports, project, name)
 
-    async def _change_import(self, project: int, one: Import) -> Import:
+    async def _change_import(
+        self, project: int, one: Import, *, again: bool = False
+    ) -> Import:
         """Do what its state says is being done, from the beginning; nothing is committed meanwhile."""
         if one.state not in ("undoing", "restoring"):
             return one
@@ -659,6 +661,7 @@ class Engine:
                 hide=hide,
                 limits=self.limits(project),
                 new_id=self.state.draw,
+                again=again,
             )
             if made is not None:
                 async with self._saving:
@@ -684,8 +687,7 @@ class Engine:
             self.lake.rewrite(
                 project, made.files, places=made.places, people=made.people, merges=made.merges
             )
-            self.state.project(project).apply(made.changes)
-            self.state.touched()
+            self.state.replace(project, made.changes)
         self.duplicates.change(
             made.gone,
             made.added,

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from retrofill.core.event import Batch
 from retrofill.core.fold import Changes, Folded, Group, Known
-from retrofill.core.person import Person
+from retrofill.core.person import FORGOTTEN, Person
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.limits import IDS_IN_MEMORY, MS_PER_S, PEOPLE_IN_MEMORY
 
@@ -152,6 +152,14 @@ class ProjectState:
         self.people.rest()
         self.groups.rest()
 
+    def owners(self, devices: Iterable[str], users: Iterable[str]) -> set[int]:
+        """Return the people whom these ids name."""
+        found: set[int] = set()
+        for shelf, ids in ((self.devices, devices), (self.users, users)):
+            shelf.want(ids)
+            found.update(shelf.young[one] for one in ids)
+        return found - {0}
+
     def apply(self, changes: Changes) -> None:
         """Take what a block changed, after it is on disk."""
         self.devices.lay(changes.devices)
@@ -248,8 +256,16 @@ class State:
         self.fresh += 1
         return self.fresh - 1
 
-    def touched(self) -> None:
-        """Note that values changed without a block: the next checkpoint must be written."""
+    def replace(self, number: int, changes: Changes) -> None:
+        """Take a project's values that changed without a block: the next checkpoint must be written.
+
+        They may have been made by a process that died: its numbers were drawn, and whom its ids named before is gone.
+        """
+        project = self.project(number)
+        were = project.owners(changes.devices, changes.users) - changes.people.keys()
+        people = changes.people | {one: Person(one, merged_into=FORGOTTEN) for one in were}
+        project.apply(Changes(changes.devices, changes.users, people, changes.groups, {}))
+        self.fresh = max(self.fresh, max(changes.people, default=0) + 1)
         self._touched = True
 
     @property

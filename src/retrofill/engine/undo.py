@@ -59,7 +59,8 @@ class Closure(Struct):
 class Rewritten(Struct):
     """New files with the closure's rows as they must be, nothing of it in the lake yet.
 
-    gone, added: rows that are no longer seen, and rows that are seen again, with what makes their dedupe keys.
+    gone, added: rows that are no longer seen, and rows that are seen again, with what makes their dedupe keys; the
+    import's own always, whatever the lake says of them already.
     """
 
     closure: Closure
@@ -75,18 +76,25 @@ class Rewritten(Struct):
 
 
 def rewrite(
-    lake: Lake, which: Which, *, hide: bool, limits: Limits, new_id: Callable[[], int]
+    lake: Lake,
+    which: Which,
+    *,
+    hide: bool,
+    limits: Limits,
+    new_id: Callable[[], int],
+    again: bool = False,
 ) -> Rewritten | None:
     """Fold the closure of an import's rows again, without them (hide) or with them. None if it has no rows.
 
-    Blocks. Every block must be in the lake. new_id: draws an amplitude_id that nobody ever had.
+    Blocks. Every block must be in the lake. new_id: draws an amplitude_id that nobody ever had. again: a crash cut off
+    the same before.
     """
     with lake.snapshot() as snapshot:
         ask = snapshot.cursor.execute
         closure = _closure(ask, which)
         if closure is None:
             return None
-        fold = _Fold(lake, which, closure, hide=hide, limits=limits, new_id=new_id)
+        fold = _Fold(lake, which, closure, hide=hide, limits=limits, new_id=new_id, again=again)
         fold.contested = _contested(ask, which, closure)
         ids = pa.table({"id": pa.array(sorted(closure.people), pa.int64())})
         devices = pa.table({"id": pa.array(sorted(closure.devices), pa.string())})
@@ -216,12 +224,14 @@ class _Fold:
         hide: bool,
         limits: Limits,
         new_id: Callable[[], int],
+        again: bool,
     ) -> None:
         self._lake = lake
         self._which = which
         self._closure = closure
         self._hide = hide
         self._limits = limits
+        self._again = again
         self._refold = Refold(which.project, new_id)
         self.contested: set[tuple[str | None, str]] = set()
         self._held: dict[tuple[Any, ...], int] = {}  # key → server time of the row that holds it
@@ -258,11 +268,12 @@ class _Fold:
             kind[mine & ~seen] = Kind.DISPLACED
         new = _with(new, "kind", pa.array(kind, pa.uint8()))
         visible = np.isin(kinds, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
-        keys = rows.select(_KEY_COLUMNS)
         now = np.isin(kind, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
-        # A displaced row has the key within its import, a visible one both.
-        other = kind != kinds
-        holds, held = now | (kind == Kind.DISPLACED), visible | (kinds == Kind.DISPLACED)
+        # A displaced row has the key within its import, a visible one both. Done again after a crash, any row may
+        # have been changed in the lake already and not in the key files.
+        other = np.ones(len(kind), bool) if self._again else (kind != kinds) | mine
+        holds, held = now | (kind == Kind.DISPLACED), visible | (kinds == Kind.DISPLACED) | mine
+        keys = rows.select(_KEY_COLUMNS)
         self._made.gone.append(keys.filter(pa.array(held & other)))
         self._made.added.append(
             _with(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(holds & other))
