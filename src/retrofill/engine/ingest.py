@@ -135,6 +135,7 @@ class Engine:
         self._wake, self._due = asyncio.Event(), asyncio.Event()
         self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
         self._committing = asyncio.Lock()
+        self._rewriting = asyncio.Lock()  # one change of rows in the lake at a time, taken before the others
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
@@ -602,7 +603,7 @@ class Engine:
         return await self._whole(self._undo(project, name))
 
     async def _undo(self, project: int, name: str) -> Import:
-        async with self._committing:
+        async with self._rewriting, self._committing:
             await self.seal()
             await asyncio.to_thread(self._begin_again, project, name)
             one = await asyncio.to_thread(
@@ -615,7 +616,7 @@ class Engine:
         return await self._whole(self._restore(project, name))
 
     async def _restore(self, project: int, name: str) -> Import:
-        async with self._committing:
+        async with self._rewriting, self._committing:
             await self.seal()
             now_ms = self._clock.now_ms()
             one = await asyncio.to_thread(self.imports.get, project, name)
@@ -704,9 +705,10 @@ class Engine:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""
         if self._problem is not None:
             raise StoreError("The store has failed", mend="Start the server again")
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
-        self._wake.set()
-        await done
-        await self.seal()
-        await asyncio.to_thread(self.lake.delete, project, amplitude_ids)
+        async with self._rewriting:  # an undo between block and rows would make them again
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
+            self._wake.set()
+            await done
+            await self.seal()
+            await asyncio.to_thread(self.lake.delete, project, amplitude_ids)
