@@ -42,6 +42,7 @@ _WORDS_MAX = 1000  # of a dictionary that is written as it is
 _OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
+    "write_page_checksum": True,
     "use_dictionary": _VOCABULARIES,
     # The order of the rows makes ranges of numbers useful; ranges of texts only make footers long.
     "write_statistics": list(_INTEGERS),
@@ -150,6 +151,24 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
                 table = pa.Table.from_batches([batch])
                 yield table if gone is None else _without(table, gone, first)
                 first += len(batch)
+
+
+def verify(path: Path, deleted: Path | None) -> int:
+    """Read all of a lake file and of its delete file, page checksums included; return its rows, deleted ones too.
+
+    Raises StoreError if anything cannot be read. Files of before there were page checksums are read without.
+    """
+    rows = 0
+    for one in (path, *([deleted] if deleted else [])):
+        with (
+            told(one),
+            pq.ParquetFile(
+                one, pre_buffer=False, buffer_size=_READ_BYTES, page_checksum_verification=True
+            ) as opened,
+        ):
+            for batch in opened.iter_batches(LAKE_GROUP_ROWS):
+                rows += len(batch) if one is path else 0
+    return rows
 
 
 @contextlib.contextmanager
