@@ -13,8 +13,19 @@ import typer
 from typer.core import TyperGroup
 
 from retrofill import __version__
+from retrofill.cli import (
+    check,
+    plan,
+    report,
+    resend,
+    run,
+    serve,
+    status,
+    undo,
+    undo_recipe,
+    verify,
+)
 from retrofill.cli import map as map_
-from retrofill.cli import plan, report, resend, run, serve, status, undo, undo_recipe, verify
 from retrofill.errors import Error
 
 
@@ -75,4 +86,5 @@ app.command("verify", epilog=verify.EXAMPLE)(verify.command)
 app.command("report", epilog=report.EXAMPLE)(report.command)
 app.command("resend", epilog=resend.EXAMPLE)(resend.command)
 app.command("undo", epilog=undo.EXAMPLE)(undo.command)
+app.command("check", epilog=check.EXAMPLE)(check.command)
 app.command("undo-recipe", epilog=undo_recipe.EXAMPLE)(undo_recipe.command)

@@ -221,6 +221,15 @@ class Deletions:
         with reader.view(project) as view:
             return people, _with_merged(view, people)
 
+    def traces(self, project: int) -> tuple[bool, bool]:
+        """Say whether people of a project were deleted, and whether some are due whose deletion is not noted as done."""
+        erased, due = self._read(
+            "SELECT count(*) FILTER (WHERE erased <> ''), count(*) FILTER (WHERE erased = '' AND day <= ?) "
+            "FROM entries WHERE project = ?",
+            (self._today().isoformat(), project),
+        )[0]
+        return bool(erased), bool(due)
+
     def _today(self) -> date:
         return datetime.fromtimestamp(self._clock.now_ms() / MS_PER_S, UTC).date()
 

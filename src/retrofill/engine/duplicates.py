@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from retrofill.core import dedupe, identity
@@ -155,6 +157,31 @@ class Duplicates:
         )
         self._fingerprints = Fingerprints()
         self._load(sealed=sealed, oldest_block=oldest_block)
+
+    def unheld(self, rows: pa.Table, limits: Limits, *, oldest_block: int) -> list[tuple[int, int]]:
+        """Return the (block, row) of rows of one project that have a key which no key file holds.
+
+        rows: visible ones, in the lake. Keys of an import count for ever, others from `oldest_block` on. A row that was
+        stored while the limits named the other scope is held by the key of that scope.
+        """
+        both: tuple[Literal["project+device", "project"], ...] = ("project+device", "project")
+        waiting = [
+            row for row in rows.to_pylist() if row["insert_id"] or row["event_id"] is not None
+        ]
+        for scope in sorted(both, key=lambda one: one != limits.dedupe_scope):
+            rules = replace(limits, dedupe_scope=scope)
+            packed: list[bytes] = []
+            places: list[int] = []
+            for place, row in enumerate(waiting):
+                for name in ("", row["import_id"]) if row["import_id"] else ("",):
+                    key = _key_of_row(row, rules, name)
+                    if key != NO_KEY and (name or row["block"] >= oldest_block):
+                        packed.append(key)
+                        places.append(place)
+            blocks = np.array([waiting[place]["block"] for place in places], np.int64)
+            lost = np.flatnonzero(self._files.find(b"".join(packed)) < blocks)
+            waiting = [waiting[place] for place in sorted({places[one] for one in lost.tolist()})]
+        return [(row["block"], row["row"]) for row in waiting]
 
     def _load(self, *, sealed: int, oldest_block: int) -> None:
         memory_from = self._files.memory_from(FINGERPRINTS_IN_MEMORY)

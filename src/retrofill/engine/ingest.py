@@ -135,7 +135,9 @@ class Engine:
         self._wake, self._due = asyncio.Event(), asyncio.Event()
         self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
         self._committing = asyncio.Lock()
-        self._rewriting = asyncio.Lock()  # one change of rows in the lake at a time, taken before the others
+        self._rewriting = (
+            asyncio.Lock()
+        )  # one change of rows in the lake at a time, taken before the others
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
@@ -646,9 +648,7 @@ class Engine:
         if one is not None and undone and self.lake.holds_import(project, name, one.until):
             imports.begun_again(self.imports, project, name)
 
-    async def _change_import(
-        self, project: int, one: Import, *, again: bool = False
-    ) -> Import:
+    async def _change_import(self, project: int, one: Import, *, again: bool = False) -> Import:
         """Do what its state says is being done, from the beginning; nothing is committed meanwhile."""
         if one.state not in ("undoing", "restoring"):
             return one

@@ -309,24 +309,8 @@ class _Fold:
     def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:
         some = rows.filter(pa.array(seen))
         some = _with(some, "flags", _earned(some))
-        side = {name: some[name].to_pylist() for name in _FOLDED}
-        decided = self._refold.fold(
-            Rows(
-                **side,
-                foreign=foreign[seen].tolist(),
-                said_columns=[some[name].to_pylist() for name in SAYABLE],
-            )
-        )
-        index = np.array(decided.table, np.int64)
+        fresh = decided(self._refold, some, foreign[seen])
         places = np.flatnonzero(seen)
-        created = np.array(decided.created_ms, np.int64)
-        fresh: dict[str, pa.Array] = {
-            "amplitude_id": pa.array(decided.amplitude_id, pa.int64()),
-            "created_time": pa.array(np.ma.masked_equal(created, -1), pa.int64()),
-            "kind": pa.array(np.frombuffer(decided.kind, np.uint8)),
-            "flags": pa.array(np.frombuffer(decided.flags, np.uint8)),
-            **arrow.shown_again(decided.tables, index),
-        }
         if len(places) == rows.num_rows:
             for name, values in fresh.items():
                 rows = _with(rows, name, values)
@@ -388,6 +372,25 @@ class _Fold:
             for merge in refold.merges
         ]
         return made
+
+
+def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
+    """Fold rows of the lake, of all its columns, and return those that the fold decides, typed as in the lake."""
+    outcome = refold.fold(
+        Rows(
+            **{name: rows[name].to_pylist() for name in _FOLDED},
+            foreign=foreign.tolist(),
+            said_columns=[rows[name].to_pylist() for name in SAYABLE],
+        )
+    )
+    created = np.array(outcome.created_ms, np.int64)
+    return {
+        "amplitude_id": pa.array(outcome.amplitude_id, pa.int64()),
+        "created_time": pa.array(np.ma.masked_equal(created, -1), pa.int64()),
+        "kind": pa.array(np.frombuffer(outcome.kind, np.uint8)),
+        "flags": pa.array(np.frombuffer(outcome.flags, np.uint8)),
+        **arrow.shown_again(outcome.tables, np.array(outcome.table, np.int64)),
+    }
 
 
 _FOLDED = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,29 @@ class Checkpoint:
                 "SELECT user_id, global_user_id FROM aliases WHERE project = ?", (project,)
             )
         )
+
+    def every_id(self, table: str, project: int) -> Iterator[tuple[str, int]]:
+        """Yield every (id, amplitude_id) of a project. table: `devices` or `users`."""
+        assert table in ("devices", "users")
+        yield from self._reader.execute(
+            f"SELECT id, amplitude_id FROM {table} WHERE project = ?",  # noqa: S608 - one of two words
+            (project,),
+        )
+
+    def every_person(self, project: int) -> Iterator[tuple[int, bytes]]:
+        """Yield every person of a project as saved: (amplitude_id, see `person.decode`)."""
+        yield from self._reader.execute(
+            "SELECT amplitude_id, person FROM people WHERE project = ? ORDER BY amplitude_id",
+            (project,),
+        )
+
+    def every_group(self, project: int) -> Iterator[tuple[tuple[str, str], bytes]]:
+        """Yield every group of a project: ((type, value), JSON of its properties)."""
+        for group_type, value, text in self._reader.execute(
+            "SELECT type, value, properties FROM groups WHERE project = ? ORDER BY type, value",
+            (project,),
+        ):
+            yield (group_type, value), text
 
     def block_times(self) -> list[tuple[int, int]]:
         """Return (block, server_upload_ms) in order, at most one a second."""

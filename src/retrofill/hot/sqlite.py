@@ -120,6 +120,18 @@ def read_blocks(path: Path, first: int, last: int) -> Iterator[Block]:
             reader.close()
 
 
+def faults(path: Path) -> list[str]:
+    """Return what SQLite finds wrong with the structure of a file, nothing if it is whole."""
+    connection = sqlite3.connect(path)
+    try:
+        found = [str(one) for (one,) in connection.execute("PRAGMA integrity_check")]
+    except sqlite3.Error as problem:
+        return [str(problem)]
+    finally:
+        connection.close()
+    return [] if found == ["ok"] else found
+
+
 class Projects:
     """The projects of one installation."""
 

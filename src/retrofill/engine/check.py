@@ -1,0 +1,470 @@
+"""Whether what is stored is what its history says: every file is read whole, then all of it is folded again.
+
+First, with the directory locked and nothing opened: the structure of the SQLite files, the checksum of every block,
+every page of every lake file, every key file. What is damaged there is told, and nothing is folded: damaged rows would
+say nothing about the rest. Only a damaged key file does not stop it, for a start makes it again from the lake.
+
+Then the engine opens the directory as a server would, so blocks are sealed and the checkpoint is written, and the
+visible rows of each project are folded in order of position as at their first time (`core.refold`). Every row must be
+what the fold decides, each state what it ends in, each merge one that it made, and each row's keys must be held.
+Quotas and the figures of imports are counted from rows at each start and are stored nowhere.
+
+People who were deleted left no rows, so two things cannot be known in their project: properties of groups, which they
+may have changed, and where a device of theirs went. Differences of groups are then only counted, as `unknown`; a
+device that somebody new begins without a user was theirs, and is taken as free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from msgspec import Struct
+
+from retrofill.clock import Clock
+from retrofill.config import Settings
+from retrofill.core import person
+from retrofill.core.block import COLUMNS, Kind
+from retrofill.core.fold import Changes
+from retrofill.core.person import FORGOTTEN, Person
+from retrofill.core.refold import Refold
+from retrofill.engine.deletion import Deletions
+from retrofill.engine.ingest import Engine
+from retrofill.engine.seal import Sealer
+from retrofill.engine.undo import decided
+from retrofill.errors import CorruptError, InputError, StoreError
+from retrofill.hot import sqlite
+from retrofill.hot.checkpoint import Checkpoint
+from retrofill.hot.directory import Directory
+from retrofill.hot.keys import KeyFile
+from retrofill.lake import Lake, parquet
+from retrofill.lake.arrow import JSON_COLUMNS, SCHEMA
+from retrofill.limits import CHECK_SHOWN_MAX, CHECK_TEXT_CHARS, REFOLD_ROWS
+
+_KINDS = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}, {int(Kind.ALIAS)}"
+_MERGED = ("absorbed", "surviving", "event_time", "server_upload_time")
+_sorted_json = msgspec.json.Encoder(order="sorted").encode
+
+
+class Difference(Struct, frozen=True):
+    """One thing that is not what it must be. project: 0 for a file. stored, refolded: JSON, cut when it is long.
+
+    where: a file, `person 100000000001`, `device ID`, `user ID`, `alias ID`, `group TYPE/VALUE` or the position
+    `row BLOCK:ROW`. field: of that, for example `properties.plan` or `checksum`.
+    """
+
+    project: int
+    where: str
+    field: str
+    stored: str
+    refolded: str
+
+    def line(self) -> str:
+        """Return it as one line of text."""
+        project = f"project {self.project} · " if self.project else ""
+        return (
+            f"{project}{self.where} · {self.field}: stored {self.stored}, refolded {self.refolded}"
+        )
+
+
+class Report(Struct):
+    """What was looked at and found. differences: the first CHECK_SHOWN_MAX of `count`.
+
+    refolded: false if files were too damaged for it. unknown: differences that deleted people may account for.
+    """
+
+    differences: list[Difference] = []
+    count: int = 0
+    unknown: int = 0
+    refolded: bool = False
+    blocks: int = 0
+    lake_files: int = 0
+    key_files: int = 0
+    rows: int = 0
+    people: int = 0
+    merges: int = 0
+
+    def differs(
+        self, project: int, where: str, field: str, stored: object, refolded: object
+    ) -> None:
+        """Count a difference, and name it while there is room. The values are shown as JSON; None is nothing."""
+        self.count += 1
+        if len(self.differences) < CHECK_SHOWN_MAX:
+            self.differences.append(
+                Difference(project, where, field, _text(stored), _text(refolded))
+            )
+
+    def compares(
+        self, project: int, where: str, stored: Mapping[str, Any], refolded: Mapping[str, Any]
+    ) -> None:
+        """Tell which of some fields differ; one whose values are objects, key by key."""
+        for field in sorted({*stored, *refolded}):
+            old, new = stored.get(field), refolded.get(field)
+            if old == new and _sorted_json(old) == _sorted_json(new):
+                continue
+            if isinstance(old, dict) and isinstance(new, dict):
+                self.compares(
+                    project,
+                    where,
+                    {f"{field}.{key}": value for key, value in old.items()},
+                    {f"{field}.{key}": value for key, value in new.items()},
+                )
+            elif _sorted_json(old) != _sorted_json(new):
+                self.differs(project, where, field, old, new)
+
+
+def check(data: Path, clock: Clock, *, sealer: Callable[[Path, Lake], Sealer] = Sealer) -> Report:
+    """Compare what a data directory holds with what its rows say. Nobody else may use it meanwhile.
+
+    The people, ids and groups of one project at a time are held in memory; rows go through it.
+    Raises InputError if there is no such directory, BusyError if it is in use, StoreError if the disk fails.
+    """
+    if not (data / "hot.sqlite").is_file():
+        raise InputError(
+            "There is no data directory",
+            where=str(data),
+            mend="Give the one of `serve` with --data",
+        )
+    report = Report()
+    directory = Directory(data)
+    try:
+        whole = _files(directory, report)
+    finally:
+        directory.close()
+    if whole:
+        asyncio.run(_refold(Settings(data=data, limits="none"), clock, sealer, report))
+    return report
+
+
+# Files.
+
+
+def _files(directory: Directory, report: Report) -> bool:
+    """Read every file whole; say whether they are sound enough to be opened."""
+    for path in (directory.blocks, directory.checkpoint, directory.imports):
+        for fault in sqlite.faults(path) if path.exists() else ():
+            report.differs(0, path.name, "structure", fault, "ok")
+    if report.count:
+        return False
+    _blocks(directory, report)
+    _lake(directory, report)
+    whole = not report.count
+    for path in sorted(directory.keys.glob("keys-*.bin")):
+        report.key_files += 1
+        try:
+            KeyFile(path)
+        except CorruptError as problem:
+            report.differs(0, f"key file {path.name}", "checksum", problem.what, "ok")
+    return whole
+
+
+def _blocks(directory: Directory, report: Report) -> None:
+    with closing(sqlite.Blocks(directory.blocks)) as blocks:
+        for number, _ in blocks.numbers():
+            report.blocks += 1
+            try:
+                for _ in blocks.read(number, number):
+                    pass
+            except CorruptError as problem:
+                report.differs(0, f"block {number}", "checksum", problem.what, "ok")
+
+
+def _lake(directory: Directory, report: Report) -> None:
+    with closing(Lake.open(directory.lake)) as lake, lake.snapshot() as snapshot:
+        listed = snapshot.cursor.execute(
+            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
+        ).fetchall()
+        for data, deleted in sorted(listed):
+            report.lake_files += 1
+            try:
+                parquet.verify(Path(data), Path(deleted) if deleted else None)
+            except StoreError as problem:
+                name = Path(problem.where).name
+                report.differs(0, f"lake file {name}", "bytes", problem.what, "ok")
+
+
+# History.
+
+
+async def _refold(
+    settings: Settings, clock: Clock, sealer: Callable[[Path, Lake], Sealer], report: Report
+) -> None:
+    try:
+        engine = Engine.open(settings, clock=clock, sealer=sealer)
+    except CorruptError as problem:
+        report.differs(0, "blocks after the checkpoint", "state", problem.what, "ok")
+        return
+    deletions = Deletions(settings.data / "deletions.sqlite", clock, days=lambda _: 0)
+    checkpoint = None
+    try:
+        await engine.start()
+        await engine.seal()
+        await engine.checkpoint()
+        checkpoint = Checkpoint(settings.data / "checkpoint.sqlite")
+        for project in engine.all_projects():
+            one = _Project(
+                engine, checkpoint, project.number, clock, report, deletions.traces(project.number)
+            )
+            await asyncio.to_thread(one.run)
+        report.refolded = True
+    finally:
+        if checkpoint is not None:
+            checkpoint.close()
+        deletions.close()
+        await engine.close()
+
+
+class _Project:
+    """The comparison of one project. traces: see `Deletions.traces`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        project: int,
+        clock: Clock,
+        report: Report,
+        traces: tuple[bool, bool],
+    ) -> None:
+        self._engine = engine
+        self._checkpoint = checkpoint
+        self._number = project
+        self._report = report
+        self._limits = engine.limits(project)
+        self._oldest_block = engine.state.oldest_block(
+            clock.now_ms() - self._limits.dedupe_window_ms
+        )
+        self._people = self._stored_people()
+        self._forgotten = {one for one, who in self._people.items() if who.merged_into == FORGOTTEN}
+        erased, self._due = traces
+        self._deleted = erased or self._due or self._is_pointed_at()
+        # Ids for people whose own is taken by somebody else: a difference, and nobody will keep them.
+        self._refold = Refold(project, itertools.count(engine.state.fresh).__next__)
+        self._appeared: set[int] = set()
+
+    def run(self) -> None:
+        """Fold the project's rows and compare them, then the state that they end in."""
+        columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
+        with self._engine.lake.snapshot() as snapshot:
+            reader = snapshot.cursor.execute(
+                f"SELECT {columns} FROM lake.events "
+                f'WHERE project = $1 AND kind IN ({_KINDS}) ORDER BY "block", "row"',
+                [self._number],
+            ).to_arrow_reader(REFOLD_ROWS)
+            for rows in _whole_blocks(reader):
+                self._rows(rows)
+            merged = ", ".join(_MERGED)
+            merges = snapshot.cursor.execute(
+                f'SELECT "block", "row", {merged} FROM lake.merges WHERE project = $1',
+                [self._number],
+            ).fetchall()
+        self._merges({(block, row): values for block, row, *values in merges})
+        self._states(self._refold.changes(Changes({}, {}, {}, {}, {})))
+        self._report.people += len(self._people)
+
+    def _stored_people(self) -> dict[int, Person]:
+        found = {}
+        for one, blob in self._checkpoint.every_person(self._number):
+            try:
+                found[one] = person.decode(blob)
+            except msgspec.MsgspecError as problem:
+                self._differs(f"person {one}", "person", str(problem), None)
+        return found
+
+    def _is_pointed_at(self) -> bool:
+        """Say whether an id names a forgotten person: those whom an undo left nothing of are named by none."""
+        return any(
+            one in self._forgotten
+            for table in ("devices", "users")
+            for _, one in self._checkpoint.every_id(table, self._number)
+        )
+
+    def _differs(self, where: str, field: str, stored: object, refolded: object) -> None:
+        self._report.differs(self._number, where, field, stored, refolded)
+
+    # Rows.
+
+    def _rows(self, rows: pa.Table) -> None:
+        if self._due:  # forgotten already, and their rows go with the next look of a server
+            gone = pa.array(list(self._forgotten), pa.int64())
+            rows = rows.filter(pc.invert(pc.is_in(rows["amplitude_id"], gone)))
+        alias = pc.equal(rows["kind"], pa.scalar(int(Kind.ALIAS), pa.uint8()))
+        self._aliases(rows.filter(alias))
+        rows = rows.filter(pc.invert(alias)).combine_chunks()
+        if not rows.num_rows:
+            return
+        self._report.rows += rows.num_rows
+        for part in self._parts(rows) if self._deleted else [rows]:
+            self._fold(part)
+        for block, row in self._engine.duplicates.unheld(
+            rows, self._limits, oldest_block=self._oldest_block
+        ):
+            self._differs(f"row {block}:{row}", "dedupe key", None, "held")
+
+    def _fold(self, rows: pa.Table) -> None:
+        fresh = decided(self._refold, rows, np.zeros(rows.num_rows, bool))
+        for name, new in fresh.items():
+            old = rows[name].combine_chunks()
+            same = pc.if_else(
+                pc.or_(pc.is_null(old), pc.is_null(new)),
+                pc.and_(pc.is_null(old), pc.is_null(new)),
+                pc.equal(old, new),
+            )
+            for at in np.flatnonzero(~same.to_numpy(zero_copy_only=False)).tolist():
+                self._row(rows, at, name, old[at].as_py(), new[at].as_py())
+
+    def _row(self, rows: pa.Table, at: int, name: str, old: object, new: object) -> None:
+        if name == "group_properties" and self._deleted:
+            self._report.unknown += 1
+            return
+        where = f"row {rows['block'][at]}:{rows['row'][at]}"
+        if name in JSON_COLUMNS:
+            old, new = _parsed(old), _parsed(new)
+        self._report.compares(self._number, where, {name: old}, {name: new})
+
+    def _parts(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Yield the rows up to each block before which a deletion has freed a device, and free it."""
+        devices, people = rows["device_id"].to_pylist(), rows["amplitude_id"].to_pylist()
+        users, blocks = rows["user_id"].to_pylist(), rows["block"].to_pylist()
+        begun = 0
+        here: set[str] = set()  # devices of rows before, not folded yet
+        for at, (device, user, one) in enumerate(zip(devices, users, people, strict=True)):
+            new = one not in self._appeared
+            self._appeared.add(one)
+            used = device in here or bool(self._refold.devices[device or ""])
+            if new and one and device and user is None and used:
+                first = at
+                while first > begun and blocks[first - 1] == blocks[at]:
+                    first -= 1
+                if device not in devices[first:at]:
+                    if first > begun:
+                        yield rows.slice(begun, first - begun)
+                        here = set(devices[first:at])
+                    self._refold.devices[device] = 0
+                    begun = first
+            if device:
+                here.add(device)
+        yield rows.slice(begun)
+
+    def _aliases(self, rows: pa.Table) -> None:
+        for user, sent in zip(rows["user_id"].to_pylist(), rows["sent"].to_pylist(), strict=True):
+            said = msgspec.json.decode(sent or "{}")
+            if said.get("unmap"):
+                self._refold.aliases.pop(user, None)
+            else:
+                self._refold.aliases[user] = said.get("global_user_id", "")
+
+    # What the rows end in.
+
+    def _merges(self, stored: dict[tuple[int, int], list[int]]) -> None:
+        made = {
+            (one.block, one.row): [
+                one.absorbed,
+                one.surviving,
+                one.event_time_ms,
+                one.server_upload_ms,
+            ]
+            for one in self._refold.merges
+        }
+        self._report.merges += len(made)
+        for block, row in sorted({*stored, *made}):
+            old, new = stored.get((block, row)), made.get((block, row))
+            if old != new:
+                self._differs(
+                    f"row {block}:{row}",
+                    "merge",
+                    old and dict(zip(_MERGED, old, strict=True)),
+                    new and dict(zip(_MERGED, new, strict=True)),
+                )
+
+    def _states(self, made: Changes) -> None:
+        for table, ids in (("devices", made.devices), ("users", made.users)):
+            self._ids(table, ids)
+        for one in sorted({*self._people, *made.people}):
+            old, new = self._people.get(one), made.people.get(one)
+            if old is not None and old.merged_into == FORGOTTEN and new is None:
+                continue
+            self._report.compares(self._number, f"person {one}", _fields(old), _fields(new))
+        groups = {key: value for key, value in made.groups.items() if value}
+        for key, text in self._checkpoint.every_group(self._number):
+            self._group(key, _parsed(text) or None, groups.pop(key, None))
+        for key, value in groups.items():
+            self._group(key, None, value)
+        stored, said = self._engine.aliases(self._number), self._refold.aliases
+        for user in sorted({*stored, *said}):
+            if stored.get(user) == said.get(user):
+                continue
+            if self._deleted and user not in said:
+                self._report.unknown += 1
+            else:
+                self._differs(f"alias {user}", "global_user_id", stored.get(user), said.get(user))
+
+    def _ids(self, table: str, made: dict[str, int]) -> None:
+        for one, old in self._checkpoint.every_id(table, self._number):
+            new = made.pop(one, 0)
+            if old != new and not (old in self._forgotten and (self._deleted or not new)):
+                self._differs(f"{table[:-1]} {one}", "amplitude_id", old or None, new or None)
+        for one, new in made.items():
+            if new:
+                self._differs(f"{table[:-1]} {one}", "amplitude_id", None, new)
+
+    def _group(self, key: tuple[str, str], old: object, new: object) -> None:
+        if self._deleted:
+            self._report.unknown += _sorted_json(old) != _sorted_json(new)
+            return
+        self._report.compares(
+            self._number, "group " + "/".join(key), {"properties": old}, {"properties": new}
+        )
+
+
+def _whole_blocks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Yield rows some thousands at a time, those of one block together."""
+    held: list[pa.Table] = []
+    for batch in reader:
+        rows = pa.Table.from_batches([batch])
+        if not rows.num_rows:
+            continue
+        blocks = rows["block"].to_numpy()
+        cut = int(np.searchsorted(blocks, blocks[-1]))
+        if cut:
+            yield pa.concat_tables([*held, rows.slice(0, cut)])
+            held = []
+        elif held and held[-1]["block"][-1].as_py() != blocks[0]:
+            yield pa.concat_tables(held)
+            held = []
+        held.append(rows.slice(cut))
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _fields(one: Person | None) -> dict[str, Any]:
+    if one is None:
+        return {"person": None}
+    return {
+        "person": one.amplitude_id,
+        "user_id": one.user_id,
+        "properties": one.properties,
+        "groups": one.groups,
+        "first_seen": one.first_seen_ms,
+        "updated": one.updated_ms,
+        "updates": one.updates,
+        "merged_into": one.merged_into,
+        **dict(zip(COLUMNS, one.columns, strict=True)),
+    }
+
+
+def _parsed(text: Any) -> Any:
+    return None if text is None else msgspec.json.decode(text)
+
+
+def _text(value: object) -> str:
+    text = "nothing" if value is None else msgspec.json.encode(value).decode(errors="replace")
+    return text if len(text) <= CHECK_TEXT_CHARS else text[: CHECK_TEXT_CHARS - 1] + "…"
