@@ -365,6 +365,10 @@ class _Project:
     # What the rows end in.
 
     def _merges(self, stored: dict[tuple[int, int], list[int]]) -> None:
+        if self._due:
+            stored = {
+                at: merge for at, merge in stored.items() if self._forgotten.isdisjoint(merge[:2])
+            }
         made = {
             (one.block, one.row): [
                 one.absorbed,
