@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrofill.backfill.journal import Dead, Final, Journal, Ledger, Rows, Span, pack, unpack
+from retrofill.backfill.journal import (
+    Dead,
+    Final,
+    Journal,
+    Ledger,
+    Rows,
+    Span,
+    pack,
+    set_aside,
+    unpack,
+)
 from retrofill.errors import BusyError, InputError, StoreError
 
 SPANS = st.lists(
@@ -188,3 +198,23 @@ def test_daily_arrivals_add_up_over_runs(tmp_path: Path) -> None:
 def test_a_directory_without_a_journal_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No journal in"):
         Ledger(tmp_path)
+
+
+def test_a_journal_is_set_aside_whole_and_never_under_a_reader(tmp_path: Path) -> None:
+    for place in ("journal-1.db", "journal-1-2.db"):
+        journal = Journal(tmp_path, threaded=False)
+        sent(journal, 1, Span(0, 0, 5))
+        journal.answered(taken(1))
+        with pytest.raises(BusyError):
+            set_aside(tmp_path, 1)
+        journal.close()
+        reader = Ledger(tmp_path)
+        assert reader.totals().taken == 5
+        with pytest.raises(BusyError, match="reads the journal"):
+            set_aside(tmp_path, 1)
+        reader.close()
+        assert set_aside(tmp_path, 1) == tmp_path / place
+        assert not (tmp_path / "journal.db").exists()
+    fresh = Journal(tmp_path, threaded=False)
+    assert fresh.done().count == 0
+    fresh.close()

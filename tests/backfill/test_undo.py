@@ -117,3 +117,43 @@ def test_only_a_retrofill_server_is_asked() -> None:
 def test_an_answer_that_says_nothing_of_the_import_is_no_import() -> None:
     with serving(Exporting(), health=b'{"service":"retrofill"}') as other:
         assert "has no import 'old'" in failing(other.url).what
+
+
+def test_a_run_of_an_undone_import_sends_all_of_it_anew(tmp_path: Path, server: Process) -> None:
+    to = ["--to", server.url, *KEYS]
+    work = tmp_path / "work"
+    line = ["run", *history(tmp_path, 70), *to, "--work", str(work), "--yes"]
+    assert call(*line, "--import", "old").exit_code == 0
+    call("undo", "old", *to, "--yes")
+    # Without the secret key nobody can say that it was undone.
+    blind = ["run", *line[1:4], *to[:4], "--work", str(work), "--yes"]
+    assert "was undone" not in call(*blind).stderr
+    assert server.export() == []
+
+    anew = call(*line)
+    assert f"import old was undone at {server.url}" in anew.stderr
+    assert "as generation 2" in anew.stderr
+    assert len(server.export()) == 70
+    assert (work / "journal-1.db").exists()
+    same = call(*line)
+    assert "was undone" not in same.stderr
+    assert "resuming" in same.stderr
+    assert call("verify", "--work", str(work), *KEYS).exit_code == 0
+
+    # The mapping was wrong: undone again, the same directory takes another one.
+    call("undo", "old", *to, "--yes")
+    history(tmp_path, 30, kind="Mended")
+    mended = call(*line, "--json")
+    told = [json.loads(one) for one in mended.stdout.splitlines()]
+    assert (told[0]["event"], told[0]["generation"]) == ("undone", 3)
+    assert told[0]["journal"] == str(work / "journal-2.db")
+    assert {row["event_type"] for row in server.export()} == {"Mended"}
+    assert len(server.export()) == 30
+
+    # Undone while another directory had sent the next generation: this journal is of none that is there.
+    call("undo", "old", *to, "--yes")
+    other = [*line[:-2], str(tmp_path / "other"), "--yes", "--import", "old"]
+    assert call(*other).exit_code == 0
+    late = call(*line)
+    assert "as generation 4" in late.stderr
+    assert len(server.export()) == 30

@@ -20,7 +20,7 @@ from msgspec import Struct
 from retrofill.backfill import manifest as manifests
 from retrofill.backfill.destination import Connection, SteadyClock, parse_url
 from retrofill.backfill.feed import Feed
-from retrofill.backfill.journal import Journal, Ledger
+from retrofill.backfill.journal import GENERATION, Journal, Ledger
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.profile import DAY_S, Profile, Target, target
 from retrofill.backfill.send import MEMORY_MARGIN_S, Outcome, Progress, Sender
@@ -30,7 +30,10 @@ SHOW_S = 0.5  # ours: how often the caller is told how far the run is
 
 
 class Drive(Struct, frozen=True, kw_only=True):
-    """What a run needs. show: told how far it is, twice a second and at the end."""
+    """What a run needs. show: told how far it is, twice a second and at the end.
+
+    generation: of the import at the destination, which the rows belong to; None if it is not known.
+    """
 
     work: Path
     to: Target
@@ -38,6 +41,7 @@ class Drive(Struct, frozen=True, kw_only=True):
     api_key: str
     gzip: bool = False
     give_up_after_s: float | None = None
+    generation: int | None = None
     show: Callable[[Progress], None] = lambda _: None
 
 
@@ -88,6 +92,8 @@ async def _drive(asked: Drive) -> Outcome:
             }
         )
         journal.note({"limits": msgspec.json.encode(asked.profile).decode()})
+        if asked.generation is not None:
+            journal.note({GENERATION: str(asked.generation)})
         now = clock.now()
         unsure = 0
         if asked.profile.memory_days:

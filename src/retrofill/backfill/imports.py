@@ -9,11 +9,13 @@ import base64
 import http.client
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
 
+from retrofill.backfill.journal import GENERATION, Ledger, set_aside
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.profile import Target, names_retrofill
 from retrofill.backfill.readback import READ_S
@@ -80,6 +82,55 @@ def unknown(name: str) -> FinalError:
         f"The destination has no import {name!r}",
         mend="`GET /api/1/imports` lists those of the project whose keys are given",
     )
+
+
+class Begun(Struct, frozen=True):
+    """What the destination says of the import of a run. generation: the one that its rows belong to, None if unknown.
+
+    aside: where the journal of an undone generation is now, None if there was none to set aside. problem: why it is not known.
+    """
+
+    generation: int | None = None
+    aside: Path | None = None
+    problem: str = ""
+
+
+def begin(work: Path, to: Target, keys: Keys, name: str) -> Begun:
+    """Say which generation of an import a run sends, and set its journal aside if that speaks of one that is undone.
+
+    Only our own server has generations, and only both keys can ask it. Raises BusyError; FinalError if it refuses the
+    keys; RetryError while it undoes or restores the import.
+    """
+    if not (keys.secret_key and to.ours and names_retrofill(to.read)):
+        return Begun()
+    try:
+        found = show(to, keys, name)
+    except RetryError as problem:
+        return Begun(problem=problem.what)
+    if found is None:
+        return Begun(1)
+    if found.state in {"undoing", "restoring"}:
+        raise RetryError(
+            f"The import {name} is {found.state} at the destination",
+            mend="Run the same line again when that is done",
+        )
+    now = found.next_generation
+    if not (work / "journal.db").exists():
+        return Begun(now)
+    facts = _facts(work)
+    if facts.get("destination") != to.name or facts.get("import") != name:
+        return Begun(now)
+    # A journal that knows no generation was begun without the secret key.
+    before = int(facts.get(GENERATION, now - found.undone))
+    return Begun(now, set_aside(work, before) if before < now else None)
+
+
+def _facts(work: Path) -> dict[str, str]:
+    ledger = Ledger(work)
+    try:
+        return ledger.meta()
+    finally:
+        ledger.close()
 
 
 def _ended(found: Shown | None, name: str, *, undone: bool) -> Shown:

@@ -9,7 +9,8 @@ commit goes into the next one, with one sync, in a thread of its own. So three t
   that remembers insert_ids may be sent them again for as long as it remembers; after that only reading back tells;
 - all others were never stored.
 
-Row ranges are packed 14 bytes each: set, first row, count. Nothing is ever deleted: `resend` marks requests as lost.
+Row ranges are packed 14 bytes each: set, first row, count. Nothing is ever deleted: `resend` marks requests as lost,
+and when the destination has undone the import, the journal is set aside whole and the next generation has one of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ COMMIT_GAP_S = (
 )
 RANGE = np.dtype([("set", "<u2"), ("first", "<u8"), ("count", "<u4")])
 TAKEN = 200
+GENERATION = "generation"  # of the import at its destination, a fact in `meta`
 UNSURE = -1  # status: not sent again, because the destination may have it and no longer remembers
 
 _SCHEMA = """
@@ -558,6 +560,35 @@ class Ledger:
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+
+
+def set_aside(work: Path, generation: int) -> Path:
+    """Give a journal another name, so that the next run begins a fresh one. Returns where it is now.
+
+    generation: of the import whose rows it speaks of, at its destination. Raises BusyError while anybody uses it.
+    """
+    path = work / "journal.db"
+    with _lock(work):
+        db = connect(path)
+        try:
+            db.execute("PRAGMA busy_timeout=1000")
+            # Succeeds only when nobody else has it open, and leaves one file behind.
+            db.execute("PRAGMA journal_mode=DELETE")
+        except sqlite3.OperationalError as problem:
+            raise BusyError(
+                f"Something reads the journal: {problem}",
+                where=str(path),
+                mend="Wait for `retrofill status`, `report` or `verify` to end, then run the same line again",
+            ) from problem
+        finally:
+            db.close()
+        names = [
+            f"journal-{generation}.db",
+            *(f"journal-{generation}-{n}.db" for n in range(2, 1000)),
+        ]
+        to = next(work / name for name in names if not (work / name).exists())
+        path.rename(to)
+    return to
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -87,6 +87,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     where = profiles.target(to)
     chosen = profiles.choose(where, profile)
     pause = None if give_up_after is None else seconds(give_up_after)
+    generation = generation_of(work, import_, where, keys, as_json=as_json)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
         sources,
@@ -115,6 +116,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         quota_per_day=quota_per_day,
         skip_sync=found.options.skip_user_properties_sync,
     )
+    if generation is None and not (work / "journal.db").exists():
+        generation = generation_of(work, import_, where, keys, as_json=as_json)
     resuming = (work / "journal.db").exists()
     tell_plan(found, where, chosen, work=work, as_json=as_json, resuming=resuming)
     if not (yes or resuming):
@@ -128,6 +131,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
                 api_key=keys.api_key,
                 gzip=gzip,
                 give_up_after_s=pause,
+                generation=generation,
                 show=display.show,
             )
         )
@@ -185,6 +189,37 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     )
     with Staging(as_json=as_json) as staging:
         return stage(work, asked, options, progress=staging.show)
+
+
+def generation_of(
+    work: Path, import_id: str | None, to: Target, keys: Keys, *, as_json: bool
+) -> int | None:
+    """Return which generation of the staged import is sent now, None if nothing is staged or it cannot be known.
+
+    If the destination has undone the one that the journal speaks of, the journal is set aside, and that is said: all is
+    sent anew. Raises BusyError, FinalError, RetryError.
+    """
+    from retrofill.backfill import imports
+    from retrofill.backfill import manifest as manifests
+    from retrofill.backfill.report import VERIFIED
+
+    staged = manifests.read(work / "stage")
+    if staged is None or import_id not in {None, staged.import_id}:
+        return None
+    begun = imports.begin(work, to, keys, staged.import_id)
+    if begun.aside is not None:
+        (work / VERIFIED).unlink(missing_ok=True)  # it spoke of what is undone
+    if as_json:
+        if begun.aside is not None:
+            emit({"event": "undone", "generation": begun.generation, "journal": str(begun.aside)})
+    elif begun.aside is not None:
+        say(
+            f"import {staged.import_id} was undone at {to.name}: all of it is sent anew, as generation"
+            f" {begun.generation}; the old journal is {begun.aside}"
+        )
+    elif begun.problem and (work / "journal.db").exists():
+        say(f"! whether this import was undone is not known: {begun.problem}")
+    return begun.generation
 
 
 def seam_of(
