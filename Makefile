@@ -24,7 +24,7 @@ help: ## list what can be made
 setup: $(RUNTIME) ## make .venv with the command .venv/bin/retrofill
 	@echo "Ready: $(BIN)/retrofill --help"
 
-demo: $(RUNTIME) ## send two real histories into a fresh server and read them back
+demo: $(RUNTIME) ## send two real histories into a fresh server, read them back, undo one
 	@$(RUN) demo/histories.py
 
 test: $(DEV) ## all tests but the long ones, under ten minutes

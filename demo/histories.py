@@ -4,7 +4,9 @@ git-history is every commit and changed file of a public repository over thirtee
 shop-clickstream is half a year of clicks in a shop. `retrofill run` maps, sorts and sends them as a user would, and
 `retrofill verify` reads them back. Then the proof, by other code than the client's: this file maps each source by itself,
 says in which order a person's events must have arrived and which properties the person had at each, and compares that
-with the server's export. Every figure printed was read from the server. Exits 1 if anything differs.
+with the server's export. At the end the second history is undone with `retrofill undo`, shown to be gone with nothing else
+touched, and restored, so that both are there to be served. Every figure printed was read from the server. Exits 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ SOURCES = ROOT / "tests" / "data"
 DATA = ROOT / "retrofill-demo"
 RETROFILL = Path(sys.executable).parent / "retrofill"
 READY_S = 60
+NOT_FOUND = 404
+LOOKED_UP = 50  # people of an undone import that are searched for one by one
 
 Row = dict[str, Any]
 console = Console(highlight=False)
@@ -180,6 +184,17 @@ class Api:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return bytes(answer.read())
 
+    def holds(self, path: str) -> bool:
+        """Say whether there is something: False for 404."""
+        try:
+            self.get(path)
+        except urllib.error.HTTPError as refused:
+            with refused:
+                if refused.code == NOT_FOUND:
+                    return False
+            raise
+        return True
+
     def json(self, path: str) -> Any:  # noqa: ANN401 - whatever JSON the answer holds
         """Return the answer as JSON."""
         return msgspec.json.decode(self.get(path))
@@ -238,9 +253,15 @@ def retrofill(history: History, *words: str | Path) -> float:
 
 
 def exported(api: Api, since: datetime) -> list[Row]:
-    """Return every row of the export, in its order."""
+    """Return every row of the export, in its order; none if the server has none."""
     until = datetime.now(UTC)
-    archive = api.get(f"/api/2/export?start={since:%Y%m%dT%H}&end={until:%Y%m%dT%H}")
+    try:
+        archive = api.get(f"/api/2/export?start={since:%Y%m%dT%H}&end={until:%Y%m%dT%H}")
+    except urllib.error.HTTPError as refused:
+        with refused:
+            if refused.code == NOT_FOUND:
+                return []
+        raise
     rows: list[Row] = []
     with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
         for member in zipped.namelist():
@@ -398,6 +419,34 @@ def show(history: History, address: str, work: Path) -> bool:
     return result.whole and people == len({one["user_id"] for one in events})
 
 
+def take_back(history: History, other: History, address: str, since: datetime) -> bool:
+    """Undo the import of a history, look for what remains, restore it; return whether all is as it must be."""
+    console.print(f"[bold]{history.name}, taken back[/]\n")
+    api, untouched = Api(address, history.keys), Api(address, other.keys)
+    events = history.events()
+    before = exported(untouched, since)
+    undo = ("undo", history.name, "--to", address, "--yes")
+    seconds = retrofill(history, *undo)
+    users = [user for user, _ in Counter(one["user_id"] for one in events).most_common(LOOKED_UP)]
+    found = sum(bool(api.json(f"/api/2/usersearch?user={user}")["matches"]) for user in users)
+    days = [datetime.fromtimestamp(events[at]["time"] / 1000, UTC).date() for at in (0, -1)]
+    people = sum(first_seen(api, *days).values())
+    gone = not api.holds(f"/api/1/imports/{history.name}/export")
+    left = len(exported(api, since))
+    same = exported(untouched, since) == before
+    console.print(
+        f"\n{seconds:.1f} s for the whole command: the export of the import is {'404' if gone else 'there'} · {left:,} events left in "
+        f"the project · {people:,} people first seen · {found:,} of the {len(users):,} most active found by search\n"
+        f"{other.name}: its {len(before):,} rows are {'the same as before' if same else 'NOT the same'}\n",
+        soft_wrap=True,
+    )
+    seconds = retrofill(history, *undo, "--restore")
+    result = compare(events, exported(api, since))
+    console.print(f"\n{seconds:.1f} s for the whole command\n[bold]{result}[/]")
+    console.print(f"{result.different:,} different in content or properties\n")
+    return gone and not (left or people or found) and same and result.whole
+
+
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description="Send real histories through a fresh server.")
@@ -409,7 +458,9 @@ def main() -> None:
     for history in HISTORIES:
         shutil.rmtree(works / history.name, ignore_errors=True)
     with served(data) as address:
+        since = datetime.now(UTC)
         whole = [show(history, address, works / history.name) for history in HISTORIES]
+        whole.append(take_back(HISTORIES[1], HISTORIES[0], address, since))
     console.print(f"{time.perf_counter() - started:.1f} s in all")
     keys = "".join(f"  {one.name}: {' '.join(one.keys)}\n" for one in HISTORIES)
     console.print(

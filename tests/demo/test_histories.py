@@ -113,3 +113,10 @@ def test_the_demo_gets_everything_back_from_a_real_server(tmp_path: Path) -> Non
         assert f"\n{proof}\n" in done.stdout
     assert "404 people" in done.stdout
     assert "600 people" in done.stdout
+    assert (
+        "the export of the import is 404 · 0 events left in the project · 0 people first seen"
+        " · 0 of the 50 most active found by search\n"
+        "git-history: its 60,966 rows are the same as before\n"
+    ) in done.stdout
+    # The same proof again after it was restored.
+    assert done.stdout.count(f"\n{PROOFS[1]}\n") == 2
