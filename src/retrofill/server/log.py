@@ -25,9 +25,9 @@ _PLAIN = re.compile(r"[\w./:+@*-]+", re.ASCII)
 
 
 class Lines:
-    """Lines on their way to a stream. Each method of structlog's loggers is here."""
+    """Lines on their way to a stream, what is stderr then if None. Each method of structlog's loggers is here."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
         self._waiting: list[str] = []
 
@@ -49,15 +49,16 @@ class Lines:
         """Write what waits."""
         if self._waiting:
             lines, self._waiting = self._waiting, []
-            self._stream.write("\n".join(lines) + "\n")
-            self._stream.flush()
+            stream = self._stream or sys.stderr
+            stream.write("\n".join(lines) + "\n")
+            stream.flush()
 
 
 class _Log:
     """What is configured: where lines go, whether batches are logged, and the time as text, made once a second."""
 
     def __init__(self) -> None:
-        self.lines = Lines(sys.stderr)
+        self.lines = Lines()
         self.batches = True
         self._second = -1
         self._text = ""
@@ -77,7 +78,7 @@ _log = _Log()
 def configure(level: str = "info", stream: TextIO | None = None) -> None:
     """Send everything at or above `level` (one of LEVELS) to `stream`, stderr if None."""
     number = logging.getLevelNamesMapping()[level.upper()]
-    _log.lines = lines = Lines(stream or sys.stderr)
+    _log.lines = lines = Lines(stream)
     _log.batches = number <= logging.INFO
     structlog.configure(
         processors=[structlog.processors.format_exc_info, _render],
