@@ -321,7 +321,7 @@ def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
     after = name == "rewrite"
     monkeypatch.setattr(owner, name, lambda *a, **k: (after and real(*a, **k), cut()))
     with pytest.raises(_CutError):
-        subject.run(engine._undo(1, "old-shop"))
+        subject.run(engine._undoing.undo(1, "old-shop"))
     monkeypatch.undo()
     subject.crash()
     assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"

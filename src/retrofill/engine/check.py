@@ -38,8 +38,8 @@ from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
 from retrofill.engine.deletion import Deletions
 from retrofill.engine.ingest import Engine
+from retrofill.engine.refold import decided
 from retrofill.engine.seal import Sealer
-from retrofill.engine.undo import decided
 from retrofill.errors import CorruptError, InputError, StoreError
 from retrofill.hot import sqlite
 from retrofill.hot.checkpoint import Checkpoint

@@ -17,6 +17,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -197,16 +198,21 @@ def _next(before: Import, now_ms: int | None) -> Import:
     return Import(before.name, "open", now_ms, before.generation + 1, before.until, before.until)
 
 
-def undoing(known: Imports, project: int, name: str, *, block: int) -> Import:
-    """Note the intent to undo an import whose rows end at `block`. An undone one stays what it is."""
+def under_way(
+    known: Imports, project: int, name: str, state: Literal["undoing", "restoring"]
+) -> None:
+    """Note that an import is being undone or restored."""
+    known.change(project, name, lambda before: replace(before or Import(name), state=state))
 
-    def make(before: Import | None) -> Import | None:
-        if before is not None and before.state in ("undone", "undoing", "restoring"):
-            return None
-        one = before or Import(name)
-        return replace(one, state="undoing", until=block)
 
-    return known.change(project, name, make) or known.get(project, name) or Import(name)
+def undone(before: Import, *, until: int, now_ms: int) -> Import:
+    """Return what an import is whose rows up to block `until` are hidden now."""
+    return replace(before, state="undone", until=until, undone_ms=now_ms)
+
+
+def restored(before: Import) -> Import:
+    """Return what an import is that was undone and whose rows are shown again."""
+    return replace(before, state="open", until=before.after, undone_ms=0)
 
 
 def begun_again(known: Imports, project: int, name: str) -> None:
@@ -218,29 +224,27 @@ def begun_again(known: Imports, project: int, name: str) -> None:
     )
 
 
-def restoring(known: Imports, project: int, name: str, *, again: bool, now_ms: int) -> Import:
-    """Note the intent to bring an undone import back. again: its next generation has rows. Raises ConflictError, MissingError."""
+def to_restore(known: Imports, project: int, name: str, *, again: bool, now_ms: int) -> Import:
+    """Return an undone import that may be brought back. again: its next generation has rows.
 
-    def make(before: Import | None) -> Import:
-        if before is None:
-            raise MissingError("There is no such import", where=name)
-        if before.state != "undone" or again:
-            raise ConflictError(
-                f"The import {name} holds rows of a later generation"
-                if again
-                else f"The import {name} is {before.state}, not undone",
-                mend="Undo those first" if again else "",
-            )
-        if now_ms - before.undone_ms > UNDO_RETENTION_DAYS * MS_PER_DAY:
-            raise ConflictError(
-                f"The import {name} was undone more than {UNDO_RETENTION_DAYS} days ago, its rows are gone",
-                mend="Send it again",
-            )
-        return replace(before, state="restoring")
-
-    made = known.change(project, name, make)
-    assert made is not None
-    return made
+    Raises ConflictError, MissingError.
+    """
+    one = known.get(project, name)
+    if one is None:
+        raise MissingError("There is no such import", where=name)
+    if one.state != "undone" or again:
+        raise ConflictError(
+            f"The import {name} holds rows of a later generation"
+            if again
+            else f"The import {name} is {one.state}, not undone",
+            mend="Undo those first" if again else "",
+        )
+    if now_ms - one.undone_ms > UNDO_RETENTION_DAYS * MS_PER_DAY:
+        raise ConflictError(
+            f"The import {name} was undone more than {UNDO_RETENTION_DAYS} days ago, its rows are gone",
+            mend="Send it again",
+        )
+    return one
 
 
 def _not_undoing(known: Import) -> None:

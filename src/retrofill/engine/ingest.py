@@ -25,7 +25,6 @@ import msgspec
 import numpy as np
 import structlog
 from msgspec import Struct
-from msgspec.structs import replace
 
 from retrofill.clock import Clock
 from retrofill.config import Project, Settings
@@ -36,19 +35,20 @@ from retrofill.core.event import Batch, Envelope, Refusal
 from retrofill.core.fold import Folded
 from retrofill.core.person import Person
 from retrofill.core.throttle import Accepted, Silenced, Throttled
-from retrofill.engine import imports
 from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
 from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.recover import batches_of, fill_devices, refold
+from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
-from retrofill.engine.undo import Rewritten, Which, rewrite
+from retrofill.engine.undo import Undoing
 from retrofill.errors import BusyError, CorruptError, Error, StoreError
 from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
 from retrofill.hot.imports import Import, Imports
+from retrofill.hot.intents import Intents
 from retrofill.hot.sqlite import Blocks
 from retrofill.lake import Lake
 from retrofill.limits import (
@@ -133,15 +133,14 @@ class Engine:
         self._problem: str | None = None
         self._closing = False
         self._wake, self._due = asyncio.Event(), asyncio.Event()
-        self._sealing, self._saving = asyncio.Lock(), asyncio.Lock()
-        self._committing = asyncio.Lock()
-        self._rewriting = (
-            asyncio.Lock()
-        )  # one change of rows in the lake at a time, taken before the others
+        self._sealing, self.saving = asyncio.Lock(), asyncio.Lock()
+        self.committing = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
-        self._changes: set[asyncio.Task[Import]] = set()
+        self._intents = Intents(directory.intents)
+        self.rewriting = Rewriting(self, self._intents)
+        self._undoing = Undoing(self.rewriting, self, clock)
 
     @classmethod
     def open(
@@ -168,7 +167,7 @@ class Engine:
             self.add_project(project)
         self.duplicates.open(
             sealed=sealed,
-            oldest_block=self._oldest_block(),
+            oldest_block=self.oldest_block(),
             rows=self.lake.dedupe_rows,
             limits=self.limits,
         )
@@ -239,11 +238,8 @@ class Engine:
     # Life.
 
     async def start(self) -> None:
-        """End what an undo under way began, then begin to commit and to work in the background."""
-        for number in self._admissions:
-            for one in await asyncio.to_thread(self.imports.all, number):
-                if one.state in ("undoing", "restoring"):
-                    await self._change_import(number, one, again=True)
+        """End the changes of history that a crash cut off, then begin to commit and to work in the background."""
+        await self.rewriting.resume()
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
 
@@ -254,7 +250,7 @@ class Engine:
         self._due.set()
         try:
             await asyncio.gather(*self._tasks)
-            await asyncio.gather(*self._changes, return_exceptions=True)
+            await self.rewriting.ended()
             if self._problem is None:
                 await self.seal()
                 await self.checkpoint()
@@ -282,10 +278,10 @@ class Engine:
 
     async def abandon(self) -> None:
         """Let go of everything as a crash would: nothing is committed, sealed or saved any more. For tests."""
-        under_way = [*self._tasks, *self._changes]
-        for task in under_way:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.rewriting.ended(abandon=True)
         await self._release()
 
     async def _release(self) -> None:
@@ -294,6 +290,7 @@ class Engine:
         self.lake.close()
         self._checkpoint.close()
         self.imports.close()
+        self._intents.close()
         self.blocks.close()
         self._directory.close()
 
@@ -301,12 +298,12 @@ class Engine:
         try:
             await run()
         except Error as problem:
-            self._fail(problem)
+            self.fail(problem)
         except Exception as problem:
-            self._fail(problem)
+            self.fail(problem)
             raise
 
-    def _fail(self, problem: BaseException) -> None:
+    def fail(self, problem: BaseException) -> None:
         """Refuse all work from now on: nobody knows what is on disk until it is opened anew."""
         if self._problem is None:
             self._problem = str(problem)
@@ -344,12 +341,12 @@ class Engine:
             self._wake.clear()
             while self._forgetting:
                 forgotten, done = self._forgetting.popleft()
-                async with self._committing:
+                async with self.committing:
                     await self._commit([], forgotten=forgotten)
                 if not done.done():  # who asked may have been cancelled
                     done.set_result(None)
             while self._queue:
-                async with self._committing:
+                async with self.committing:
                     await self._commit(self._take())
             if self._closing:
                 return
@@ -393,7 +390,8 @@ class Engine:
         )
         return keyed, self.duplicates.split(keyed, oldest)
 
-    def _oldest_block(self) -> int:
+    def oldest_block(self) -> int:
+        """Return the first block that a dedupe window still reaches."""
         return self.state.oldest_block(self._clock.now_ms() - self._dedupe_window_ms())
 
     def _add_keys(self, block: Block, batches: list[Batch], imports: bytes | None = None) -> None:
@@ -403,7 +401,7 @@ class Engine:
             Keyed(block.keys, imports),
             block.kind,
             block.number,
-            oldest_block=self._oldest_block(),
+            oldest_block=self.oldest_block(),
         )
 
     def fold(
@@ -524,9 +522,9 @@ class Engine:
         first, last = self.unsealed[0].number, self.unsealed[-1].number
         await self._sealer.seal(first, last)
         await asyncio.to_thread(
-            self.duplicates.sealed, first, last, oldest_block=self._oldest_block()
+            self.duplicates.sealed, first, last, oldest_block=self.oldest_block()
         )
-        self.duplicates.filed(first, last, oldest_block=self._oldest_block())
+        self.duplicates.filed(first, last, oldest_block=self.oldest_block())
         await self.counting.save(last)  # before these blocks may be deleted
         sealed_events = 0
         while self.unsealed and self.unsealed[0].number <= last:
@@ -540,7 +538,7 @@ class Engine:
 
     async def checkpoint(self) -> None:
         """Save the state exactly as of the last applied block."""
-        async with self._saving:
+        async with self.saving:
             if not self.state.saved_all:
                 await self._save()
 
@@ -595,117 +593,37 @@ class Engine:
         """Note that a request was refused before it came to `ingest`."""
         self.counting.refused(project, names_in(opened))
 
-    # Imports taken back.
+    # Stored history changed.
 
-    async def undo(self, project: int, name: str) -> Import:
-        """Take an import back with all its effects; it is undone when this returns. Again it changes nothing.
-
-        Commits wait meanwhile. Raises StoreError: then the next start ends it, or it was never begun.
-        """
-        return await self._whole(self._undo(project, name))
-
-    async def _undo(self, project: int, name: str) -> Import:
-        async with self._rewriting, self._committing:
-            await self.seal()
-            await asyncio.to_thread(self._begin_again, project, name)
-            one = await asyncio.to_thread(
-                imports.undoing, self.imports, project, name, block=self.state.block
-            )
-            return await self._change_import(project, one)
-
-    async def restore(self, project: int, name: str) -> Import:
-        """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
-        return await self._whole(self._restore(project, name))
-
-    async def _restore(self, project: int, name: str) -> Import:
-        async with self._rewriting, self._committing:
-            await self.seal()
-            now_ms = self._clock.now_ms()
-            one = await asyncio.to_thread(self.imports.get, project, name)
-            again = (
-                one is not None
-                and one.state == "undone"
-                and await asyncio.to_thread(self.lake.holds_import, project, name, one.until)
-            )
-            one = await asyncio.to_thread(
-                imports.restoring, self.imports, project, name, again=again, now_ms=now_ms
-            )
-            return await self._change_import(project, one)
-
-    async def _whole(self, change: Coroutine[Any, Any, Import]) -> Import:
-        """Do a change to its end, also when whoever asked for it has gone."""
-        if self._problem is not None or self._closing:
-            change.close()
-            raise StoreError("The store has failed or is stopping", mend="Start the server again")
-        task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
-
-    def _begin_again(self, project: int, name: str) -> None:
-        one = self.imports.get(project, name)
-        undone = one is not None and one.state == "undone"
-        if one is not None and undone and self.lake.holds_import(project, name, one.until):
-            imports.begun_again(self.imports, project, name)
-
-    async def _change_import(self, project: int, one: Import, *, again: bool = False) -> Import:
-        """Do what its state says is being done, from the beginning; nothing is committed meanwhile."""
-        if one.state not in ("undoing", "restoring"):
-            return one
-        hide = one.state == "undoing"
-        await self.seal()
-        try:
-            made = await asyncio.to_thread(
-                rewrite,
-                self.lake,
-                Which(project, one.name, one.after, one.until),
-                hide=hide,
-                limits=self.limits(project),
-                new_id=self.state.draw,
-                again=again,
-            )
-            if made is not None:
-                async with self._saving:
-                    await asyncio.to_thread(self._adopt, project, made)
-                await self.checkpoint()
-        except BaseException as problem:
-            self._fail(problem)  # memory may be behind the lake: the next start ends it
-            raise
-        await self.counting.forget(project, one.name)
-        now_ms = self._clock.now_ms()
-        done = (
-            replace(one, state="undone", undone_ms=now_ms)
-            if hide
-            else replace(one, state="open", until=one.after, undone_ms=0)
-        )
-        await asyncio.to_thread(self.imports.put, project, done)
-        log.info("import_changed", state=done.state, rows=made.rows if made else 0)
-        return done
-
-    def _adopt(self, project: int, made: Rewritten) -> None:
-        """Let the lake, and memory with it, be as a fold without (or with) the import made them."""
-        with self.lake.held():
-            self.lake.rewrite(
-                project, made.files, places=made.places, people=made.people, merges=made.merges
-            )
-            self.state.replace(project, made.changes)
-        self.duplicates.change(
-            made.gone,
-            made.added,
-            self.limits(project),
-            sealed=self.state.block,
-            oldest_block=self._oldest_block(),
-        )
+    def count_quota(self, project: int) -> None:
+        """Count the daily quota of a project anew, from the lake: every block is in it."""
         admission = self._admissions[project]
         if admission.limits.daily_quota:
             admission.forget_quota()
             admission.load_quota(*self.lake.quota_rows(project, self._clock.now_ms()))
 
+    async def undo(self, project: int, name: str) -> Import:
+        """Take an import back with all its effects; it is undone when this returns. Again it changes nothing.
+
+        Raises StoreError: then the next start ends it, or it was never begun.
+        """
+        self._may_change()
+        return await self.rewriting.whole(self._undoing.undo(project, name))
+
+    async def restore(self, project: int, name: str) -> Import:
+        """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
+        self._may_change()
+        return await self.rewriting.whole(self._undoing.restore(project, name))
+
+    def _may_change(self) -> None:
+        if self._problem is not None or self._closing:
+            raise StoreError("The store has failed or is stopping", mend="Start the server again")
+
     async def forget(self, project: int, amplitude_ids: list[int]) -> None:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""
         if self._problem is not None:
             raise StoreError("The store has failed", mend="Start the server again")
-        async with self._rewriting:  # an undo between block and rows would make them again
+        async with self.rewriting.alone():  # an undo between block and rows would make them again
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
             self._wake.set()

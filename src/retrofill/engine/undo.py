@@ -1,431 +1,91 @@
-"""Taking an import back, and bringing it back: its rows are hidden or shown, and everyone they touched is folded again.
-
-Hidden rows stay in the lake as Kind.UNDONE, so `restore` needs nothing else. What an import touched is a closure:
-everyone who shares a device or user id with one of its people, whoever shows a group that it changed, and so on. The
-closure's rows are folded again in order of position without the hidden ones, written as new lake files, and put in the
-place of the old ones in one transaction; then memory, dedupe keys and quotas follow, and the checkpoint is written.
-
-All of it happens while no block is committed and every block is in the lake. It reads nothing but the lake, and doing
-it again changes nothing: an intent stored before the first step is enough to end it after a crash at any point.
-"""
+"""Taking an import back, and bringing it back: `rewriting` with its rows hidden, or shown again."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import asyncio
+from typing import Protocol
 
-import msgspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from msgspec import Struct
-
-from retrofill.core.block import SAYABLE, Flag, Kind
-from retrofill.core.fold import Changes, Group
-from retrofill.core.person import Person
-from retrofill.core.refold import Refold, Rows
-from retrofill.lake import Lake, arrow, parquet
-from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
-from retrofill.lake.files import Files
-from retrofill.limits import REFOLD_FILE_ROWS, REFOLD_ROWS, Limits
-
-_SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
-_KEY_COLUMNS = (
-    *("project", "block", "row", "kind", "user_id", "device_id", "event_type", "insert_id"),
-    *("event_id", "client_event_time", "import_id"),
-)
+from retrofill.clock import Clock
+from retrofill.engine import imports
+from retrofill.engine.imports import Counting
+from retrofill.engine.refold import Rule, Seed, Which
+from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.hot.imports import Import, Imports
+from retrofill.lake import Lake
 
 
-class Which(Struct, frozen=True):
-    """The rows of one generation of an import: those of blocks after `after` up to `until`."""
+class Host(Protocol):
+    """What is needed of the engine."""
 
-    project: int
-    import_id: str
-    after: int
-    until: int
+    lake: Lake
+    imports: Imports
+    counting: Counting
 
-
-class Closure(Struct):
-    """Everyone whose history must be folded again, by all their ids, and the groups of the project."""
-
-    people: set[int] = msgspec.field(default_factory=set)
-    devices: set[str] = msgspec.field(default_factory=set)
-    users: set[str] = msgspec.field(default_factory=set)
-    groups: set[Group] = msgspec.field(default_factory=set)
+    async def seal(self) -> None:
+        """Move every block committed so far into the lake."""
 
 
-class Rewritten(Struct):
-    """New files with the closure's rows as they must be, nothing of it in the lake yet.
+class Undoing:
+    """Undo and restore of the imports of one engine."""
 
-    gone, added: rows that are no longer seen, and rows that are seen again, with what makes their dedupe keys; the
-    import's own always, whatever the lake says of them already.
-    """
+    def __init__(self, rewriting: Rewriting, host: Host, clock: Clock) -> None:
+        self._rewriting = rewriting
+        self._host = host
+        self._clock = clock
+        rewriting.kinds["undo"] = self._undone
+        rewriting.kinds["restore"] = self._restored
 
-    closure: Closure
-    files: list[Path]
-    places: pa.Table
-    people: list[int]
-    merges: list[MergeRow]
-    changes: Changes
-    gone: list[pa.Table]
-    added: list[pa.Table]
-    rows: int = 0
-    hidden: int = 0
-
-
-def rewrite(
-    lake: Lake,
-    which: Which,
-    *,
-    hide: bool,
-    limits: Limits,
-    new_id: Callable[[], int],
-    again: bool = False,
-) -> Rewritten | None:
-    """Fold the closure of an import's rows again, without them (hide) or with them. None if it has no rows.
-
-    Blocks. Every block must be in the lake. new_id: draws an amplitude_id that nobody ever had. again: a crash cut off
-    the same before.
-    """
-    with lake.snapshot() as snapshot:
-        ask = snapshot.cursor.execute
-        closure = _closure(ask, which)
-        if closure is None:
-            return None
-        fold = _Fold(lake, which, closure, hide=hide, limits=limits, new_id=new_id, again=again)
-        fold.contested = _contested(ask, which, closure)
-        ids = pa.table({"id": pa.array(sorted(closure.people), pa.int64())})
-        devices = pa.table({"id": pa.array(sorted(closure.devices), pa.string())})
-        users = pa.table({"id": pa.array(sorted(closure.users), pa.string())})
-        for name, rows in (("ids", ids), ("devices", devices), ("users", users)):
-            snapshot.cursor.register(f"closure_{name}", rows)
-        columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
-        reader = ask(
-            f"SELECT {columns} FROM lake.events WHERE project = $1 AND ("
-            f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
-            f"OR kind = {int(Kind.GROUP_IDENTIFY)} "
-            f"OR (kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
-            "OR user_id IN (SELECT id FROM closure_users))) "
-            f"OR (kind = {int(Kind.UNDONE)} AND {_MINE})) "
-            'ORDER BY "block", "row"',
-            [which.project, which.import_id, which.after, which.until],
-        ).to_arrow_reader(REFOLD_ROWS)
-        for batch in reader:
-            fold.add(pa.Table.from_batches([batch]))
-        return fold.end()
-
-
-_MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
-
-
-def _closure(ask: Callable[..., Any], which: Which) -> Closure | None:
-    mine = [which.project, which.import_id, which.after, which.until]
-    rows = ask(
-        "SELECT DISTINCT amplitude_id, device_id, user_id, kind, "
-        f"CASE kind WHEN {int(Kind.GROUP_IDENTIFY)} THEN sent_groups WHEN {int(Kind.UNDONE)} THEN sent_groups END "
-        f"FROM lake.events WHERE project = $1 AND {_MINE}",
-        mine,
-    ).fetchall()
-    if not rows:
-        return None
-    touched = {group for *_, sent in rows if sent for group in _groups(sent)}
-    links = ask(
-        "SELECT DISTINCT amplitude_id, device_id, user_id FROM lake.events "
-        f"WHERE project = $1 AND (kind IN ({_SEEN}) OR (kind = {int(Kind.UNDONE)} AND {_MINE}))",
-        mine,
-    ).fetchall()
-    near: defaultdict[tuple[str, Any], list[tuple[str, Any]]] = defaultdict(list)
-    for amplitude_id, device, user in links:
-        nodes = _nodes(amplitude_id, device, user)
-        for one in nodes[1:]:
-            near[nodes[0]].append(one)
-            near[one].append(nodes[0])
-    for absorbed, surviving in ask(
-        "SELECT absorbed, surviving FROM lake.merges WHERE project = $1", [which.project]
-    ).fetchall():
-        near["person", absorbed].append(("person", surviving))
-        near["person", surviving].append(("person", absorbed))
-    waiting = [node for row in rows for node in _nodes(*row[:3])]
-    waiting += [("person", one) for one in _showing(ask, which, touched)]
-    found = set(waiting)
-    while waiting:
-        for node in near[waiting.pop()]:
-            if node not in found:
-                found.add(node)
-                waiting.append(node)
-    closure = Closure(groups=touched)
-    sets: dict[str, set[Any]] = {
-        "person": closure.people,
-        "device": closure.devices,
-        "user": closure.users,
-    }
-    for kind, one in found:
-        sets[kind].add(one)
-    return closure
-
-
-def _nodes(amplitude_id: int, device: str | None, user: str | None) -> list[tuple[str, Any]]:
-    nodes: list[tuple[str, Any]] = []
-    if amplitude_id > 0:
-        nodes.append(("person", amplitude_id))
-    if device:
-        nodes.append(("device", device))
-    if user is not None:
-        nodes.append(("user", user))
-    return nodes
-
-
-def _groups(text: str) -> Iterator[Group]:
-    for group_type, value in msgspec.json.decode(text).items():
-        for one in value if isinstance(value, list) else [value]:
-            yield group_type, one
-
-
-def _showing(ask: Callable[..., Any], which: Which, groups: set[Group]) -> list[int]:
-    """Return the people with a row that shows one of these groups."""
-    if not groups:
-        return []
-    texts = ask(
-        "SELECT DISTINCT groups FROM lake.events WHERE project = $1 AND groups IS NOT NULL",
-        [which.project],
-    ).fetchall()
-    wanted = [text for (text,) in texts if not groups.isdisjoint(_groups(text))]
-    rows = ask(
-        "SELECT DISTINCT amplitude_id FROM lake.events WHERE project = $1 AND amplitude_id > 0 "
-        "AND groups IN (SELECT unnest($2))",
-        [which.project, wanted],
-    ).fetchall()
-    return [one for (one,) in rows]
-
-
-def _contested(
-    ask: Callable[..., Any], which: Which, closure: Closure
-) -> set[tuple[str | None, str]]:
-    """Return the (device_id, insert_id) of rows that were left out because an import's row had come before."""
-    rows = ask(
-        "SELECT DISTINCT device_id, insert_id FROM lake.events "
-        f"WHERE project = $1 AND kind = {int(Kind.DISPLACED)} AND insert_id IS NOT NULL",
-        [which.project],
-    ).fetchall()
-    return {(device, insert) for device, insert in rows if device in closure.devices or not device}
-
-
-class _Fold:
-    """The closure's rows on their way through the fold into files."""
-
-    def __init__(
-        self,
-        lake: Lake,
-        which: Which,
-        closure: Closure,
-        *,
-        hide: bool,
-        limits: Limits,
-        new_id: Callable[[], int],
-        again: bool,
-    ) -> None:
-        self._lake = lake
-        self._which = which
-        self._closure = closure
-        self._hide = hide
-        self._limits = limits
-        self._again = again
-        self._refold = Refold(which.project, new_id)
-        self.contested: set[tuple[str | None, str]] = set()
-        self._held: dict[tuple[Any, ...], int] = {}  # key → server time of the row that holds it
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self._made = Rewritten(
-            closure, [], _no_places(), [], [], Changes({}, {}, {}, {}, {}), [], []
-        )
-        self._places: list[pa.Table] = []
-
-    def add(self, rows: pa.Table) -> None:
-        """Fold the next rows."""
-        which = self._which
-        kinds = rows["kind"].to_numpy()
-        block = rows["block"].to_numpy()
-        own = pc.fill_null(pc.equal(rows["import_id"], which.import_id), fill_value=False)
-        mine = own.to_numpy(zero_copy_only=False) & (block > which.after) & (block <= which.until)
-        candidate = ~mine if self._hide else np.ones(len(mine), bool)
-        seen = candidate & self._not_repeated(rows, candidate)
-        people = rows["amplitude_id"].to_numpy()
-        group = (kinds == Kind.GROUP_IDENTIFY) | (
-            mine & np.asarray(pc.equal(rows["event_type"], "$groupidentify"))
-        )
-        known = np.isin(people, np.fromiter(self._closure.people, np.int64))
-        foreign = group & ~known
-        new = rows
-        if seen.any():
-            new = self._folded(rows, seen, foreign)
-        kind = new["kind"].to_numpy().copy()
-        kind[~seen & ~mine] = Kind.DISPLACED
-        if self._hide:
-            kind[mine] = Kind.UNDONE
-        else:
-            kind[mine & ~seen] = Kind.DISPLACED
-        new = _with(new, "kind", pa.array(kind, pa.uint8()))
-        visible = np.isin(kinds, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
-        now = np.isin(kind, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
-        # A displaced row has the key within its import, a visible one both. Done again after a crash, any row may
-        # have been changed in the lake already and not in the key files.
-        other = np.ones(len(kind), bool) if self._again else (kind != kinds) | mine
-        holds, held = now | (kind == Kind.DISPLACED), visible | (kinds == Kind.DISPLACED) | mine
-        keys = rows.select(_KEY_COLUMNS)
-        self._made.gone.append(keys.filter(pa.array(held & other)))
-        self._made.added.append(
-            _with(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(holds & other))
-        )
-        self._made.hidden += int((visible & ~now).sum())
-        # Somebody else's group identify is read for its group and stays where it is.
-        self._keep(new.filter(pa.array(~(foreign & (people != 0)) | mine)))
-
-    def _not_repeated(self, rows: pa.Table, candidate: np.ndarray[Any, Any]) -> Any:
-        """Say which rows repeat no earlier one; only keys that were contested need a look."""
-        good = np.ones(rows.num_rows, bool)
-        if not self.contested:
-            return good
-        window_ms = self._limits.dedupe_window_ms
-        devices, inserts = rows["device_id"].to_pylist(), rows["insert_id"].to_pylist()
-        imports, times = rows["import_id"].to_pylist(), rows["server_upload_time"].to_pylist()
-        for at in np.flatnonzero(candidate).tolist():
-            if inserts[at] is None or (devices[at], inserts[at]) not in self.contested:
-                continue
-            key = (devices[at], inserts[at])
-            own = (*key, imports[at])
-            held = self._held.get(key)
-            if (held is not None and times[at] - held < window_ms) or (
-                imports[at] and own in self._held
-            ):
-                good[at] = False
-                continue
-            self._held[key] = times[at]
-            if imports[at]:
-                self._held[own] = times[at]
-        return good
-
-    def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:
-        some = rows.filter(pa.array(seen))
-        some = _with(some, "flags", _earned(some))
-        fresh = decided(self._refold, some, foreign[seen])
-        places = np.flatnonzero(seen)
-        if len(places) == rows.num_rows:
-            for name, values in fresh.items():
-                rows = _with(rows, name, values)
-            return rows
-        # Each row not folded keeps what it has.
-        take = np.arange(rows.num_rows)
-        take[places] = rows.num_rows + np.arange(len(places))
-        for name, values in fresh.items():
-            both = pa.chunked_array([*rows[name].chunks, values], SCHEMA.field(name).type)
-            rows = _with(rows, name, both.take(pa.array(take)))
-        return rows
-
-    def _keep(self, rows: pa.Table) -> None:
-        if not rows.num_rows:
-            return
-        self._waiting.append(rows)
-        self._places.append(rows.select(["block", "row"]))
-        self._waiting_rows += rows.num_rows
-        self._made.rows += rows.num_rows
-        if self._waiting_rows >= REFOLD_FILE_ROWS:
-            self._write()
-
-    def _write(self) -> None:
-        """Write what waits as one file, in the order of lake files."""
-        rows = pa.concat_tables(self._waiting)
-        self._waiting, self._waiting_rows = [], 0
-        block = rows["block"].to_numpy()
-        order = np.lexsort([block, rows["amplitude_id"].to_numpy()])  # of a block in order already
-        file = self._lake.new_file(int(block.min()), int(block.max()))
-        parquet.write(file, _as_file(rows.take(pa.array(order))), Files())
-        self._made.files.append(file)
-
-    def end(self) -> Rewritten:
-        """Write the rest and say what has changed."""
-        if self._waiting:
-            self._write()
-        made, closure, refold = self._made, self._closure, self._refold
-        made.places = pa.concat_tables(self._places) if self._places else _no_places()
-        was = Changes(
-            dict.fromkeys(closure.devices, 0),
-            dict.fromkeys(closure.users, 0),
-            {one: Person(one) for one in closure.people},
-            {group: {} for group in closure.groups},
-            {},
-        )
-        made.changes = refold.changes(was)
-        made.people = sorted(made.changes.people)
-        made.merges = [
-            (
-                self._which.project,
-                merge.absorbed,
-                merge.surviving,
-                0,
-                merge.block,
-                merge.row,
-                merge.event_time_ms,
-                merge.server_upload_ms,
+    async def undo(self, project: int, name: str) -> Import:
+        """Hide an import's rows; it is undone when this returns. One that is undone already stays what it is."""
+        async with self._rewriting.alone():
+            await self._host.seal()
+            one = await asyncio.to_thread(self._to_undo, project, name)
+            if one.state == "undone":
+                return one
+            which = Which(name, one.after)
+            await self._rewriting.run(
+                Intent(project, "undo", name, Seed(which), Rule(hide=which)),
+                begun=lambda: imports.under_way(self._host.imports, project, name, "undoing"),
             )
-            for merge in refold.merges
-        ]
-        return made
+            return self._known(project, name)
 
+    async def restore(self, project: int, name: str) -> Import:
+        """Show an undone import's rows again. Raises ConflictError if they cannot be, MissingError."""
+        async with self._rewriting.alone():
+            await self._host.seal()
+            one = await asyncio.to_thread(self._to_restore, project, name)
+            which = Which(name, one.after, one.until)
+            await self._rewriting.run(
+                Intent(project, "restore", name, Seed(which), Rule(show=which)),
+                begun=lambda: imports.under_way(self._host.imports, project, name, "restoring"),
+            )
+            return self._known(project, name)
 
-def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
-    """Fold rows of the lake, of all its columns, and return those that the fold decides, typed as in the lake."""
-    outcome = refold.fold(
-        Rows(
-            **{name: rows[name].to_pylist() for name in _FOLDED},
-            foreign=foreign.tolist(),
-            said_columns=[rows[name].to_pylist() for name in SAYABLE],
+    def _known(self, project: int, name: str) -> Import:
+        return self._host.imports.get(project, name) or Import(name)
+
+    def _to_undo(self, project: int, name: str) -> Import:
+        """Return the import as it is; an undone one that has rows since is in its next generation."""
+        one = self._known(project, name)
+        if one.state == "undone" and self._host.lake.holds_import(project, name, one.until):
+            imports.begun_again(self._host.imports, project, name)
+        return self._known(project, name)
+
+    def _to_restore(self, project: int, name: str) -> Import:
+        known, host = self._known(project, name), self._host
+        again = known.state == "undone" and host.lake.holds_import(project, name, known.until)
+        return imports.to_restore(
+            host.imports, project, name, again=again, now_ms=self._clock.now_ms()
         )
-    )
-    created = np.array(outcome.created_ms, np.int64)
-    return {
-        "amplitude_id": pa.array(outcome.amplitude_id, pa.int64()),
-        "created_time": pa.array(np.ma.masked_equal(created, -1), pa.int64()),
-        "kind": pa.array(np.frombuffer(outcome.kind, np.uint8)),
-        "flags": pa.array(np.frombuffer(outcome.flags, np.uint8)),
-        **arrow.shown_again(outcome.tables, np.array(outcome.table, np.int64)),
-    }
 
+    async def _undone(self, intent: Intent, block: int) -> None:
+        await self._host.counting.forget(intent.project, intent.argument)
+        one = self._known(intent.project, intent.argument)
+        done = imports.undone(one, until=block, now_ms=self._clock.now_ms())
+        await asyncio.to_thread(self._host.imports.put, intent.project, done)
 
-_FOLDED = (
-    *("block", "row", "amplitude_id", "flags", "user_id", "device_id", "event_type"),
-    *("client_event_time", "client_upload_time", "server_received_time", "server_upload_time"),
-    *("path", "sent", "sent_groups", "said", "updates_max"),
-)
-
-
-def _earned(rows: pa.Table) -> pa.Array:
-    """The flags of rows; one that was never folded says by its properties whether it carries revenue."""
-    flags = rows["flags"].to_numpy().copy()
-    unfolded = np.isin(rows["kind"].to_numpy(), (Kind.DISPLACED, Kind.UNDONE))
-    if unfolded.any():
-        places = np.flatnonzero(unfolded)
-        said = rows["event_properties"].take(pa.array(places))
-        for name in ('"$revenue"', '"$price"'):
-            carries = pc.match_substring(said, name).to_numpy(zero_copy_only=False)
-            flags[places[carries]] |= np.uint8(Flag.REVENUE)
-    return pa.array(flags, pa.uint8())
-
-
-def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
-    return rows.set_column(rows.schema.get_field_index(name), SCHEMA.field(name), values)
-
-
-def _as_file(rows: pa.Table) -> Iterable[pa.Table]:
-    columns = [
-        rows[field.name].dictionary_encode()
-        if pa.types.is_dictionary(field.type)
-        else rows[field.name]
-        for field in FILE
-    ]
-    yield pa.Table.from_arrays(columns, schema=FILE)
-
-
-def _no_places() -> pa.Table:
-    return pa.table({"block": pa.array([], pa.int64()), "row": pa.array([], pa.int32())})
+    async def _restored(self, intent: Intent, block: int) -> None:
+        del block
+        await self._host.counting.forget(intent.project, intent.argument)
+        done = imports.restored(self._known(intent.project, intent.argument))
+        await asyncio.to_thread(self._host.imports.put, intent.project, done)

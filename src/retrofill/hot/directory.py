@@ -57,6 +57,11 @@ class Directory:
         return self.root / "imports.sqlite"
 
     @property
+    def intents(self) -> Path:
+        """The SQLite file of changes of history that are not ended."""
+        return self.root / "intents.sqlite"
+
+    @property
     def lake(self) -> Path:
         """The folder of the lake."""
         return self.root / "lake"

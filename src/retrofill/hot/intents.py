@@ -1,0 +1,65 @@
+"""Changes of stored history that were begun and are not ended: enough of each to do it again after a crash.
+
+A SQLite file of its own. An intent is on disk when `add` returns, before anything of it is done; `remove` comes when
+everything of it is on disk. Numbers are never used a second time, so the lake can say by number what it holds of one.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+from retrofill.hot.sqlite import store_error
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS intents (number INTEGER PRIMARY KEY AUTOINCREMENT, intent BLOB NOT NULL);
+"""
+
+
+class Intents:
+    """The file of intents of one data directory. Any thread. Every method raises StoreError if the disk fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as problem:
+            raise store_error(problem, path) from problem
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def add(self, intent: bytes) -> int:
+        """Store an intent; return its number."""
+        try:
+            with self._lock:
+                sql = "INSERT INTO intents (intent) VALUES (?)"
+                number = self._db.execute(sql, (intent,)).lastrowid
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+        assert number is not None
+        return number
+
+    def remove(self, number: int) -> None:
+        """Note that all of an intent is done."""
+        try:
+            with self._lock:
+                self._db.execute("DELETE FROM intents WHERE number = ?", (number,))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def all(self) -> list[tuple[int, bytes]]:
+        """Return every intent with its number, oldest first."""
+        try:
+            with self._lock:
+                return self._db.execute(
+                    "SELECT number, intent FROM intents ORDER BY number"
+                ).fetchall()
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem

@@ -1,0 +1,30 @@
+"""Intents are kept until they are removed, under numbers that never come again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retrofill.errors import StoreError
+from retrofill.hot.intents import Intents
+
+
+def test_what_is_not_removed_is_there_again(tmp_path: Path) -> None:
+    intents = Intents(tmp_path / "intents.sqlite")
+    first, second = intents.add(b"one"), intents.add(b"two")
+    intents.remove(first)
+    intents.close()
+    again = Intents(tmp_path / "intents.sqlite")
+    assert again.all() == [(second, b"two")]
+    again.remove(second)
+    assert again.all() == []
+    assert again.add(b"three") > second
+    again.close()
+
+
+def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "intents.sqlite"
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(StoreError, match="not a database"):
+        Intents(path)
