@@ -46,7 +46,7 @@ def planned(
     tmp_path: Path, history: list[dict[str, Any]], chosen: profile.Profile, **more: Any
 ) -> plan.Plan:
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", history), MAPPING, **more)
-    return plan.plan(found, chosen, destination="amplitude")
+    return plan.plan(found, chosen, destination="amplitude", stage=tmp_path / "work" / "stage")
 
 
 def test_a_plan_says_how_much_is_sent_and_billed(tmp_path: Path) -> None:
@@ -56,9 +56,47 @@ def test_a_plan_says_how_much_is_sent_and_billed(tmp_path: Path) -> None:
     assert made.days == {"2023-11-14": 2400}
     assert made.types == {"Open": 2000, "$identify": 400}
     assert made.hot_users[0].id == "hot-user"
-    assert made.duration_s == max(made.bounds.values())
+    assert (made.hot_people[0].name, made.hot_people[0].events) == ("hot-user", 400)
     assert made.bounds["events in all"] == 2.4
     assert made.bounds["requests in all"] == 2.4
+    # What the limits alone take, and about how long it takes: the hot user's 40 requests go one after another.
+    assert (made.least_s, made.least_because) == (2.4, "events in all")
+    assert made.bounds["longest person"] == 4.0
+    assert (made.duration_s, made.because) == (4.04, "longest person")
+
+
+def test_without_limits_a_plan_counts_on_the_pace_of_the_client_itself(tmp_path: Path) -> None:
+    made = planned(tmp_path, rows(2000), profile.PROFILES["retrofill"])
+    assert (made.least_s, made.updates) == (0.0, 0)
+    assert made.duration_s == pytest.approx(0.101)
+    wide = profile.adjust(profile.PROFILES["retrofill"], events_per_request=2000)
+    many = msgspec.structs.replace(
+        run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", rows(2000)), MAPPING),
+        events=500_000_000,
+    )
+    slow = plan.plan(many, wide, destination="x", stage=tmp_path / "work" / "stage")
+    assert (round(slow.duration_s), slow.because) == (10_100, "sending itself")
+
+
+def test_property_updates_are_planned_where_they_are_synced(tmp_path: Path) -> None:
+    """Only events that carry user properties count: 100 of 3,100 do not."""
+    history = [
+        {"user": "hot-user", "event": "Open", "at": 1700000000000 + n, "p": {"n": n} if n else {}}
+        for n in range(3100)
+    ]
+    for row in history[:100]:
+        row["p"] = {}
+    told = MAPPING + "  user_properties: p\n"
+    source = ndjson(tmp_path / "s.ndjson", history)
+    found = run(tmp_path / "work", source, told, skip_user_properties_sync=False)
+    ours = profile.adjust(profile.PROFILES["retrofill"], skip_sync=False)
+    made = plan.plan(found, ours, destination="x", stage=tmp_path / "work" / "stage")
+    assert made.updates == 3000
+    assert (made.least_s, made.least_because) == (3600.0, "property updates")
+    warning = next(text for text in made.warnings if "3,000 property updates" in text)
+    assert "1,800 an hour" in warning
+    assert "takes 1 h" in warning
+    assert "--skip-user-properties-sync" in warning
 
 
 def test_a_plan_names_who_is_held_back_and_for_how_many_days(tmp_path: Path) -> None:
@@ -118,6 +156,10 @@ def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0, shown.output
     assert "300 events" in shown.stdout
+    words = " ".join(shown.stdout.split())
+    assert "the limits alone take 1 s (events in all); days of quota: 1" in words
+    assert "People with most events user-" in words
+    assert "Users with most events user-" in words
     assert "nothing was sent" in " ".join(shown.stdout.split())
     again = CliRunner().invoke(app, [*line, "--json", "--events-per-request", "100"])
     told = msgspec.json.decode(again.stdout)

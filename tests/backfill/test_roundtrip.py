@@ -21,7 +21,7 @@ from tests.manners.house import document
 from tests.server.live import Live
 from typer.testing import CliRunner
 
-from retrofill.backfill.profile import holds_nothing_live, target
+from retrofill.backfill.profile import adjust, choose, holds_nothing_live, target
 from retrofill.cli.main import app
 
 pytestmark = pytest.mark.slow
@@ -88,6 +88,14 @@ def call(live: Live, keys: tuple[str, str], path: str, body: bytes | None = None
     request = urllib.request.Request(live.address + path, body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return bytes(answer.read())
+
+
+def put(live: Live, keys: tuple[str, str], path: str, body: bytes) -> None:
+    token = base64.b64encode(":".join(keys).encode()).decode()
+    headers = {"Authorization": f"Basic {token}"}
+    request = urllib.request.Request(live.address + path, body, headers, method="PUT")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
 
 
 def send(live: Live, keys: tuple[str, str], events: list[Json]) -> None:
@@ -164,3 +172,35 @@ def test_properties_are_synced_only_where_nothing_is_live(tmp_path: Path) -> Non
         assert holds_nothing_live(where, *NEW)
     assert not holds_nothing_live(where, *NEW)
     assert not holds_nothing_live(target("amplitude"), *NEW)
+
+
+def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> None:
+    """It answers 200 beyond them and leaves the table as it is, so that only asking before can help."""
+    rows_ = [
+        {"user": "user-1", "event": "Open", "at": START_MS + 1000 * n, "p": {"n": n}}
+        for n in range(2500)
+    ]
+    (tmp_path / "s.ndjson").write_text("\n".join(map(json.dumps, rows_)))
+    (tmp_path / "m.yaml").write_text(
+        "event: {user_id: user, event_type: event, time: at, user_properties: p}"
+    )
+    source = [str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml")]
+    keys = ["--api-key", OLD[0], "--secret-key", OLD[1], "--work", str(tmp_path / "work")]
+    with Live(tmp_path) as live:
+        rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
+        assert (rates.updates_per_h, rates.quota_per_day) == (1800, 500_000)
+        planned = CliRunner().invoke(app, ["plan", *source, "--to", live.address, *keys, "--json"])
+        told = json.loads(planned.stdout)
+        assert (told["updates"], told["least_s"]) == (2500, 3600)
+        assert any("2,500 property updates" in warning for warning in told["warnings"])
+        settings = json.dumps({"limits": {"property_updates_per_h": 0, "daily_quota": 9000}})
+        put(live, OLD, "/api/1/project", settings.encode())
+        rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
+        assert (rates.updates_per_h, rates.quota_per_day) == (0, 9000)
+        line = ["run", *source, "--to", live.address, *keys, "--yes"]
+        found = CliRunner().invoke(app, line)
+        assert found.exit_code == 0, found.output
+        matches = json.loads(call(live, OLD, "/api/2/usersearch?user=user-1"))["matches"]
+        who = matches[0]["amplitude_id"]
+        activity = json.loads(call(live, OLD, f"/api/2/useractivity?user={who}&limit=1"))
+        assert activity["userData"]["properties"] == {"n": 2499}

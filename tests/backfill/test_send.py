@@ -331,9 +331,29 @@ def test_a_run_gives_up_after_the_time_it_was_given(tmp_path: Path) -> None:
     assert not outcome.complete
     assert "300" in outcome.reason
     assert outcome.progress.left == len(made)
+    assert to.arrivals[-1].at - START_S < 300 + 61
     calm = Misbehaving()
     assert send(tmp_path, calm, OPEN, start=START_S + 1000).complete
     check_whole(tmp_path, made, calm)
+
+
+def test_the_time_to_give_up_counts_from_the_last_200(tmp_path: Path) -> None:
+    """A 200 every half minute is no reason to give up after 60 s, however long it takes; silence after the tenth is."""
+    staged.write(tmp_path, staged.history({1: 200}))
+    to = Misbehaving()
+    honest = to.handle
+
+    def handle(body: bytes, at: float) -> Any:
+        last = max((a.at for a in to.arrivals), default=at - 20)
+        return Reply(503) if at < last + 20 or len(to.arrivals) == 10 else honest(body, at)
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    profile = adjust(PROFILES["retrofill"], events_per_request=10)
+    outcome = send(tmp_path, to, profile, give_up_after_s=60)
+    assert not outcome.complete
+    assert outcome.progress.taken == 100
+    assert to.arrivals[-1].at - START_S > 9 * 20
+    assert "60 s" in outcome.reason
 
 
 def test_what_may_be_forgotten_is_listed_and_not_sent_again(tmp_path: Path) -> None:
@@ -364,6 +384,39 @@ def test_a_resumed_run_sends_nothing_twice_but_what_was_under_way(tmp_path: Path
     assert send(tmp_path, to, SMALL, start=START_S + 60).complete
     assert to.repeats <= SMALL.connections * SMALL.rates.events_per_request
     check_whole(tmp_path, made, to)
+
+
+def test_property_updates_of_a_person_keep_to_the_hour_over_restarts(tmp_path: Path) -> None:
+    """Beyond its hourly number a destination answers 200 and drops the update: nobody would ever know."""
+    made = staged.history({1: 400, 2: 400})
+    for at, one in enumerate(made):
+        if one.person == 1:
+            text = one.text[:-1] + ',"user_properties":{"at":1}}'
+            made[at] = one._replace(text=text)
+    staged.write(tmp_path, made)
+    profile = adjust(
+        PROFILES["retrofill"], events_per_request=10, updates_per_h=100, skip_sync=False
+    )
+    to = Misbehaving(3, faults={"503": 0.05, "reset before": 0.05})
+    times: list[float] = []  # of the updates that were stored
+    stored = to._store
+
+    def store(events: list[dict[str, Any]]) -> None:
+        times.extend(to.arrivals[-1].at for event in events if event["user_id"] == "user-1")
+        stored(events)
+
+    to._store = store  # type: ignore[method-assign]  # the script of this test
+    start = START_S
+    for _ in range(3):
+        send(tmp_path, to, profile, stop_after=9.0, start=start)
+        start = to.arrivals[-1].at + 30
+    assert send(tmp_path, to, profile, start=start).complete
+    check_whole(tmp_path, made, to)
+    assert len(times) == 400
+    assert all(late - early >= 3600 for early, late in zip(times, times[100:], strict=False))
+    assert max(times) < START_S + 4.1 * 3600
+    others = [a.at for a in to.arrivals if a.users["user-2"]]
+    assert max(others) < START_S + 300, "who updates nothing does not wait"
 
 
 def test_memory_for_text_stays_bounded_however_long_people_are(tmp_path: Path) -> None:

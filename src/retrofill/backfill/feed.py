@@ -45,6 +45,10 @@ HISTORY_PER_S = (
 RELEASE_AFTER = 8  # ours: row groups read before Arrow is asked to give memory back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
+UPDATE = (
+    '"user_properties":{'  # stands in every event that is a property update, and hardly in others
+)
+
 DETAILS = ["person", "json", "device_id", "user_id", "insert_id", "file", "line"]
 
 Ints = NDArray[np.int64]
@@ -634,10 +638,33 @@ class Feed:
             self._details = (number, group, table)
         return self._details[2].slice(first - int(one.starts[group]), last - first)
 
+    def updates(self, requests: Iterable[tuple[int, list[Span]]]) -> Iterator[tuple[int, int, int]]:
+        """Yield (at, person, property updates) of those in the requests who can reach the hourly limit.
+
+        requests: of an earlier run, each with when it was answered.
+        """
+        limit = self.rates.updates_per_h
+        busy: list[tuple[Ints, Ints, Ints]] = []
+        for one in self._sets:
+            people, firsts, counts = _people(one)
+            keep = counts > limit
+            busy.append((people[keep], firsts[keep], (firsts + counts)[keep]))
+        for at, spans in requests:
+            for span in spans:
+                people, firsts, lasts = busy[span.set]
+                end = span.first + span.count
+                place = int(np.searchsorted(lasts, span.first, side="right"))
+                while place < len(firsts) and firsts[place] < end:
+                    first, last = max(span.first, int(firsts[place])), min(end, int(lasts[place]))
+                    for start, stop in self._by_group(span.set, first, last):
+                        mask = self._updates(self._rows_of(span.set, start, stop))
+                        yield at, int(people[place]), int(mask.sum())
+                    place += 1
+
     def _updates(self, table: pa.Table) -> NDArray[np.bool_]:
         if not self.rates.updates_per_h:
             return np.zeros(len(table), bool)
-        mask = pc.match_substring(table.column("json"), '"user_properties":{')
+        mask = pc.match_substring(table.column("json"), UPDATE)
         found: NDArray[np.bool_] = mask.to_numpy(zero_copy_only=False).astype(bool)
         return found
 

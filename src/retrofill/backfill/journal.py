@@ -269,6 +269,14 @@ class Journal:
             "SELECT * FROM arrivals WHERE hour >= ? ORDER BY hour", (since_hour,)
         ).fetchall()
 
+    def answered_since(self, since_ms: int) -> list[tuple[int, list[Span]]]:
+        """(at_ms, rows) of each request whose answer came since then; without an answer it counts when it left."""
+        found = self._db.execute(
+            "SELECT coalesce(answered_ms, sent_ms) AS at, ranges FROM requests WHERE at >= ? ORDER BY at",
+            (since_ms,),
+        )
+        return [(at_ms, unpack(ranges)) for at_ms, ranges in found]
+
     # What a run says
 
     def sent(self, number: int, spans: list[Span], *, events: int, size: int, now_ms: int) -> None:

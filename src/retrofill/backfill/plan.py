@@ -1,17 +1,22 @@
 """What an import will do and take, said before anything is sent: a stage seen under a destination's limits.
 
-Nothing here decides anything. All counts come from the stage's manifest, the duration from the scheduler's own lower
-bound, which a run comes within a few per cent of.
+Nothing here decides anything. Counts come from the stage's manifest, the duration from the scheduler's own lower bound,
+which a run comes within a per cent of, and from how fast this client sends where nothing limits it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from msgspec import Struct
 
+from retrofill.backfill.feed import HISTORY_PER_S, UPDATE
 from retrofill.backfill.manifest import Hot, HotPerson, Kiosk, Manifest
 from retrofill.backfill.profile import Profile
 from retrofill.core.schedule import Bound, lower_bound
@@ -19,6 +24,10 @@ from retrofill.core.schedule import Bound, lower_bound
 _UNBILLED = ("$identify", "$groupidentify")  # contract, events 10
 _EARLY_MS = 631_152_000_000  # 1990: history before it is more likely seconds taken for milliseconds
 _LISTED = 10
+_ANSWER_S = 0.1  # ours: how long an answer is taken to take, before any was seen
+_OVER_BOUND = 1.01  # how near to its bound the scheduler comes (tests/core/test_schedule.py)
+_OWN_PACE = "sending itself"
+_LONGEST = "longest person"
 
 
 class Throttled(Struct, frozen=True):
@@ -31,11 +40,26 @@ class Throttled(Struct, frozen=True):
     seconds: float
 
 
+class Busy(Struct, frozen=True):
+    """A person with many events, by the ids of their first one."""
+
+    user_id: str | None
+    device_id: str | None
+    events: int
+
+    @property
+    def name(self) -> str:
+        """How to call them."""
+        return self.user_id or self.device_id or ""
+
+
 class Plan(Struct, frozen=True, kw_only=True):
     """The figures of a run that has not happened.
 
-    billed: events that count to the destination's volume. requests: at least. duration_s: at least, at the
-    destination's limits; because: the limit that makes it so long. warnings: what a person should look at.
+    billed: events that count to the destination's volume. requests: at least. duration_s: about how long it takes, at
+    the destination's limits; because: what makes it so long. least_s: what those limits alone take, whoever sends;
+    least_because: the limit. updates: property updates of the person who has most, 0 where they are not counted.
+    warnings: what a person should look at.
     """
 
     import_id: str
@@ -62,19 +86,29 @@ class Plan(Struct, frozen=True, kw_only=True):
     left_out: dict[str, int]
     hot_devices: list[Hot]
     hot_users: list[Hot]
-    hot_people: list[HotPerson]
+    hot_people: list[Busy]
     kiosks: list[Kiosk]
     throttled: list[Throttled]
     quota_days: int
+    updates: int
     duration_s: float
     because: str
+    least_s: float
+    least_because: str
     bounds: dict[str, float]
     warnings: list[str]
 
 
-def plan(found: Manifest, profile: Profile, *, destination: str, start_s: float = 0.0) -> Plan:
+def plan(
+    found: Manifest, profile: Profile, *, destination: str, stage: Path, start_s: float = 0.0
+) -> Plan:
     """Return the plan of sending a stage. start_s: when, seconds since the epoch: daily quotas count clock hours."""
-    bound = _bound(found, profile, start_s)
+    counted = not found.options.skip_user_properties_sync and profile.rates.updates_per_h
+    updates = _most_updates(found, stage) if counted else 0
+    bound = _bound(found, profile, updates, start_s)
+    limits = {name: seconds for name, seconds in bound.parts.items() if name != _LONGEST}
+    limit = max(limits, key=lambda name: limits[name])
+    own_s = found.events / HISTORY_PER_S
     billed = found.events - sum(found.types.get(kind, 0) for kind in _UNBILLED)
     throttled = _throttled(found, profile)
     return Plan(
@@ -102,14 +136,17 @@ def plan(found: Manifest, profile: Profile, *, destination: str, start_s: float 
         left_out=found.left_out,
         hot_devices=found.hot_devices[:_LISTED],
         hot_users=found.hot_users[:_LISTED],
-        hot_people=found.hot_people[:_LISTED],
+        hot_people=[_busy(one, found, stage) for one in found.hot_people[:_LISTED]],
         kiosks=found.kiosks[:_LISTED],
         throttled=throttled,
         quota_days=max((one.days for one in throttled), default=1 if found.events else 0),
-        duration_s=bound.seconds,
-        because=bound.reason,
+        updates=updates,
+        duration_s=max(bound.seconds, own_s) * _OVER_BOUND,
+        because=bound.reason if bound.seconds >= own_s else _OWN_PACE,
+        least_s=limits[limit],
+        least_because=limit,
         bounds=bound.parts,
-        warnings=list(_warnings(found, profile, throttled)),
+        warnings=list(_warnings(found, profile, throttled, updates)),
     )
 
 
@@ -117,17 +154,46 @@ def _most(hot: list[Hot] | list[HotPerson]) -> int:
     return max((one.events for one in hot), default=0)
 
 
-def _bound(found: Manifest, profile: Profile, start_s: float) -> Bound:
-    synced = not found.options.skip_user_properties_sync
+def _bound(found: Manifest, profile: Profile, updates: int, start_s: float) -> Bound:
     return lower_bound(
         profile.rates,
         events=found.events,
         hottest_device=_most(found.hot_devices),
         hottest_user=_most(found.hot_users),
         longest_person=_most(found.hot_people),
-        most_updates=_most(found.hot_people) if synced else 0,
+        most_updates=updates,
+        round_trip_s=_ANSWER_S,
         start_s=start_s,
     )
+
+
+def _most_updates(found: Manifest, stage: Path) -> int:
+    """The property updates of the person who has most, among those with most events."""
+    most = 0
+    for one in found.hot_people:
+        if one.events <= most:
+            break
+        texts = (part.column("json") for part in _rows(one, found, stage, ["json"]))
+        most = max(most, sum(pc.sum(pc.match_substring(t, UPDATE)).as_py() or 0 for t in texts))
+    return most
+
+
+def _busy(one: HotPerson, found: Manifest, stage: Path) -> Busy:
+    first = next(_rows(one, found, stage, ["user_id", "device_id"]))
+    return Busy(first["user_id"][0].as_py(), first["device_id"][0].as_py(), one.events)
+
+
+def _rows(one: HotPerson, found: Manifest, stage: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """Yield a person's staged rows, a row group at a time."""
+    with pq.ParquetFile(stage / found.sets[one.set].path) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            first, last = max(start, one.seq), min(stop, one.seq + one.events)
+            if first < last:
+                table = file.read_row_group(group, columns=columns)
+                yield table.slice(first - start, last - first)
+            start = stop
 
 
 def _requests(found: Manifest, profile: Profile) -> int:
@@ -150,7 +216,9 @@ def _throttled(found: Manifest, profile: Profile) -> list[Throttled]:
     return sorted(held, key=lambda one: -one.events)
 
 
-def _warnings(found: Manifest, profile: Profile, throttled: list[Throttled]) -> Any:  # texts
+def _warnings(
+    found: Manifest, profile: Profile, throttled: list[Throttled], updates: int
+) -> Iterator[str]:
     if found.first_ms is not None and found.first_ms < _EARLY_MS:
         yield "The first event is from before 1990: is `time` in seconds? It wants milliseconds"
     if found.duplicates.different:
@@ -171,6 +239,13 @@ def _warnings(found: Manifest, profile: Profile, throttled: list[Throttled]) -> 
         )
     if not found.options.skip_user_properties_sync:
         yield "Property values of these events will change the user profiles of the destination"
+    allowed = profile.rates.updates_per_h
+    if allowed and updates > allowed:
+        yield (
+            f"One person has {updates:,} property updates, of which {allowed:,} an hour are taken: that alone takes "
+            f"{sentence(lower_bound(profile.rates, events=0, most_updates=updates).seconds)}. "
+            "With --skip-user-properties-sync nobody waits for it"
+        )
 
 
 def sentence(seconds: float) -> str:

@@ -1,8 +1,9 @@
 """Where a history goes and what may be asked of it there.
 
 A destination is named `amplitude`, `amplitude-eu` or by its URL. Its profile holds its limits: of Amplitude's texts the
-strictest numbers that satisfy every page (contract, ingest 3b, "backfill client self-limit"), or none at our own server,
-which says itself what is too much. Every number can be given on the command line.
+strictest numbers that satisfy every page (contract, ingest 3b, "backfill client self-limit"), or those of our own server:
+rates it answers with 429, its quota and its hourly property updates it is asked for. Every number can be given on the
+command line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from retrofill.errors import InputError
 DAY_S = 86_400.0
 HEALTH_S = 5.0  # ours: how long /healthz is waited for
 COUNT_S = 60.0  # ours: how long rows may take to be counted
+SAID_BYTES_MAX = 1024 * 1024  # ours: silenced devices are listed as well
 
 
 class Profile(Struct, frozen=True, kw_only=True):
@@ -61,7 +63,8 @@ PROFILES = {
     ),
     "retrofill": Profile(
         name="retrofill",
-        rates=Rates(events_per_request=1000),
+        # The hourly updates: what our server begins with, unless it says otherwise.
+        rates=Rates(events_per_request=1000, updates_per_h=1800),
         memory_days=0,
         connections=16,
     ),
@@ -121,18 +124,27 @@ def holds_nothing_live(where: Target, api_key: str, secret_key: str) -> bool:
     Only our server can say so: charts and exports do not show identify calls, which change user properties as well.
     False whenever it cannot be known.
     """
-    if not (api_key and secret_key and where.ours and names_retrofill(where.read)):
+    said = _told(where, "/api/1/project/rows", api_key, secret_key)
+    try:
+        return said is not None and msgspec.json.decode(said, type=_Rows).live == 0
+    except msgspec.DecodeError:
         return False
+
+
+def _told(where: Target, path: str, api_key: str, secret_key: str) -> bytes | None:
+    """What our own server answers of this project; None whenever it cannot be known."""
+    if not (api_key and secret_key and where.ours and names_retrofill(where.read)):
+        return None
     token = base64.b64encode(f"{api_key}:{secret_key}".encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
-        f"{where.read}/api/1/project/rows", headers={"Authorization": f"Basic {token}"}
+        f"{where.read}{path}", headers={"Authorization": f"Basic {token}"}
     )
     try:
         with urllib.request.urlopen(request, timeout=COUNT_S) as answer:  # noqa: S310 - the same
-            rows = msgspec.json.decode(answer.read(4096), type=_Rows)
+            said: bytes = answer.read(SAID_BYTES_MAX)
+            return said
     except (OSError, http.client.HTTPException, ValueError):
-        return False
-    return rows.live == 0
+        return None
 
 
 class _Rows(Struct, frozen=True):
@@ -141,16 +153,53 @@ class _Rows(Struct, frozen=True):
     live: int
 
 
-def choose(where: Target, name: str | None) -> Profile:
-    """Return the profile of a name, or the one that fits the destination. Raises InputError."""
+class _Limits(Struct, frozen=True):
+    """What of a project's limits a run keeps by itself; the others are learned from answers."""
+
+    daily_quota: int
+    property_updates_per_h: int
+
+
+class _Project(Struct, frozen=True):
+    """What /api/1/project answers."""
+
+    limits: _Limits
+
+
+def _own(where: Target, api_key: str, secret_key: str) -> Profile:
+    """The profile of our own server, with those of its limits that no answer would teach in time.
+
+    Beyond the hourly property updates it answers 200 and leaves the user's table as it is; a quota rests for hours.
+    """
+    said = _told(where, "/api/1/project", api_key, secret_key)
+    profile = PROFILES["retrofill"]
+    if said is None:
+        return profile
+    try:
+        limits = msgspec.json.decode(said, type=_Project).limits
+    except msgspec.DecodeError:
+        return profile
+    rates = msgspec.structs.replace(
+        profile.rates,
+        quota_per_day=limits.daily_quota,
+        updates_per_h=limits.property_updates_per_h,
+    )
+    return msgspec.structs.replace(profile, rates=rates)
+
+
+def choose(where: Target, name: str | None, api_key: str = "", secret_key: str = "") -> Profile:
+    """Return the profile of a name, or the one that fits the destination. Raises InputError.
+
+    With both keys our own server is asked for its limits.
+    """
     if name is None:
         ours = where.ours and names_retrofill(where.read)
-        return PROFILES["retrofill" if ours else "amplitude"]
+        name = "retrofill" if ours else "amplitude"
     if name not in PROFILES:
         raise InputError(
             f"There is no profile {name!r}", mend=f"Give --profile {', '.join(PROFILES)}"
         )
-    return PROFILES[name]
+    return PROFILES[name] if name != "retrofill" else _own(where, api_key, secret_key)
 
 
 def adjust(
@@ -162,6 +211,7 @@ def adjust(
     user_per_s: int | None = None,
     events_per_request: int | None = None,
     quota_per_day: int | None = None,
+    updates_per_h: int | None = None,
     skip_sync: bool = True,
 ) -> Profile:
     """Return the profile with the numbers that were given; property updates count only when they are synced."""
@@ -172,6 +222,7 @@ def adjust(
         "user_per_s": user_per_s,
         "events_per_request": events_per_request,
         "quota_per_day": quota_per_day,
+        "updates_per_h": updates_per_h,
     }
     wrong = [name for name, value in given.items() if value is not None and value < 0]
     if wrong or events_per_request == 0 or (events_per_request or 0) > 2000:

@@ -24,9 +24,9 @@ from retrofill.backfill import seam
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Ledger
 from retrofill.backfill.manifest import Manifest
+from retrofill.backfill.plan import plan
 from retrofill.backfill.profile import Profile
 from retrofill.backfill.status import duration, moment, status
-from retrofill.core.schedule import Bound, lower_bound
 
 # pygal puts a finder for its plugins before every later import of the process, in a form that Python has given up. We
 # use no plugins.
@@ -76,7 +76,7 @@ def page(work: Path) -> str:
         profile = _profile(ledger)
         sections = [
             _head(found, known),
-            _plan_and_outcome(found, known, profile, ledger),
+            _plan_and_outcome(work, found, known, profile, ledger),
             _days(found),
             _types(found),
             _progress(ledger),
@@ -99,18 +99,6 @@ def page(work: Path) -> str:
 def _profile(ledger: Ledger | None) -> Profile | None:
     text = ledger.meta().get("limits") if ledger is not None else None
     return None if text is None else msgspec.json.decode(text, type=Profile)
-
-
-def bound_of(found: Manifest, profile: Profile, *, round_trip_s: float = 0.1) -> Bound:
-    """The shortest time in which what is staged can be sent."""
-    return lower_bound(
-        profile.rates,
-        events=found.events,
-        hottest_device=max((one.events for one in found.hot_devices), default=0),
-        hottest_user=max((one.events for one in found.hot_users), default=0),
-        longest_person=max((one.events for one in found.hot_people), default=0),
-        round_trip_s=round_trip_s,
-    )
 
 
 def _head(found: Manifest, known: dict[str, Any]) -> str:
@@ -144,16 +132,17 @@ def _table(rows: Sequence[tuple[object, ...]], head: Sequence[str] = ()) -> str:
 
 
 def _plan_and_outcome(
-    found: Manifest, known: dict[str, Any], profile: Profile | None, ledger: Ledger | None
+    work: Path,
+    found: Manifest,
+    known: dict[str, Any],
+    profile: Profile | None,
+    ledger: Ledger | None,
 ) -> str:
-    planned_s = took = None
+    planned_s = least_s = requests = took = None
     if profile is not None:
-        planned_s = (
-            duration(bound_of(found, profile).seconds) if profile.rates.by_id else "no limit"
-        )
-    requests = None
-    if profile is not None:
-        requests = -(-found.events // profile.rates.events_per_request)
+        made = plan(found, profile, destination=str(known.get("destination")), stage=work / "stage")
+        planned_s, least_s = duration(made.duration_s), duration(made.least_s)
+        requests = made.requests
     if ledger is not None:
         totals = ledger.totals()
         if totals.first_ms is not None and totals.last_ms is not None:
@@ -166,7 +155,8 @@ def _plan_and_outcome(
         ("refused by the destination", None, known.get("dead")),
         ("unsure", None, known.get("unsure")),
         ("waiting", None, known["left"]),
-        ("time at the destination's limits", planned_s, took),
+        ("time", planned_s, took),
+        ("time that the destination's limits alone take", least_s, None),
     ]
     return "<h2>Plan and outcome</h2>" + _table(rows, ("", "plan", "outcome"))
 

@@ -226,17 +226,21 @@ class Sender:
     # Making requests
 
     def _recall(self) -> None:
-        """Take over what earlier runs did to the limits: of the last second nobody knows, so it must pass; and quotas."""
+        """Take over what earlier runs did to quotas and updates; of the last second nobody knows, so it must pass."""
         now = self._clock.now()
         rates = self._profile.rates
         if self._journal.next_id > 1 and (
             rates.events_per_s or rates.requests_per_s or rates.by_id
         ):
             self._paused_until = now + 1.01
-        if self._profile.rates.quota_per_day:
+        if rates.quota_per_day:
             for kind, name, hour, count in self._journal.arrivals(int(now // HOUR_S) - 23):
                 kind_: Kind = "device" if kind == "device" else "user"
                 self.schedule.arrived(kind_, name, count, hour * HOUR_S)
+        if rates.updates_per_h and self._journal.next_id > 1:
+            before = self._journal.answered_since(int((now - HOUR_S) * 1000))
+            for at_ms, person, count in self._feed.updates(before):
+                self.schedule.arrived("person", str(person), count, at_ms / 1000)
 
     def _pump(self) -> None:
         """Make requests while there are idle connections and something may go."""

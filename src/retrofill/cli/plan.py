@@ -59,6 +59,9 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     user_per_s: Annotated[int | None, typer.Option(help="Events of one user.")] = None,
     events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
     quota_per_day: Annotated[int | None, typer.Option(help="Events of one id in 24 h.")] = None,
+    updates_per_h: Annotated[
+        int | None, typer.Option(help="Property updates of one person.")
+    ] = None,
     skip_user_properties_sync: Annotated[
         bool | None,
         typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
@@ -76,7 +79,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
 
     keys = key_ring.find(api_key, secret_key, key_file)
     where = profiles.target(to)
-    chosen = profiles.choose(where, profile)
+    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
         sources,
@@ -103,9 +106,12 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         user_per_s=user_per_s,
         events_per_request=events_per_request,
         quota_per_day=quota_per_day,
+        updates_per_h=updates_per_h,
         skip_sync=found.options.skip_user_properties_sync,
     )
-    made = plan.plan(found, chosen, destination=where.name, start_s=time.time())
+    made = plan.plan(
+        found, chosen, destination=where.name, stage=work / "stage", start_s=time.time()
+    )
     if as_json:
         typer.echo(plan.to_json(made))
     else:
@@ -129,6 +135,12 @@ def show(made: Plan, console: Console, *, work: Path) -> None:
     _table(console, "Left out", made.left_out)
     _table(console, "Devices with most events", {one.id: one.events for one in made.hot_devices})
     _table(console, "Users with most events", {one.id: one.events for one in made.hot_users})
+    _table(console, "People with most events", {one.name: one.events for one in made.hot_people})
+    _table(
+        console,
+        "Held back by the limits: events, days of quota",
+        {f"{one.kind} {one.id}, {one.days} days": one.events for one in made.throttled[:10]},
+    )
     _table(
         console,
         "Shared ids that join nobody",
@@ -160,7 +172,10 @@ def _figures(made: Plan, sentence: Callable[[float], str]) -> Sequence[tuple[str
         ),
         (
             "Duration",
-            f"at least {sentence(made.duration_s)} ({made.because}); days of quota: {made.quota_days}",
+            (
+                f"about {sentence(made.duration_s)} ({made.because}); the limits alone take "
+                f"{sentence(made.least_s)} ({made.least_because}); days of quota: {made.quota_days}"
+            ),
         ),
         ("Profiles", f"User properties at the destination are {sync}"),
     )

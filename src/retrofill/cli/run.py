@@ -63,6 +63,9 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     user_per_s: Annotated[int | None, typer.Option(help="Events of one user.")] = None,
     events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
     quota_per_day: Annotated[int | None, typer.Option(help="Events of one id in 24 h.")] = None,
+    updates_per_h: Annotated[
+        int | None, typer.Option(help="Property updates of one person.")
+    ] = None,
     skip_user_properties_sync: Annotated[
         bool | None,
         typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
@@ -85,7 +88,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     keys = key_ring.find(api_key, secret_key, key_file)
     key_ring.need_api_key(keys)
     where = profiles.target(to)
-    chosen = profiles.choose(where, profile)
+    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
     pause = None if give_up_after is None else seconds(give_up_after)
     generation = generation_of(work, import_, where, keys, as_json=as_json)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
@@ -114,6 +117,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         user_per_s=user_per_s,
         events_per_request=events_per_request,
         quota_per_day=quota_per_day,
+        updates_per_h=updates_per_h,
         skip_sync=found.options.skip_user_properties_sync,
     )
     if generation is None and not (work / "journal.db").exists():
@@ -306,7 +310,7 @@ def tell_plan(
     from retrofill.backfill.plan import plan, sentence
     from retrofill.backfill.status import moment
 
-    made = plan(found, profile, destination=to.name, start_s=time.time())
+    made = plan(found, profile, destination=to.name, stage=work / "stage", start_s=time.time())
     facts: dict[str, Any] = {
         "import": made.import_id,
         "to": made.destination,
@@ -318,8 +322,9 @@ def tell_plan(
         "refused": made.dead_letters,
         "duplicates": made.duplicates,
         "requests": made.requests,
-        "seconds_at_least": round(made.duration_s, 1),
+        "seconds": round(made.duration_s, 1),
         "limited_by": made.because,
+        "seconds_at_least": round(made.least_s, 1),
         "skip_user_properties_sync": made.skip_user_properties_sync,
         "warnings": made.warnings,
         "resuming": resuming,
@@ -334,8 +339,8 @@ def tell_plan(
             f" {made.duplicates:,} duplicates in the source"
         ),
         (
-            f"{made.requests:,} requests, profile {made.profile}; at least"
-            f" {sentence(made.duration_s)} ({made.because})"
+            f"{made.requests:,} requests, profile {made.profile}; about"
+            f" {sentence(made.duration_s)} ({made.because}), at least {sentence(made.least_s)}"
         ),
         "user properties: live values stay as they are, $skip_user_properties_sync is set"
         if made.skip_user_properties_sync

@@ -33,6 +33,7 @@ DAY_S = 86_400.0
 # milliseconds late does not fall into the next one's window.
 GUARD = 0.005
 UPDATE_STEPS = 200  # ours: the hour of property updates is counted in so many steps
+UPDATE_GUARD_S = 1.0  # ours: a request may reach the destination so much later than it left
 CRITICAL = 0.7  # ours: share of the whole time from which a person's own way decides when it ends
 LATE_S = 0.05  # ours: a pace that fell behind by at most this much catches up
 METERS_SWEPT = 20_000  # ours: idle meters are dropped when there are more than these
@@ -118,7 +119,7 @@ def _second(now: float) -> float:
 
 def _hour_of_updates(now: float) -> float:
     step = HOUR_S / UPDATE_STEPS
-    return math.ceil(now / step) * step + HOUR_S
+    return math.ceil((now + UPDATE_GUARD_S) / step) * step + HOUR_S
 
 
 def _day_in_hours(now: float) -> float:
