@@ -172,9 +172,30 @@ def test_unreadable_lines_are_dead_letters_with_file_line_and_text(tmp_path: Pat
     ]
     assert found.rows == 99
     assert found.events == 96
-    assert all(
-        "unreadable" in letter["reason"] or "event_type" in letter["reason"] for letter in told
-    )
+    assert {letter["file"] for letter in told} == {str(tmp_path / "rows.ndjson")}
+    assert all(letter["reason"].startswith("unreadable: ") for letter in told)
+    assert found.refused == {"unreadable": 3}
+
+
+def test_a_dead_letter_of_an_array_shows_the_element_and_its_number(tmp_path: Path) -> None:
+    good = [msgspec.json.encode(row) for row in ROWS * 10]
+    good[3] = b'{"user": "user-1", "event": "Open", "at": "when"}'
+    good[5] = b"5"
+    good[7] = b"[1, 2]"
+    (tmp_path / "rows.json").write_bytes(b"[\n  " + b",\n  ".join(good) + b"\n]\n")
+    found = run(tmp_path / "work", tmp_path / "rows.json", MAPPING)
+    told = sorted(letters(tmp_path / "work"), key=lambda letter: letter["line"])
+    assert [(letter["line"], letter["row"]) for letter in told] == [
+        (4, '{"user": "user-1", "event": "Open", "at": "when"}'),
+        (6, "5"),
+        (8, "[1, 2]"),
+    ]
+    assert [letter["reason"].split(":")[0] for letter in told] == [
+        "time",
+        "unreadable",
+        "unreadable",
+    ]
+    assert (found.rows, found.events) == (100, 97)
 
 
 def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:

@@ -232,9 +232,13 @@ class Intake:
         return batch.filter(pc.is_null(bad))
 
     def _refuse(self, row: dict[str, Any]) -> None:
-        self._unreadable += row["bad"] == compiled.UNREADABLE
-        kind, reason = self._reason(row["bad"], row["shown"])
-        text = (row["row"] or "").rstrip("\r\n")
+        bad, text = row["bad"], (row["row"] or "").rstrip("\r\n")
+        if self.pieces[row["file"]].format == "json":
+            text = text.strip()  # elements of an array bring along what stands before them
+        if self.source.style == "json" and not text.lstrip().startswith("{"):
+            bad = compiled.UNREADABLE
+        self._unreadable += bad == compiled.UNREADABLE
+        kind, reason = self._reason(bad, row["shown"])
         self.letters.add(self.pieces[row["file"]].name, row["line"], kind, reason, text)
 
     def _refused(self, file: int, line: int, kind: str, reason: str, event: str) -> None:
