@@ -167,6 +167,19 @@ def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
     assert told["import_id"] in shown.stdout
 
 
+def test_short_ids_can_be_good_ones(tmp_path: Path) -> None:
+    users = [{"user": n, "event": "Sign up", "at": 1700000000000 + n} for n in range(1, 30)]
+    ndjson(tmp_path / "s.ndjson", users)
+    (tmp_path / "m.yaml").write_text(MAPPING)
+    line = ["plan", str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml"), "--json"]
+    refused = CliRunner().invoke(app, [*line, "--work", str(tmp_path / "w1")])
+    assert "the first: no usable id: user_id too short, and there is no other" in str(
+        refused.exception
+    )
+    taken = CliRunner().invoke(app, [*line, "--work", str(tmp_path / "w2"), "--min-id-length", "1"])
+    assert msgspec.json.decode(taken.stdout)["users"] == 29
+
+
 def test_the_verb_refuses_what_cannot_be() -> None:
     with pytest.raises(InputError, match="no part of all"):
         run_verb.part("many", "--bad-rows")

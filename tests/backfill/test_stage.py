@@ -236,10 +236,29 @@ def test_lost_ids_are_counted_by_reason(tmp_path: Path) -> None:
         row(0, user="usr", device="device-1"),
         row(1, user="NULL", device="device-1"),
         row(2, user="user-1", device="-1"),
+        row(3, user="anonymous", device="device-1"),
+        row(4, user="12", device="n/a"),
+        row(5, user="13", device=None),
+        row(6, user=None, device=None),
     ]
-    found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", source), MAPPING)
-    assert found.ids == {"user_id too short": 1, "user_id forbidden": 1, "device_id forbidden": 1}
-    assert found.events == 3
+    source_file = ndjson(tmp_path / "s.ndjson", source)
+    found = run(tmp_path / "work", source_file, MAPPING, bad_rows=0.5)
+    assert found.ids == {
+        "user_id too short": 1,
+        "user_id null-like": 1,
+        "device_id forbidden": 1,
+        "user_id forbidden": 1,
+        "user_id too short, no other": 2,
+        "device_id null-like, no other": 1,
+    }
+    assert found.events == 4
+    assert found.refused == {"no usable id": 3}
+    told = (tmp_path / "work" / "dead-letters.ndjson").read_text().splitlines()
+    assert [msgspec.json.decode(line)["reason"] for line in told] == [
+        "no usable id: user_id too short and device_id null-like, and there is no other",
+        "no usable id: user_id too short, and there is no other",
+        "no usable id: user_id and device_id are empty",
+    ]
 
 
 def test_the_import_travels_in_every_event_and_sync_is_as_told(tmp_path: Path) -> None:

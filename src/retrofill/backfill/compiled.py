@@ -30,6 +30,15 @@ from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 UNREADABLE, WHERE, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6
 # Bits of `trouble`: why an id was taken away.
 USER_SHORT, USER_FORBIDDEN, DEVICE_SHORT, DEVICE_FORBIDDEN = 1, 2, 4, 8
+USER_NULL, DEVICE_NULL = 16, 32
+_NULLS: Final = (
+    "nil",
+    "none",
+    "null",
+    "n/a",
+    "na",
+    "undefined",
+)  # of the forbidden: meant as no id
 _OWN: Final = ("event_type", "user_id", "device_id", "insert_id", "time")
 _PARAMETER = 2**64 - 1  # where the parser says that a lambda's own names stand
 
@@ -369,18 +378,20 @@ class _Compiler:
         return f"CASE WHEN {long} THEN left({text}, {STRING_CHARS_MAX}) ELSE {text} END"
 
     def _troubles(self) -> str:
-        user = self._trouble("user_id_", USER_SHORT, USER_FORBIDDEN)
-        device = self._trouble("device_id_", DEVICE_SHORT, DEVICE_FORBIDDEN)
+        user = self._trouble("user_id_", USER_SHORT, USER_FORBIDDEN, USER_NULL)
+        device = self._trouble("device_id_", DEVICE_SHORT, DEVICE_FORBIDDEN, DEVICE_NULL)
         return f"{user} AS user_trouble, {device} AS device_trouble"
 
-    def _trouble(self, name: str, short: int, forbidden: int) -> str:
+    def _trouble(self, name: str, short: int, forbidden: int, null: int) -> str:
         listed = {word.lower() for word in FORBIDDEN_IDS}
         words = ", ".join(literal(word) for word in sorted(listed))
+        nulls = ", ".join(map(literal, _NULLS))
         sizes = ", ".join(str(size) for size in sorted({len(word) for word in listed}))
         size_min = self.id_length_min
         return (
             f"CASE WHEN {name} IS NULL OR {name} = '' THEN 0 "
-            f"WHEN strlen({name}) IN ({sizes}) AND lower({name}) IN ({words}) THEN {forbidden} "
+            f"WHEN strlen({name}) IN ({sizes}) AND lower({name}) IN ({words}) "
+            f"THEN CASE WHEN lower({name}) IN ({nulls}) THEN {null} ELSE {forbidden} END "
             f"WHEN strlen({name}) < {4 * size_min} AND length({name}) < {size_min} THEN {short} ELSE 0 END"
         )
 

@@ -43,15 +43,17 @@ SPILLED = pa.schema(
 _TROUBLES = {
     "user_id too short": compiled.USER_SHORT,
     "user_id forbidden": compiled.USER_FORBIDDEN,
+    "user_id null-like": compiled.USER_NULL,
     "device_id too short": compiled.DEVICE_SHORT,
     "device_id forbidden": compiled.DEVICE_FORBIDDEN,
+    "device_id null-like": compiled.DEVICE_NULL,
 }
 _REASONS = {
     compiled.UNREADABLE: ("unreadable", "this is no JSON object"),
     compiled.NO_TYPE: ("event_type", "it is empty"),
     compiled.NO_TIME: ("time", "it is empty"),
     compiled.WRONG_TIME: ("time", "it is before 1970 or after 9999"),
-    compiled.NO_ID: ("no usable id", "both are empty, too short or forbidden words"),
+    compiled.NO_ID: ("no usable id", "user_id and device_id are empty"),
 }
 
 
@@ -225,7 +227,7 @@ class Intake:
         if bad.null_count == len(bad):
             return batch
         wrong = batch.filter(pc.is_valid(bad)).select(
-            ["file", "line", "bad", "row", "shown", "user_id"]
+            ["file", "line", "bad", "row", "shown", "trouble"]
         )
         for row in wrong.to_pylist():
             self._refuse(row)
@@ -239,6 +241,10 @@ class Intake:
             bad = compiled.UNREADABLE
         self._unreadable += bad == compiled.UNREADABLE
         kind, reason = self._reason(bad, row["shown"])
+        if bad == compiled.NO_ID and row["trouble"]:
+            troubles = [name for name, bit in _TROUBLES.items() if row["trouble"] & bit]
+            self.taken.ids.update(f"{name}, no other" for name in troubles)
+            reason = f"{' and '.join(troubles)}, and there is no other"
         self.letters.add(self.pieces[row["file"]].name, row["line"], kind, reason, text)
 
     def _refused(self, file: int, line: int, kind: str, reason: str, event: str) -> None:

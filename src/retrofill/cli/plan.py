@@ -67,6 +67,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
     ] = None,
     kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
+    min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
     bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
@@ -95,6 +96,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         until_types={} if seams is None else seams.until,
         sample=sample,
         kiosk_limit=kiosk_limit,
+        min_id_length=min_id_length,
         bad_rows=bad_rows,
         as_json=as_json,
     )
@@ -131,7 +133,9 @@ def show(made: Plan, console: Console, *, work: Path) -> None:
     _table(console, "Events by day (UTC)", _shortened(made.days))
     _table(console, "Events by type", dict(list(made.types.items())[:20]))
     _table(console, f"Refused rows: {work / 'dead-letters.ndjson'}", made.refused)
-    _table(console, "Ids taken away, the event kept", made.ids)
+    _table(
+        console, "Ids that are none: taken away, the event kept unless it has no other", made.ids
+    )
     _table(console, "Left out", made.left_out)
     _table(console, "Devices with most events", {one.id: one.events for one in made.hot_devices})
     _table(console, "Users with most events", {one.id: one.events for one in made.hot_users})

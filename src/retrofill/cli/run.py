@@ -71,6 +71,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
     ] = None,
     kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
+    min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
     bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
     give_up_after: Annotated[
         str | None,
@@ -106,6 +107,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         until_types={} if seams is None else seams.until,
         sample=sample,
         kiosk_limit=kiosk_limit,
+        min_id_length=min_id_length,
         bad_rows=bad_rows,
         as_json=as_json,
     )
@@ -157,6 +159,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     until_types: dict[str, int],
     sample: str | None,
     kiosk_limit: int,
+    min_id_length: int,
     bad_rows: str,
     as_json: bool,
 ) -> Manifest:
@@ -178,6 +181,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     options = Options(
         import_id=import_name(work, import_id, now_ms=SystemClock().now_ms()),
         kiosk_limit=kiosk_limit,
+        id_length_min=min_id_length,
         bad_rows=part(bad_rows, "--bad-rows"),
         since_ms=None if since is None else parse_time(since),
         until_ms=None if until is None else parse_time(until),
