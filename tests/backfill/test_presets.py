@@ -126,6 +126,15 @@ def test_an_exported_row_becomes_the_event_it_was(tmp_path: Path) -> None:
     ]
 
 
+def test_a_device_that_has_only_a_family_keeps_it_as_a_property(tmp_path: Path) -> None:
+    named = {**EXPORTED, "device_model": None, "event_properties": None}
+    (event,) = staged(tmp_path, "amplitude-export", [named])
+    assert event["event_properties"] == {
+        "device_family": "Apple iPhone",
+        "device_type": "Apple iPhone 13",
+    }
+
+
 def test_an_exported_row_without_insert_id_takes_its_uuid_and_derived_events_stay_out(
     tmp_path: Path,
 ) -> None:
@@ -405,6 +414,13 @@ def test_ga4_from_json_lines(tmp_path: Path) -> None:
     assert event == GA4_EVENT
 
 
+def test_ga4_names_what_brought_an_event_before_what_brought_the_person(tmp_path: Path) -> None:
+    names = ("manual_source", "manual_medium", "manual_campaign_name", "manual_term")
+    collected = {**dict.fromkeys(names), "manual_source": "mail", "manual_term": "shoes"}
+    (event,) = staged(tmp_path, "ga4", [{**GA4, "collected_traffic_source": collected}])
+    assert event["user_properties"] == {"tier": "gold", "utm_source": "mail", "utm_term": "shoes"}
+
+
 def test_ga4_from_parquet(tmp_path: Path) -> None:
     typed = {**GA4, "event_timestamp": int(GA4["event_timestamp"])}
     typed["event_params"] = msgspec.json.decode(
@@ -464,7 +480,14 @@ def test_posthog(tmp_path: Path) -> None:
         },
     }
     alias = {**view, "event": "$create_alias", "uuid": "x"}
-    first, second, third = staged(tmp_path, "posthog", [view, login, group, alias])
+    old = [
+        {**view, "uuid": f"o-{n}", "timestamp": f"2024-07-01T10:00:0{n}Z",
+         "properties": {**seen, "$session_id": "17f-old"}}
+        for n in (3, 1)
+    ]  # fmt: skip
+    found = staged(tmp_path, "posthog", [view, login, group, alias, *old])
+    first, second, third, *later = sorted(found, key=lambda event: event["time"])
+    assert [event["session_id"] for event in later] == [1719828001000] * 2
     assert first == {
         **SKIP,
         "insert_id": "0190163d-8694-739b-aea5-966c26f8ad92",
@@ -556,6 +579,39 @@ def test_snowplow(tmp_path: Path) -> None:
     assert second["user_id"] == "user-5"
     assert second["session_id"] == 1706954404500  # the first moment of the domain session
     assert second["event_properties"]["unstruct_event_com_snowplowanalytics_snowplow_link_click_1"]
+
+
+def test_snowplow_from_a_phone(tmp_path: Path) -> None:
+    session = {"userId": "b2c8d1a0-0000-4000-8000-00000000000a", "sessionId": "s-9"}
+    session["firstEventTimestamp"] = "2024-02-03T09:59:59.000Z"
+    phone = {"osType": "android", "osVersion": "14", "deviceManufacturer": "Google"}
+    prefix = "contexts_com_snowplowanalytics_snowplow_"
+    opened = {
+        "app_id": "shop-app",
+        "platform": "mob",
+        "dvce_created_tstamp": "2024-02-03T10:00:00.000Z",
+        "event_name": "application_foreground",
+        "event_id": "c6ef3124-b53a-4b13-a233-0088f79dcbcd",
+        "network_userid": "not-this-one",
+        f"{prefix}client_session_1": [session],
+        f"{prefix}mobile_context_1": [{**phone, "deviceModel": "Pixel 8", "carrier": "Vodafone"}],
+    }
+    (event,) = staged(tmp_path, "snowplow", [opened])
+    event.pop("event_properties")
+    assert event == {
+        **SKIP,
+        "insert_id": "c6ef3124-b53a-4b13-a233-0088f79dcbcd",
+        "event_type": "application_foreground",
+        "device_id": "b2c8d1a0-0000-4000-8000-00000000000a",
+        "time": 1706954400000,
+        "session_id": 1706954399000,
+        "platform": "Mobile",
+        "os_name": "android",
+        "os_version": "14",
+        "device_manufacturer": "Google",
+        "device_model": "Pixel 8",
+        "carrier": "Vodafone",
+    }
 
 
 def test_signups_from_csv(tmp_path: Path) -> None:
