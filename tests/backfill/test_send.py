@@ -20,6 +20,7 @@ from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Reply, Wire
 from tests.backfill.virtual import START_S, VirtualClock, run
 
 from retrofill.backfill import manifest as manifests
+from retrofill.backfill import unsure
 from retrofill.backfill.feed import Feed
 from retrofill.backfill.journal import Journal, Ledger
 from retrofill.backfill.profile import PROFILES, Profile, adjust
@@ -372,6 +373,71 @@ def test_what_may_be_forgotten_is_listed_and_not_sent_again(tmp_path: Path) -> N
     ledger = Ledger(tmp_path)
     assert ledger.unsure().count == count
     ledger.close()
+    listed = unsure.write(tmp_path)
+    assert listed is not None
+    told = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {one["insert_id"] for one in told} == {e["insert_id"] for e in lost.stored}
+    assert len(told) == count
+    assert {(one["file"], type(one["line"])) for one in told} == {("source.ndjson", int)}
+    journal = Journal(tmp_path, threaded=False)
+    journal.trust_unsure()
+    journal.close()
+    assert unsure.write(tmp_path) is None
+    assert not listed.exists()
+
+
+def test_a_request_that_may_be_stored_is_repeated_only_as_long_as_it_is_remembered(
+    tmp_path: Path,
+) -> None:
+    staged.write(tmp_path, staged.history({1: 20, 2: 3}))
+    to = Misbehaving()
+    honest = to.handle
+
+    def handle(body: bytes, at: float) -> Any:
+        answer = honest(body, at)
+        return Reply(500) if b"user-1" in body and at < START_S + 2 * 86_400 else answer
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    profile = msgspec.structs.replace(SMALL, connections=2, memory_days=1)
+    outcome = send(tmp_path, to, profile)
+    assert not outcome.complete
+    assert (outcome.progress.taken, outcome.progress.unsure) == (13, 10)
+    assert [a.at for a in to.arrivals if a.at < START_S + 86_400][-1] > START_S + 0.9 * 86_400
+    first = [e["insert_id"] for e in to.stored if e["user_id"] == "user-1"]
+    assert first == [f"i-1-{n}" for n in range(20)], "later rows of the person go on"
+
+
+# How the destination says it; how long it has to be left alone.
+PAUSES = [
+    (Reply(503, b"", (("Retry-After", "120"),)), 120),
+    (Reply(503, b"", (("Retry-After", "Tue, 14 Nov 2023 22:23:20 GMT"),)), 600),
+    (Reply(429, b'{"code":429,"throttled_devices":{"device-1-0":31}}', (("Retry-After", "90"),)), 90),
+    (Reply(429, b"<html>", (("Retry-After", "75"),)), 75),
+    (Reply(429, b'{"code":429,"throttled_devices":{"device-1-0":31}}'), 15),
+    (
+        Reply(429, b'{"code":429,"exceeded_daily_quota_users":{"user-1":9}}',
+              (("Retry-After", "70"),)),
+        70,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "seconds"), PAUSES)
+def test_retry_after_is_obeyed(tmp_path: Path, answer: Reply, seconds: float) -> None:
+    made = staged.history({1: 20})
+    staged.write(tmp_path, made)
+    to = Misbehaving()
+    honest = to.handle
+    asked: list[float] = []
+
+    def handle(body: bytes, at: float) -> Any:
+        asked.append(at)
+        return answer if len(asked) == 1 else honest(body, at)
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    assert send(tmp_path, to, OPEN).complete
+    assert seconds - 0.1 <= asked[1] - asked[0] < seconds + 5
+    check_whole(tmp_path, made, to)
 
 
 def test_a_resumed_run_sends_nothing_twice_but_what_was_under_way(tmp_path: Path) -> None:

@@ -449,9 +449,10 @@ class Display:
 
 def end(outcome: Outcome, work: Path, *, as_json: bool) -> None:
     """Say how a run ended. Ends the process with 1 unless every good row is acknowledged."""
-    from retrofill.backfill import status
+    from retrofill.backfill import status, unsure
 
     one = outcome.progress
+    listed = unsure.write(work)
     facts = {"event": "end", "complete": outcome.complete, "reason": outcome.reason}
     if as_json:
         resume = {} if outcome.complete else {"resume": resume_line()}
@@ -460,8 +461,11 @@ def end(outcome: Outcome, work: Path, *, as_json: bool) -> None:
         say(f"{'complete' if outcome.complete else 'not complete'}: {status.line(one)}")
         if one.dead:
             say(f"dead letters: {work / 'dead-letters-send.ndjson'}")
-        if one.unsure:
-            say("unsure rows: the destination may hold them; `retrofill verify --repair` finds out")
+        if listed is not None:
+            say(
+                f"unsure rows: {listed}; the destination may hold them,"
+                " `retrofill verify --repair` finds out"
+            )
         if not outcome.complete:
             say(f"{outcome.reason or 'something is left'}; to go on: {resume_line()}")
     if not outcome.complete:

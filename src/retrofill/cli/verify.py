@@ -28,7 +28,7 @@ def command(
     """Read everything back and compare it event by event. Exit 1 if anything is not as it was sent."""
     import msgspec
 
-    from retrofill.backfill import drive, verify
+    from retrofill.backfill import drive, unsure, verify
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill.report import VERIFIED
 
@@ -65,6 +65,7 @@ def command(
     if not repair:
         raise typer.Exit(0 if result.clean else 1)
     verify.repair(work, missing, int(time.time() * 1000))
+    unsure.write(work)
     if not missing.count:
         raise typer.Exit(0 if result.clean else 1)
     with Display(as_json=as_json) as display:
