@@ -110,6 +110,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     from retrofill.engine.ingest import Engine
     from retrofill.engine.query import Reader
     from retrofill.server import project
+    from retrofill.server.history import HistoryRoutes
     from retrofill.server.imports import ImportRoutes
     from retrofill.server.read import Reads
     from retrofill.server.run import Opened
@@ -146,6 +147,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
             *reads.routes(),
             *project.routes(engine),
             *ImportRoutes(engine, reader, reads, clock).routes(),
+            *HistoryRoutes(engine, reader, reads).routes(),
         ],
         (lambda: deletions.run_due(reader, engine.forget), engine.counting.save),
         close,

@@ -183,6 +183,11 @@ class Duplicates:
             waiting = [waiting[place] for place in sorted({places[one] for one in lost.tolist()})]
         return [(row["block"], row["row"]) for row in waiting]
 
+    def holders(self, packed: bytes) -> list[int]:
+        """Return for each key the last block in the key files that holds it, 0 if none does. Any thread."""
+        blocks: list[int] = self._files.holders(packed)[0].tolist()
+        return blocks
+
     def _load(self, *, sealed: int, oldest_block: int) -> None:
         memory_from = self._files.memory_from(FINGERPRINTS_IN_MEMORY)
         runs = self._files.runs(max(memory_from, oldest_block))

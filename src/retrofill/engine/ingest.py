@@ -39,13 +39,14 @@ from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
 from retrofill.engine.imports import Counting, names_in, names_of
+from retrofill.engine.moment import Moment
 from retrofill.engine.recover import batches_of, fill_devices, refold
 from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
 from retrofill.engine.undo import Undoing
 from retrofill.errors import BusyError, CorruptError, Error, StoreError
-from retrofill.hot.checkpoint import Checkpoint
+from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
 from retrofill.hot.imports import Import, Imports
 from retrofill.hot.intents import Intents
@@ -588,6 +589,40 @@ class Engine:
     def aliases(self, project: int) -> dict[str, str]:
         """Return user_id → global_user_id of a project."""
         return self.state.project(project).aliases
+
+    async def moment(self, project: int) -> Moment:
+        """Pin a project as it stands after a block, all of it in the lake; close it. Raises StoreError.
+
+        Commits wait while what has arrived since the last seal is sealed: a part of a second.
+        """
+        async with self.rewriting.alone():
+            await self.seal()
+            async with self.committing:
+                await self.seal()
+                meta, unsaved = self.state.moment(project)
+                return await asyncio.to_thread(self._moment, project, meta, unsaved)
+
+    def _moment(self, project: int, meta: Meta, unsaved: Changed) -> Moment:
+        with contextlib.ExitStack() as held:
+            saved = self._checkpoint.pinned()
+            held.callback(saved.close)
+            snapshot = held.enter_context(self.lake.snapshot())
+            assert snapshot.sealed == meta.block
+            limits, now_ms = self.limits(project), self._clock.now_ms()
+            return Moment(
+                project,
+                meta,
+                now_ms,
+                self.state.oldest_block(
+                    max(now_ms, meta.server_upload_ms) - limits.dedupe_window_ms
+                ),
+                self.settings(project),
+                limits,
+                snapshot,
+                unsaved,
+                saved,
+                held.pop_all(),
+            )
 
     def refused(self, project: int, opened: Envelope) -> None:
         """Note that a request was refused before it came to `ingest`."""

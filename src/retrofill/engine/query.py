@@ -134,6 +134,10 @@ class Reader:
             stack.callback(view.close)
             yield view
 
+    def at(self, project: int, snapshot: Snapshot) -> View:
+        """Return a view of what one snapshot holds, which somebody else has pinned. Close it."""
+        return View(self, project, snapshot, snapshot.sealed, self._unsealed)
+
     @contextlib.contextmanager
     def _pinned(self, sealed: int) -> Iterator[None]:
         # Pins are counted in plain dicts of the engine: one thread at a time.

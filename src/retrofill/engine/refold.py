@@ -108,7 +108,7 @@ def refold(
     """
     with lake.snapshot() as snapshot:
         ask = snapshot.cursor.execute
-        closure = _closure(ask, project, seed, rule)
+        closure = closure_of(ask, project, seed, rule)
         if closure is None:
             return None
         fold = _Fold(lake, project, closure, rule, limits=limits, new_id=new_id, again=again)
@@ -141,7 +141,8 @@ def _bounds(which: Which | None) -> tuple[str, int, int]:
     return (which.import_id, which.after, which.until) if which else ("", 0, 0)
 
 
-def _closure(ask: Callable[..., Any], project: int, seed: Seed, rule: Rule) -> Closure | None:
+def closure_of(ask: Callable[..., Any], project: int, seed: Seed, rule: Rule) -> Closure | None:
+    """Return everyone whom a change touches; None if nobody. ask: of a snapshot that every block is in."""
     waiting: list[tuple[str, Any]] = [("person", one) for one in seed.people]
     closure = Closure()
     if seed.rows:

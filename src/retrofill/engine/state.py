@@ -92,6 +92,10 @@ class Shelf(Generic[K, V]):
         """The captured values are in the checkpoint."""
         self._saving = {}
 
+    def unsaved(self) -> dict[K, V]:
+        """Return what the checkpoint may not have yet."""
+        return self._saving | self._changed
+
 
 class ProjectState:
     """The people of one project."""
@@ -184,6 +188,16 @@ class ProjectState:
             aliases,
         )
 
+    def unsaved(self) -> Changed:
+        """Return what the checkpoint may not have yet, and every alias; it stays as it is now."""
+        return Changed(
+            self.devices.unsaved(),
+            self.users.unsaved(),
+            self.people.unsaved(),
+            self.groups.unsaved(),
+            dict(self.aliases),
+        )
+
     def saved(self) -> None:
         """What was captured is in the checkpoint."""
         for shelf in (self.devices, self.users, self.people, self.groups):
@@ -211,6 +225,11 @@ class State:
         if state is None:  # readers ask in threads of their own: whoever is first made the only one
             state = self.projects.setdefault(number, ProjectState(number, self._checkpoint))
         return state
+
+    def moment(self, number: int) -> tuple[Meta, Changed]:
+        """Return what the state of a project is now, as far as the checkpoint may not have it. Between two blocks."""
+        meta = Meta(self.block, self.server_upload_ms, self.fresh)
+        return meta, self.project(number).unsaved()
 
     def known(self, batches: list[Batch]) -> dict[int, Known]:
         """Everything the fold of these batches may read, by project."""

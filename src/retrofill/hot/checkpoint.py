@@ -72,6 +72,16 @@ class Checkpoint:
         connection.execute("PRAGMA synchronous=FULL")
         return connection
 
+    def pinned(self) -> Checkpoint:
+        """Return the file as it is now, whatever is saved later, on connections of its own. For one reader; close it."""
+        try:
+            twin = Checkpoint(self.path)
+            twin._reader.execute("BEGIN")
+            twin.meta()  # the first read pins
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+        return twin
+
     def meta(self) -> Meta:
         """Return what the file stands for; an empty one stands for the state before block 1."""
         row = self._reader.execute("SELECT block, server_upload_ms, fresh FROM meta").fetchone()

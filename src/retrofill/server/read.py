@@ -250,10 +250,8 @@ class Reads:
         """Answer with an archive of rows. empty: what is said if there are none."""
         number = _project(request)
         with contextlib.ExitStack() as held:
-            held.enter_context(self._place(number, "reads", READS_PER_PROJECT))
-            found = await self._run(
-                lambda: export(self._reader, number, hours, bytes_max=bytes_max)
-            )
+            held.enter_context(self.place(number, "reads", READS_PER_PROJECT))
+            found = await self.run(lambda: export(self._reader, number, hours, bytes_max=bytes_max))
             if found is None:
                 raise HTTPException(404, empty)
             return _Archive(found, self._threads, held.pop_all(), number)
@@ -262,8 +260,8 @@ class Reads:
         self, request: Request, kind: str, most: int, ask: Callable[[], Any]
     ) -> Response:
         """Answer with what a question finds, as JSON. most: requests of the project and this kind at once."""
-        with self._place(_project(request), kind, most):
-            body = await self._run(lambda: msgspec.json.encode(ask()))
+        with self.place(_project(request), kind, most):
+            body = await self.run(lambda: msgspec.json.encode(ask()))
         return Response(body, media_type="application/json")
 
     def _paced(self, project: int) -> None:
@@ -277,11 +275,13 @@ class Reads:
             )
         tally.count(1, window_s=1, now_ms=now_ms)
 
-    async def _run(self, ask: Callable[[], T]) -> T:
+    async def run(self, ask: Callable[[], T]) -> T:
+        """Call something in a reader's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
     @contextlib.contextmanager
-    def _place(self, project: int, kind: str, most: int) -> Iterator[None]:
+    def place(self, project: int, kind: str, most: int) -> Iterator[None]:
+        """Count a request of a project and a kind while it is under way. Raises HTTPException 429 if there are `most`."""
         key = (project, kind)
         if self._under_way[key] >= most:
             raise HTTPException(

@@ -1,0 +1,134 @@
+"""POST /api/1/history: what a rehearsal needs of a project, as lines of JSON. Ours, not Amplitude's; nothing is changed.
+
+One such request of a project at a time. Each piece is made in a reader's thread when the one before it was taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+from isal import isal_zlib
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from retrofill.engine import history
+from retrofill.engine.history import Asked
+from retrofill.engine.moment import Moment
+from retrofill.engine.query import Reader
+from retrofill.errors import InputError, SizeError
+from retrofill.limits import HISTORY_BYTES_MAX
+from retrofill.server.read import Reads
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from retrofill.engine.ingest import Engine
+
+_AT_ONCE = 1  # of a project
+_GZIP = 31  # what zlib calls wbits
+
+
+class HistoryRoutes:
+    """The endpoint of one server."""
+
+    def __init__(self, engine: Engine, reader: Reader, reads: Reads) -> None:
+        self._engine = engine
+        self._reader = reader
+        self._reads = reads
+
+    def routes(self) -> list[Route]:
+        """Return every route."""
+        return [Route("/api/1/history", self.history, methods=["POST"])]
+
+    async def history(self, request: Request) -> Response:
+        """POST /api/1/history."""
+        asked = _asked(await _body(request))
+        asked.check()
+        project = request.state.project.number
+        packed = "gzip" in request.headers.get("accept-encoding", "")
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._reads.place(project, "history", _AT_ONCE))
+            moment = await self._engine.moment(project)
+            return _Lines(self._lines(moment, asked), self._reads, held.pop_all(), packed=packed)
+
+    def _lines(self, moment: Moment, asked: Asked) -> Iterator[bytes]:
+        reader = self._reader
+        try:
+            with contextlib.closing(reader.at(moment.project, moment.snapshot)) as view:
+                yield from history.lines(moment, view, self._engine.duplicates, asked)
+        finally:
+            moment.close()
+
+
+class _Lines(Response):
+    """An answer on its way."""
+
+    def __init__(
+        self, pieces: Iterator[bytes], reads: Reads, held: contextlib.ExitStack, *, packed: bool
+    ) -> None:
+        self._pieces = pieces
+        self._reads = reads
+        self._held = held
+        self._packed = packed
+        self.background = None
+        self.status_code = 200
+        fields = {"content-type": "application/x-ndjson"}
+        self.init_headers({**fields, "content-encoding": "gzip"} if packed else fields)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as ASGI wants
+        """Send it; whatever happens, the moment is let go."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for piece in self._sent():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._held.close()
+            close = getattr(self._pieces, "close", None)
+            if close is not None:
+                await asyncio.shield(self._reads.run(close))
+
+    async def _sent(self) -> AsyncIterator[bytes]:
+        coder = isal_zlib.compressobj(1, isal_zlib.DEFLATED, _GZIP) if self._packed else None
+
+        def make() -> bytes:
+            """Return the next piece; nothing but at the end."""
+            for piece in self._pieces:
+                made: bytes = piece if coder is None else coder.compress(piece)
+                if made:
+                    return made
+            return b""
+
+        while piece := await self._reads.run(make):
+            yield piece
+        if coder is not None:
+            yield coder.flush()
+
+
+async def _body(request: Request) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size += len(piece)
+        if size > HISTORY_BYTES_MAX:
+            raise SizeError(
+                f"The body is larger than {HISTORY_BYTES_MAX:,} bytes",
+                mend="Ask for fewer ids at a time",
+            )
+    return b"".join(pieces)
+
+
+def _asked(body: bytes) -> Asked:
+    try:
+        return history.decode_asked(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+        raise InputError(
+            f"The body asks for no history: {problem}",
+            mend='Give {"device_ids": [ID], "user_ids": [ID]}',
+        ) from problem
