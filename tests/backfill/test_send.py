@@ -395,7 +395,7 @@ def test_a_request_that_may_be_stored_is_repeated_only_as_long_as_it_is_remember
 
     def handle(body: bytes, at: float) -> Any:
         answer = honest(body, at)
-        return Reply(500) if b"user-1" in body and at < START_S + 2 * 86_400 else answer
+        return Reply(500) if b"user-1" in body and at < START_S + 1.5 * 86_400 else answer
 
     to.handle = handle  # type: ignore[method-assign]  # the script of this test
     profile = msgspec.structs.replace(SMALL, connections=2, memory_days=1)
