@@ -18,6 +18,8 @@ import psutil
 
 READY_S = 120
 STOP_S = 300
+SETTLE_S = 180
+IDLE_S = 0.05  # CPU seconds in a second; less is nothing
 API_KEY, SECRET_KEY = "bench-key", "bench-secret"
 
 
@@ -85,6 +87,17 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += one.memory_info().rss
         return total
+
+    def settle(self) -> None:
+        """Wait until nothing goes on in the background, by the CPU it uses, three minutes at most."""
+        end = time.monotonic() + SETTLE_S
+        before = self.cpu_s()
+        while time.monotonic() < end:
+            time.sleep(1)
+            now = self.cpu_s()
+            if now - before < IDLE_S:
+                return
+            before = now
 
     def stop(self) -> float:
         """End it in good order (SIGTERM); return the CPU seconds of that. It must exit 0."""
