@@ -78,7 +78,7 @@ def unknown(sent: Properties) -> list[str]:
 def _apply_operations(table: Properties, sent: Properties) -> Properties:
     result = table.copy()
     named: set[str] = set()
-    for operation, operand in _in_order(sent):
+    for operation, operand in in_order(sent):
         if operation == "$clearAll":
             named.update(table)
         else:
@@ -90,7 +90,7 @@ def _apply_operations(table: Properties, sent: Properties) -> Properties:
     return table
 
 
-def _in_order(sent: Properties) -> list[tuple[str, Properties]]:
+def in_order(sent: Properties) -> list[tuple[str, Properties]]:
     """Return the operations to apply with their operands: plain keys as one more `$set`."""
     found: list[tuple[str, Properties]] = []
     plain: Properties = {}

@@ -100,7 +100,7 @@ class Refold:
         self._new_id = new_id
         self._next = _PROVISIONAL
         self._final: dict[int, int] = {}  # provisional → final amplitude_id
-        self._taken: set[int] = set()
+        self._taken: dict[int, int] = {}  # and back
         self.devices: dict[str, int] = _Ids()
         self.users: dict[str, int] = _Ids()
         self.people: dict[int, Person] = {}
@@ -174,6 +174,10 @@ class Refold:
             {},
         )
 
+    def person(self, amplitude_id: int) -> Person | None:
+        """Return the person with this amplitude_id as it stands now, None if nobody here has it."""
+        return self.people.get(self._taken.get(amplitude_id, 0))
+
     def _batches(self, rows: Rows, events: list[Event], first: int, last: int) -> list[Batch]:
         """The requests of one block: rows next to each other that came the same way at the same time."""
         sides = zip(
@@ -207,7 +211,7 @@ class Refold:
     def _settle_one(self, provisional: int, was: int) -> None:
         number = was if was > 0 and was not in self._taken else self._new_id()
         self._final[provisional] = number
-        self._taken.add(number)
+        self._taken[number] = provisional
 
     def _apply(self, changes: Changes) -> None:
         self.devices.update(changes.devices)

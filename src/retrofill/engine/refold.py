@@ -409,13 +409,7 @@ class _Fold:
 
 def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
     """Fold rows of the lake, of all its columns, and return those that the fold decides, typed as in the lake."""
-    outcome = refold.fold(
-        Rows(
-            **{name: rows[name].to_pylist() for name in _FOLDED},
-            foreign=foreign.tolist(),
-            said_columns=[rows[name].to_pylist() for name in SAYABLE],
-        )
-    )
+    outcome = refold.fold(rows_of(rows, foreign))
     created = np.array(outcome.created_ms, np.int64)
     return {
         "amplitude_id": pa.array(outcome.amplitude_id, pa.int64()),
@@ -424,6 +418,15 @@ def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> di
         "flags": pa.array(np.frombuffer(outcome.flags, np.uint8)),
         **arrow.shown_again(outcome.tables, np.array(outcome.table, np.int64)),
     }
+
+
+def rows_of(rows: pa.Table, foreign: np.ndarray[Any, Any]) -> Rows:
+    """Return rows of the lake as the fold takes them."""
+    return Rows(
+        **{name: rows[name].to_pylist() for name in _FOLDED},
+        foreign=foreign.tolist(),
+        said_columns=[rows[name].to_pylist() for name in SAYABLE],
+    )
 
 
 _FOLDED = (
