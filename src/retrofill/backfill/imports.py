@@ -5,24 +5,19 @@ Only Retrofill can do this. A server that its /healthz does not name as ours is 
 
 from __future__ import annotations
 
-import base64
-import http.client
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
-import msgspec
 from msgspec import Struct
 
+from retrofill.backfill import ours
 from retrofill.backfill.journal import GENERATION, Ledger, set_aside
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.profile import Target, names_retrofill
 from retrofill.backfill.readback import READ_S
-from retrofill.errors import FinalError, InputError, RetryError
+from retrofill.errors import FinalError, RetryError
 
 CHANGE_S = 6 * 3600.0  # ours: an undo or a restore of a large import may take so long to answer
-_SAID_BYTES = 500
 
 
 class Shown(Struct, frozen=True):
@@ -46,17 +41,6 @@ class Shown(Struct, frozen=True):
     def next_generation(self) -> int:
         """The generation that rows sent now belong to."""
         return self.generation + self.undone
-
-
-def need_ours(to: Target) -> None:
-    """Raise InputError unless the destination says that it is Retrofill."""
-    if not (to.ours and names_retrofill(to.read)):
-        raise InputError(
-            f"{to.name} does not say that it is a Retrofill server: only that can undo an import",
-            where=f"{to.read}/healthz" if to.ours else "",
-            mend="Check the address and that it is up; for any other destination `retrofill undo-recipe`"
-            " prints what to ask it to delete",
-        )
 
 
 def show(to: Target, keys: Keys, name: str) -> Shown | None:
@@ -147,48 +131,5 @@ def _ended(found: Shown | None, name: str, *, undone: bool) -> Shown:
 def _ask(
     to: Target, keys: Keys, name: str, method: str, end: str = "", *, seconds: float
 ) -> Shown | None:
-    url = f"{to.read}/api/1/imports/{quote(name, safe='')}{end}"
-    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
-    request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
-        url, method=method, headers={"Authorization": f"Basic {token}"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - the same
-            return msgspec.json.decode(answer.read(), type=Shown)
-    except urllib.error.HTTPError as refused:
-        with refused:
-            said = _said(refused.read(_SAID_BYTES))
-        if refused.code == 404 and method == "GET":
-            return None
-        if refused.code in {401, 403}:
-            raise FinalError(
-                f"The destination does not accept the keys: {refused.code} {said}",
-                where=url,
-                mend="Check the keys; both are needed",
-            ) from refused
-        if refused.code in {400, 404, 405, 409}:
-            raise FinalError(said or f"Refused with {refused.code}", where=url) from refused
-        problem: object = f"{refused.code} {said}"
-    except (OSError, http.client.HTTPException, ValueError) as failed:
-        problem = failed
-    raise RetryError(
-        f"The destination did not answer about the import: {problem}",
-        where=url,
-        mend="Run the same line again: what the server had begun it ends by itself",
-    )
-
-
-class _Message(Struct):
-    message: str
-
-
-class _Error(Struct):
-    error: _Message
-
-
-def _said(body: bytes) -> str:
-    """Return the sentence of an error, or the body as it is."""
-    try:
-        return msgspec.json.decode(body, type=_Error).error.message
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return body.decode("utf-8", "replace").strip()
+    path = f"/api/1/imports/{quote(name, safe='')}{end}"
+    return ours.ask(to, keys, method, path, Shown, seconds=seconds)

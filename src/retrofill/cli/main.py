@@ -24,6 +24,7 @@ from retrofill.cli import (
     undo,
     undo_recipe,
     verify,
+    why,
 )
 from retrofill.cli import map as map_
 from retrofill.errors import Error
@@ -86,5 +87,6 @@ app.command("verify", epilog=verify.EXAMPLE)(verify.command)
 app.command("report", epilog=report.EXAMPLE)(report.command)
 app.command("resend", epilog=resend.EXAMPLE)(resend.command)
 app.command("undo", epilog=undo.EXAMPLE)(undo.command)
+app.command("why", epilog=why.EXAMPLE)(why.command)
 app.command("check", epilog=check.EXAMPLE)(check.command)
 app.command("undo-recipe", epilog=undo_recipe.EXAMPLE)(undo_recipe.command)

@@ -109,7 +109,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     from retrofill.engine.deletion import Deletions
     from retrofill.engine.ingest import Engine
     from retrofill.engine.query import Reader
-    from retrofill.server import project
+    from retrofill.server import project, why
     from retrofill.server.history import HistoryRoutes
     from retrofill.server.imports import ImportRoutes
     from retrofill.server.read import Reads
@@ -146,6 +146,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         [
             *reads.routes(),
             *project.routes(engine),
+            *why.routes(reader, reads),
             *ImportRoutes(engine, reader, reads, clock).routes(),
             *HistoryRoutes(engine, reader, reads).routes(),
         ],

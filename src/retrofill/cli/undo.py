@@ -29,14 +29,18 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Take an import back from a Retrofill server without a trace: shown first, then one question."""
-    from retrofill.backfill import imports
+    from retrofill.backfill import imports, ours
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import profile as profiles
 
     keys = key_ring.find(api_key, secret_key, key_file)
     key_ring.need_both(keys)
     where = profiles.target(to)
-    imports.need_ours(where)
+    ours.need(
+        where,
+        "undo an import",
+        mend="; for any other destination `retrofill undo-recipe` prints what to ask it to delete",
+    )
     before = imports.show(where, keys, import_)
     if before is None:
         raise imports.unknown(import_)

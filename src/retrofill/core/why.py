@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -149,7 +149,9 @@ class Trace:
             self._only_the_last()
         facts = self.shown()
         for one in facts if asked.event else ():
-            if one.at == self.rows - 1:  # its snapshot shows what it said also where the table did not take it
+            if (
+                one.at == self.rows - 1
+            ):  # its snapshot shows what it said also where the table did not take it
                 one.after = value
         tried = self._try(facts, value)
         facts.sort(key=lambda one: (one.at, one.rule != "merged"))
@@ -167,12 +169,9 @@ class Trace:
         ):
             if foreign or not device:
                 continue
-            if device not in last_user:
-                last_user[device] = user
-            elif user is not None and last_user[device] != user:
-                last_user[device] = user
-            else:
+            if device in last_user and user in (None, last_user[device]):
                 continue
+            last_user[device] = user
             self._ties.append(self.rows + at)
             if at + 1 < len(rows.block):
                 yield at + 1
@@ -215,7 +214,7 @@ class Trace:
                 fact.rule = "changed" if said else _unsaid(self._asked.name)
             elif any(op == "$set" and _same(value, before) for op, value in said):
                 fact.rule = "repeated"
-            elif not said:
+            elif not said or self._asked.what == "first_seen":
                 return
         self._note(fact)
 
@@ -355,7 +354,10 @@ def _event_time(rows: Rows, at: int) -> int:
 # What a row says of the value: (operation, value) in the order applied; None: nothing that could touch it.
 
 
-def _says(asked: Asked) -> Any:  # a method for each kind of question
+Says = Callable[[Rows, Outcome, int], list[tuple[str, Json]] | None]
+
+
+def _says(asked: Asked) -> Says:
     if asked.what == "property":
         return _Property(asked.name)
     if asked.what == "column":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from retrofill import __version__
+from retrofill.core.why import RULES
 
 Json = dict[str, Any]
 
@@ -500,6 +501,71 @@ _IMPORTS: Json = {
     ),
 }
 
+_CAUSE = _object(
+    ("rule", "means", "operations", "merge", "needed", "event", "imported_by", "request"),
+    rule={"enum": sorted(RULES)},
+    means=_TEXT,
+    before={},
+    after={},
+    operations=_list(_object(("operation", "value"), operation=_TEXT, value={})),
+    merge={
+        "oneOf": [
+            {"type": "null"},
+            _object(("absorbed", "surviving"), absorbed=_INT, surviving=_INT, value={}),
+        ]
+    },
+    needed={"type": ["boolean", "null"]},
+    event=_object(
+        ("uuid", "event_type", "amplitude_id", "event_time_ms"),
+        uuid=_TEXT,
+        event_type=_TEXT,
+        amplitude_id=_INT,
+        user_id=_NULLABLE_TEXT,
+        device_id=_NULLABLE_TEXT,
+        insert_id=_NULLABLE_TEXT,
+        event_time_ms=_INT,
+    ),
+    imported_by=_NULLABLE_TEXT,
+    request=_object(
+        ("path", "server_upload_time_ms", "block", "row"),
+        path=_TEXT,
+        server_upload_time_ms=_INT,
+        block=_INT,
+        row=_INT,
+    ),
+)
+_WHY: Json = {
+    "/api/1/why": _read(
+        "The events, imports, requests and rules that made a value",
+        _json(
+            _object(
+                ("value", "amplitude_id", "user_id", "causes", "left_out", "rows", "tried"),
+                value={},
+                amplitude_id=_NULLABLE_INT,
+                user_id=_NULLABLE_TEXT,
+                causes=_list(_CAUSE),
+                left_out=_INT,
+                rows=_INT,
+                tried=_BOOL,
+            ),
+            "the value and its causes, in order of arrival",
+        ),
+        _query("property", _TEXT),
+        _query("column", _TEXT, text="a built-in column, as platform"),
+        _query("first_seen", {"enum": ["false", "true"]}),
+        _query("merge", _TEXT, text="the amplitude_id that was absorbed"),
+        _query("group_type", _TEXT),
+        _query("group_value", _TEXT),
+        _query("user_id", _TEXT),
+        _query("device_id", _TEXT),
+        _query("amplitude_id", _TEXT),
+        _query("uuid", _TEXT, text="of an event"),
+        _query("insert_id", _TEXT, text="of an event"),
+        _404=_EITHER,
+        _413=_EITHER,
+    )
+}
+
 _HEALTH = _object(
     ("status", "service", "version"), status=_TEXT, service=_TEXT, version=_TEXT, reason=_TEXT
 )
@@ -540,7 +606,7 @@ def description() -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "security": [{"keys": []}],
-        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_IMPORTS, **_ADMIN},
+        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_IMPORTS, **_WHY, **_ADMIN},
         "components": {
             "schemas": _SCHEMAS,
             "securitySchemes": {

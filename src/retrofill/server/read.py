@@ -92,7 +92,7 @@ class Reads:
 
     async def export(self, request: Request) -> Response:
         """GET /api/2/export."""
-        given = _Given(request, "start", "end")
+        given = Given(request, "start", "end")
         hours = hours_of(given.text("start"), given.text("end"))
         number = _project(request)
         most = self._limits(number).export_bytes
@@ -100,12 +100,12 @@ class Reads:
 
     async def search(self, request: Request) -> Response:
         """GET /api/2/usersearch."""
-        user = _Given(request, "user").text("user")
+        user = Given(request, "user").text("user")
         return await self._person(request, lambda view: people.search(view, user))
 
     async def activity(self, request: Request) -> Response:
         """GET /api/2/useractivity."""
-        given = _Given(request, "user", "offset", "limit", "direction")
+        given = Given(request, "user", "offset", "limit", "direction")
         user = given.number("user", None, least=0, most=2**63 - 1)
         offset = given.number("offset", 0, least=0, most=2**31 - 1)
         limit = given.number("limit", ACTIVITY_EVENTS_MAX, least=0, most=ACTIVITY_EVENTS_MAX)
@@ -117,7 +117,7 @@ class Reads:
 
     async def users(self, request: Request) -> Response:
         """GET /api/2/users."""
-        given = _Given(request, "start", "end", "m", "i", "s", "g", many=("s",))
+        given = Given(request, "start", "end", "m", "i", "s", "g", many=("s",))
         metric = {"active": charts.active, "new": charts.new}[given.one_of("m", ("active", "new"))]
         when = given.range(_INTERVALS)
         segments = condition.segments_of(given.all("s"))
@@ -126,35 +126,35 @@ class Reads:
 
     async def session_average(self, request: Request) -> Response:
         """GET /api/2/sessions/average."""
-        when = _Given(request, "start", "end").range((1,))
+        when = Given(request, "start", "end").range((1,))
         return await self._chart(request, lambda view: charts.session_average(view, when))
 
     async def sessions_per_user(self, request: Request) -> Response:
         """GET /api/2/sessions/peruser."""
-        when = _Given(request, "start", "end").range((1,))
+        when = Given(request, "start", "end").range((1,))
         return await self._chart(request, lambda view: charts.sessions_per_user(view, when))
 
     async def session_lengths(self, request: Request) -> Response:
         """GET /api/2/sessions/length."""
-        when = _Given(request, "start", "end").range((1,))
+        when = Given(request, "start", "end").range((1,))
         return await self._chart(request, lambda view: charts.session_lengths(view, when))
 
     async def event_types(self, request: Request) -> Response:
         """GET /api/2/events/list."""
-        _Given(request)
+        Given(request)
         now_ms = self._clock.now_ms()
         return await self._chart(request, lambda view: charts.event_types(view, now_ms=now_ms))
 
     async def rows(self, request: Request) -> Response:
         """GET /api/1/project/rows."""
-        _Given(request)
+        Given(request)
         return await self.answer(
             request, "reads", READS_PER_PROJECT, lambda: self._view(request, charts.rows)
         )
 
     async def segmentation(self, request: Request) -> Response:
         """GET /api/2/events/segmentation."""
-        given = _Given(
+        given = Given(
             request,
             "e",
             "e2",
@@ -185,7 +185,7 @@ class Reads:
 
     async def aliases(self, request: Request) -> Response:
         """GET /api/2/usermap."""
-        users = _user_ids(_Given(request, "user_ids", many=("user_ids",)).all("user_ids"))
+        users = _user_ids(Given(request, "user_ids", many=("user_ids",)).all("user_ids"))
         number = _project(request)
         return await self.answer(
             request, "reads", READS_PER_PROJECT, lambda: people.mapped(self._reader, number, users)
@@ -193,7 +193,7 @@ class Reads:
 
     async def deletions(self, request: Request) -> Response:
         """GET /api/2/deletions/users."""
-        given = _Given(request, "start_day", "end_day")
+        given = Given(request, "start_day", "end_day")
         first, last = given.day("start_day"), given.day("end_day")
         number = _project(request)
         return await self.answer(
@@ -331,7 +331,7 @@ class _Archive(Response):
             yield piece
 
 
-class _Given:
+class Given:
     """The parameters of one request. What is not named is refused, and so is a second value unless in `many`."""
 
     def __init__(self, request: Request, *known: str, many: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,87 @@
+"""Asking our own server what only Retrofill can be asked.
+
+A server that its /healthz does not name as ours is never sent the keys.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import urllib.error
+import urllib.request
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from retrofill.backfill.keys import Keys
+from retrofill.backfill.profile import Target, names_retrofill
+from retrofill.errors import FinalError, InputError, RetryError
+
+_SAID_BYTES = 500
+
+T = TypeVar("T")
+
+
+def need(to: Target, what: str, *, mend: str = "") -> None:
+    """Raise InputError unless the destination says that it is Retrofill. what: only that can do it."""
+    if not (to.ours and names_retrofill(to.read)):
+        raise InputError(
+            f"{to.name} does not say that it is a Retrofill server: only that can {what}",
+            where=f"{to.read}/healthz" if to.ours else "",
+            mend=f"Check the address and that it is up{mend}",
+        )
+
+
+def ask(
+    to: Target, keys: Keys, method: str, path: str, kind: type[T], *, seconds: float
+) -> T | None:
+    """Return what our server answers, None if a GET finds nothing. Raises FinalError, RetryError.
+
+    seconds: how long it may take.
+    """
+    url = f"{to.read}{path}"
+    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
+    request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
+        url, method=method, headers={"Authorization": f"Basic {token}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - the same
+            return msgspec.json.decode(answer.read(), type=kind)
+    except urllib.error.HTTPError as refused:
+        with refused:
+            said = _said(refused.read(_SAID_BYTES))
+        if refused.code == 404 and method == "GET":
+            return None
+        if refused.code in {401, 403}:
+            raise FinalError(
+                f"The destination does not accept the keys: {refused.code} {said}",
+                where=url,
+                mend="Check the keys; both are needed",
+            ) from refused
+        if refused.code in {400, 404, 405, 409, 413}:
+            raise FinalError(said or f"Refused with {refused.code}", where=url) from refused
+        problem: object = f"{refused.code} {said}"
+    except (OSError, http.client.HTTPException, ValueError) as failed:
+        problem = failed
+    raise RetryError(
+        f"The destination did not answer: {problem}",
+        where=url,
+        mend="Run the same line again: what the server had begun it ends by itself",
+    )
+
+
+class _Message(Struct):
+    message: str
+
+
+class _Error(Struct):
+    error: _Message
+
+
+def _said(body: bytes) -> str:
+    """Return the sentence of an error, or the body as it is."""
+    try:
+        return msgspec.json.decode(body, type=_Error).error.message
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return body.decode("utf-8", "replace").strip()
