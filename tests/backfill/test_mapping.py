@@ -245,6 +245,16 @@ def test_what_the_core_mends_is_staged_mended_and_what_it_refuses_is_not(tmp_pat
     assert letter["reason"].startswith("event_properties: ")
 
 
+def test_what_a_server_would_rewrite_is_staged_rewritten(tmp_path: Path) -> None:
+    """So that what is read back is what was sent."""
+    rows = [{**ROW, "event": "$exposure", "x": {"flag_key": "f", "variant": "on"}, "p": {"a": "b"}}]
+    told = {"event_properties": "x", "plan": "p"}
+    (event,) = mapped(tmp_path, [*rows, {**ROW, "x": {}, "p": {"branch": "main"}}], told)[:1]
+    assert event["event_type"] == "[Experiment] Exposure"
+    assert event["user_properties"] == {"$set": {"[Experiment] f": "on"}}
+    assert event["plan"] == {}
+
+
 def test_csv_cells_are_typed_by_their_column_and_strays_stay_text(tmp_path: Path) -> None:
     lines = ["user,at,event,n,z,b,t"]
     lines += [f"user-{at % 7},17000000{at:02},Open,{at},0{at},true,x" for at in range(50)]

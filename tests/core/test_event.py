@@ -291,6 +291,11 @@ def test_a_project_may_drop_or_reject_short_ids_everywhere(switch: Any, path: st
         ("plan", "none", Raw()),
         ("plan", None, Raw()),
         ("plan", {"branch": "b"}, Raw(b'{"branch": "b"}')),
+        (
+            "plan",
+            {"versionId": "i", "source": "s", "version": 3, "x": "y"},
+            Raw(b'{"versionId":"i","source":"s"}'),
+        ),
         ("ingestion_metadata", 5, None),
         ("ingestion_metadata", {"source_name": 5}, event.IngestionMetadata("5")),
         ("event_properties", None, Raw()),
@@ -602,3 +607,40 @@ def test_the_glance_passes_no_long_string(texts: list[str]) -> None:
     sent = json.dumps(texts).encode()
     if glance.strings(sent):
         assert all(len(text) <= 1024 for text in texts)
+
+
+# What was sent, and what is kept as the event's and as the user's properties. Source: contract, events 3, `$exposure`.
+EXPOSURES = [
+    (
+        {"flag_key": "new-cart", "variant": "on", "experiment_key": "exp-1", "page": 3},
+        {"theme": "dark", "$set": {"plan": "pro"}},
+        {
+            "[Experiment] Flag Key": "new-cart",
+            "[Experiment] Variant": "on",
+            "[Experiment] Experiment Key": "exp-1",
+            "page": 3,
+        },
+        {"theme": "dark", "$set": {"plan": "pro", "[Experiment] new-cart": "on"}},
+    ),
+    (
+        {"flag_key": "new-cart"},
+        None,
+        {"[Experiment] Flag Key": "new-cart"},
+        {"$unset": {"[Experiment] new-cart": "-"}},
+    ),
+    ({"variant": "on"}, None, {"[Experiment] Variant": "on"}, None),
+    (None, None, {}, None),
+]
+
+
+@pytest.mark.parametrize(("sent", "said", "kept", "user"), EXPOSURES)
+def test_an_exposure_becomes_the_event_that_it_stands_for(
+    sent: Any, said: Any, kept: Any, user: Any
+) -> None:
+    exposed = one(event_type="$exposure", event_properties=sent, user_properties=said)
+    found = batch(body(one(event_type="Open"), exposed))
+    assert [each.event_type for each in found.events] == ["Open", "[Experiment] Exposure"]
+    assert msgspec.json.decode(found.events[1].event_properties) == kept
+    assert found.events[1].user_properties == user
+    again = event.decode(found.body)
+    assert (again[1].event_type, again[1].user_properties) == ("[Experiment] Exposure", user)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Raw, Struct
 
-from retrofill.core import event, glance
+from retrofill.core import event, glance, mend
 from retrofill.core.event import Batch, Event, Refusal
 from retrofill.limits import Limits
 
@@ -117,9 +117,13 @@ class Checker:
 
 def _good(body: bytes) -> bool:
     """Say whether the events are good as they stand. May doubt good ones, never passes bad ones."""
+    if event.EXPOSURE.encode() in body:
+        return False
     try:
         shapes = _decode(body).events
     except (ValueError, RecursionError):
+        return False
+    if any(shape.plan and not shape.plan.keys() <= mend.PLAN for shape in shapes):
         return False
     tables = [
         raw for shape in shapes for raw in (shape.user_properties, shape.group_properties) if raw

@@ -209,6 +209,7 @@ _split = msgspec.json.Decoder(list[Raw]).decode
 _encode = msgspec.json.Encoder().encode
 _pack = msgspec.msgpack.Encoder().encode
 
+EXPOSURE = "$exposure"
 RESERVED = frozenset(
     {
         "[Amplitude] Start Session",
@@ -369,8 +370,9 @@ def _mended(
             ids=not _good_ids(good, rules),
             objects=rules.operations_only or not _good_objects(text, good),
             strings=not glance.strings(text),
+            exposures=EXPOSURE in {one.event_type for one in good},
         )
-    if envelope.events is not None and not (doubts.ids or doubts.objects or doubts.strings):
+    if envelope.events is not None and not any(msgspec.structs.astuple(doubts)):
         return envelope.body
     for index, event in enumerate(events):
         if event is not None:
@@ -429,7 +431,7 @@ def _good_objects(body: bytes, events: list[Event]) -> bool:
     objects: tuple[Sized, ...] = (events, sent, raws, plans, groups, grouped, sources)
     spare = glance.openings(body) - 1 - sum(map(len, objects))
     return (
-        all(plan[:1] == b"{" for plan in set(map(bytes, plans)))
+        all(mend.plan(plan) == plan for plan in set(map(bytes, plans)))
         and glance.groups(groups)
         and not (spare >= DEPTH_MAX and mend.too_deep(*sent, *grouped))
         and (not raws or glance.raws(raws, spare=spare))
@@ -445,6 +447,7 @@ class _Doubts(Struct, frozen=True):
     ids: bool = True
     objects: bool = True
     strings: bool = True
+    exposures: bool = True
 
 
 class _Notes:
@@ -472,6 +475,8 @@ def _mend(event: Event, doubts: _Doubts, rules: _Rules, notes: _Notes) -> None:
         _mend_ids(event, rules, notes)
     if doubts.objects:
         _mend_objects(event, rules, notes)
+    if doubts.exposures and event.event_type == EXPOSURE and not notes.faults:
+        _expose(event)
     if doubts.strings:
         _cut_strings(event)
 
@@ -607,11 +612,20 @@ def _mend_objects(event: Event, rules: _Rules, notes: _Notes) -> None:
             except ValueError as problem:
                 setattr(event, field, absent)
                 notes.add("invalid", field, str(problem))
-    if event.plan and bytes(event.plan)[:1] != b"{":
-        event.plan = ABSENT
+    plan = mend.plan(bytes(event.plan)) if event.plan else b""
+    event.plan = Raw(plan) if plan else ABSENT
     sent = event.user_properties
     if rules.operations_only and sent and properties.unknown(sent):
         notes.add("invalid", "user_properties", "an operation that does not exist")
+
+
+def _expose(event: Event) -> None:
+    """Turn `$exposure` into the event that it stands for."""
+    found = mend.value(event.event_properties) if event.event_properties else None
+    properties_, sent = mend.exposure(found, event.user_properties or {})
+    event.event_type = "[Experiment] Exposure"
+    event.event_properties = Raw(_encode(properties_))
+    event.user_properties = sent or None
 
 
 def _check_raw(raw: Raw) -> Raw:

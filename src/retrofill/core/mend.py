@@ -47,6 +47,13 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 
+PLAN = frozenset({"branch", "source", "version", "versionId"})
+_EXPOSED = {
+    "flag_key": "[Experiment] Flag Key",
+    "variant": "[Experiment] Variant",
+    "experiment_key": "[Experiment] Experiment Key",
+}
+
 _CONTAINERS = {dict, list}
 _T = TypeVar("_T")
 
@@ -238,6 +245,34 @@ def groups(found: Mapping[str, Json]) -> dict[str, Any]:
             kept[group_type[:STRING_CHARS_MAX]] = values if several else values[0]
             room -= len(values)
     return kept
+
+
+def plan(data: bytes) -> bytes:
+    """Return a tracking plan with the texts that it may hold, the same bytes if that is all; nothing if it is no object.
+
+    Source: contract, events 2, `plan`.
+    """
+    found = optional(_any, msgspec.Raw(data))
+    if type(found) is not dict:
+        return b""
+    kept = {name: said for name, said in found.items() if name in PLAN and type(said) is str}
+    return data if len(kept) == len(found) else msgspec.json.encode(kept)
+
+
+def exposure(found: Json, sent: dict[str, Json]) -> tuple[dict[str, Json], dict[str, Json]]:
+    """Return event and user properties of `[Experiment] Exposure`, from those of `$exposure`.
+
+    Source: contract, events 3. Without a variant the user's property goes: a guess, the contract is silent.
+    """
+    props: dict[str, Json] = found if isinstance(found, dict) else {}
+    flag, variant = props.get("flag_key"), props.get("variant")
+    renamed = {_EXPOSED.get(name, name): said for name, said in props.items()}
+    if type(flag) is not str or not flag:
+        return renamed, sent
+    operation, said = ("$unset", "-") if variant is None else ("$set", variant)
+    others = sent.get(operation)
+    mine = {**(others if type(others) is dict else {}), f"[Experiment] {flag}": said}
+    return renamed, {**sent, operation: mine}
 
 
 def _names(values: Iterable[Json]) -> Iterator[str]:
