@@ -7,6 +7,9 @@ only read; what changes is laid over it and handed back, for the caller to keep 
 
 Order of one event: identity (merge), property table, first-seen, row. The table is read and written as contract,
 properties 2 says; with `$skip_user_properties_sync` it is neither. An identify always writes.
+
+Where a project's properties go by event time (`Known.last` is there), events are folded in the order in which they come
+all the same; `order.Walk` marks those for which that was not right.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from retrofill.core import identity, language, person, properties
+from retrofill.core import identity, language, order, person, properties
 from retrofill.core.block import COLUMNS, SAYABLE, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
 from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
@@ -74,22 +77,29 @@ class Known(Struct):
 
     devices, users: id → amplitude_id, 0 if never seen. people: every amplitude_id named there and its survivor.
     groups: (type, value) → properties, for every group an event or a person names.
+    last: the keys kept with these people and groups if properties go by event time, else None: see `core.order`.
     """
 
     devices: Mapping[str, int]
     users: Mapping[str, int]
     people: Mapping[int, Person]
     groups: Mapping[Group, dict[str, Any]]
+    last: Mapping[order.Place, order.Key] | None = None
 
 
 class Changes(Struct):
-    """What the block changes in one project: new values by key. An alias of "" is taken back."""
+    """What the block changes in one project: new values by key. An alias of "" is taken back.
+
+    last, late: keys in event time, and the people and groups that a late event touched; see `core.order`.
+    """
 
     devices: dict[str, int]
     users: dict[str, int]
     people: dict[int, Person]
     groups: dict[Group, dict[str, Any]]
     aliases: dict[str, str]
+    last: dict[order.Place, order.Key] = {}
+    late: set[order.Place] = set()
 
 
 class Folded(Struct):
@@ -150,12 +160,15 @@ def fold(
     for owner, amplitude_id in forgotten:
         theirs = changes.setdefault(owner, Changes({}, {}, {}, {}, {}))
         theirs.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
+    walks: dict[int, order.Walk] = {}
     first = 0
     for batch in batches:
         project = batch.project
         change = changes.get(project)
         if change is None:
             change = changes[project] = Changes({}, {}, {}, {}, {})
+        if known[project].last is not None and project not in walks:
+            walks[project] = order.Walk(known[project], change)
         client_upload_ms = batch.client_upload_ms
         if client_upload_ms is None:
             client_upload_ms = batch.received_ms
@@ -171,6 +184,13 @@ def fold(
             updates_max=updates_max[project],
             dropped=dropped[first : first + rows],
         )
+        if walks and project in walks:
+            walks[project].add(
+                batch.events,
+                columns.amplitude_id[first:],
+                columns.event_time_ms[first:],
+                columns.kind[first:],
+            )
         parts.append(
             Part(
                 project,
@@ -239,6 +259,8 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     may_earn = b"$" in batch.body
     own_columns: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
     aliases = batch.path == "/usermap"
+    by_time = known.last is not None
+    now_ms = server_upload_ms
     row = len(columns.kind) - 1
     if len(_said_before) > _SAID_MAX:
         _said_before.clear()
@@ -249,6 +271,8 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         event_time = client_upload_ms if time is None else time
         if skew:
             event_time = min(max(event_time + skew, 0), TIME_MS_MAX)
+        if by_time:
+            now_ms = event_time
         if is_dropped:
             add_person(0)
             add_time(event_time)
@@ -354,16 +378,12 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             if kind == _IDENTIFY and event_groups:
                 groups = _join(groups, event_groups)
             updates = who.updates
-            if (
-                sent
-                and updates_max
-                and not UpdateWindow.allowed(updates, server_upload_ms, updates_max)
-            ):
+            if sent and updates_max and not UpdateWindow.allowed(updates, now_ms, updates_max):
                 flags |= _UPDATE_DROPPED
                 shown = _show(table, built_in, event_groups, groups, known, change)
             else:
                 if sent and updates_max:
-                    updates = UpdateWindow.added(updates, server_upload_ms)
+                    updates = UpdateWindow.added(updates, now_ms)
                 if (
                     table is not who.properties
                     or built_in is not who.columns
@@ -376,7 +396,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                         built_in,
                         groups,
                         who.first_seen_ms,
-                        server_upload_ms,
+                        now_ms,
                         updates,
                         0,
                         b"",

@@ -22,7 +22,8 @@ class Person(Struct, array_like=True, gc=False):
 
     columns: the built-in columns in the order of `block.COLUMNS`. groups: those it stays in, type → values.
     first_seen_ms: the earliest event_time of its events, -1 if it has none yet.
-    updated_ms: server time of the last change of the table. updates: rolling hour, see `throttle.UpdateWindow`.
+    updated_ms: server time of the last change of the table, or event time where properties go by that. updates: rolling
+    hour of the same time, see `throttle.UpdateWindow`.
     merged_into: the surviving amplitude_id if this person was absorbed, FORGOTTEN if deleted, else 0.
     """
 

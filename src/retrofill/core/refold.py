@@ -2,7 +2,8 @@
 
 A row of the lake keeps what its event sent (`sent`, `sent_groups`, `said`, the skip flag), so the events of some
 people can be made again and given to the fold that made them the first time. `Refold` does that in order of position,
-with nothing known at first: what it ends with is the state that a server would have that never saw the rows left out.
+or in event time (`order.SQL`), with nothing known at first: what it ends with is the state that a server would have
+that never saw the rows left out.
 
 The rows given must be whole: everyone who shares a device or user id with one of them, and every change of a group
 that they show. Group identifies of other people are `foreign`: they change their groups and no person here.
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from retrofill.core import fold
+from retrofill.core import fold, order
 from retrofill.core.block import SAYABLE, Flag, Merge
 from retrofill.core.event import Batch, Event
 from retrofill.core.fold import Changes, Group, Known
@@ -35,7 +36,7 @@ _FIELDS = tuple({"ip_address": "ip"}.get(name, name) for name in SAYABLE)
 
 
 class Rows(Struct):
-    """Visible rows of one project in order of position, column by column, named as in the lake.
+    """Visible rows of one project in the order of their fold, column by column, named as in the lake.
 
     foreign: true for a group identify of somebody else. said_columns: the columns SAYABLE, in that order.
     """
@@ -47,9 +48,9 @@ class Rows(Struct):
     user_id: list[str | None]
     device_id: list[str | None]
     event_type: list[str]
-    client_event_time: list[int]
-    client_upload_time: list[int]
-    server_received_time: list[int]
+    insert_id: list[str | None]
+    event_id: list[int | None]
+    event_time: list[int]
     server_upload_time: list[int]
     path: list[str]
     sent: list[str | None]
@@ -92,10 +93,10 @@ class _Ids(dict[str, int]):
 class Refold:
     """The state of some people of one project after the rows given so far.
 
-    new_id: draws an amplitude_id that nobody ever had.
+    new_id: draws an amplitude_id that nobody ever had. by_time: whether rows come, and properties go, in event time.
     """
 
-    def __init__(self, project: int, new_id: Callable[[], int]) -> None:
+    def __init__(self, project: int, new_id: Callable[[], int], *, by_time: bool = False) -> None:
         self._project = project
         self._new_id = new_id
         self._next = _PROVISIONAL
@@ -107,22 +108,27 @@ class Refold:
         self.groups: dict[Group, dict[str, Any]] = {}
         self.merges: list[Merged] = []
         self.aliases: dict[str, str] = {}
-        self._known = Known(self.devices, self.users, self.people, self.groups)
+        self.last: dict[order.Place, order.Key] = {}
+        self._by_time = by_time
+        self._known = Known(
+            self.devices, self.users, self.people, self.groups, self.last if by_time else None
+        )
 
     def fold(self, rows: Rows) -> Outcome:
-        """Fold the next rows. Those of one block must be given together."""
+        """Fold the next rows. In order of position, those of one block must be given together."""
         amplitude_ids, created = array("q"), array("q")
         kinds, flags = bytearray(), bytearray()
         tables: list[bytes] = []
         places = array("q")
         events = _events(rows)
         first = 0
-        for number, run in groupby(rows.block):
+        # One block has one server time. In event time only the limit that was allowed is the same for several rows.
+        for _, run in groupby(rows.updates_max if self._by_time else rows.block):
             last = first + sum(1 for _ in run)
             folded = fold.fold(
                 self._batches(rows, events, first, last),
                 {self._project: self._known},
-                number=number,
+                number=0,
                 server_upload_ms=rows.server_upload_time[first],
                 fresh=self._next,
                 updates_max={self._project: rows.updates_max[first]},
@@ -172,6 +178,10 @@ class Refold:
             people,
             {**{key: {} for key in was.groups}, **self.groups},
             {},
+            {
+                final[place] if isinstance(place, int) else place: key
+                for place, key in self.last.items()
+            },
         )
 
     def person(self, amplitude_id: int) -> Person | None:
@@ -179,20 +189,13 @@ class Refold:
         return self.people.get(self._taken.get(amplitude_id, 0))
 
     def _batches(self, rows: Rows, events: list[Event], first: int, last: int) -> list[Batch]:
-        """The requests of one block: rows next to each other that came the same way at the same time."""
-        sides = zip(
-            rows.path[first:last],
-            rows.server_received_time[first:last],
-            rows.client_upload_time[first:last],
-            strict=True,
-        )
+        """The requests of one block: rows next to each other that came the same way."""
         batches = []
         at = first
-        for (path, received_ms, client_upload_ms), run in groupby(sides):
+        for path, run in groupby(rows.path[first:last]):
             after = at + sum(1 for _ in run)
-            batches.append(
-                Batch(self._project, path, b"", events[at:after], 0, received_ms, client_upload_ms)
-            )
+            # Times are mended already.
+            batches.append(Batch(self._project, path, b"", events[at:after], 0, 0, 0))
             at = after
         return batches
 
@@ -218,6 +221,7 @@ class Refold:
         self.users.update(changes.users)
         self.people.update(changes.people)
         self.groups.update(changes.groups)
+        self.last.update(changes.last)
 
     def _merge(self, merges: list[Merge], rows: Rows, first: int) -> None:
         final = self._final
@@ -243,20 +247,13 @@ def _events(rows: Rows) -> list[Event]:
     """Make the events again as far as the fold looks at them."""
     chosen: dict[int, list[tuple[str, list[str | None]]]] = {}
     events = []
-    for at, (user, device, event_type, time, sent, groups, said, flags, foreign) in enumerate(
-        zip(
-            rows.user_id,
-            rows.device_id,
-            rows.event_type,
-            rows.client_event_time,
-            rows.sent,
-            rows.sent_groups,
-            rows.said,
-            rows.flags,
-            rows.foreign,
-            strict=True,
-        )
-    ):
+    sides = zip(
+        *(rows.user_id, rows.device_id, rows.event_type, rows.event_time, rows.insert_id),
+        *(rows.event_id, rows.sent, rows.sent_groups, rows.said, rows.flags, rows.foreign),
+        strict=True,
+    )
+    for at, side in enumerate(sides):
+        user, device, event_type, time, insert, number, sent, groups, said, flags, foreign = side
         fields = chosen.get(said)
         if fields is None:
             fields = chosen[said] = [
@@ -271,8 +268,10 @@ def _events(rows: Rows) -> list[Event]:
             None if foreign else user,
             "" if foreign else device or "",
             time,
+            insert,
             **{name: column[at] for name, column in fields},  # type: ignore[arg-type] # texts, every one
         )
+        event.event_id = number
         if sent:
             if event_type == "$groupidentify":
                 event.group_properties = _decode(sent)

@@ -431,8 +431,8 @@ def rows_of(rows: pa.Table, foreign: np.ndarray[Any, Any]) -> Rows:
 
 _FOLDED = (
     *("block", "row", "amplitude_id", "flags", "user_id", "device_id", "event_type"),
-    *("client_event_time", "client_upload_time", "server_received_time", "server_upload_time"),
-    *("path", "sent", "sent_groups", "said", "updates_max"),
+    *("insert_id", "event_id", "event_time", "server_upload_time", "path"),
+    *("sent", "sent_groups", "said", "updates_max"),
 )
 
 

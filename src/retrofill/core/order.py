@@ -1,0 +1,133 @@
+"""The order of events in event time, and which events came too late to be folded on arrival.
+
+A project whose `property_time` is `event` shows what a fold in event time ends in. An event's place in it is its key:
+(event_time, event_id, insert_id), and then a hash of what it says; `SQL` orders lake rows so. An event that comes after
+everything it shares something with finds the right values on arrival, and folding it costs no more than ever.
+Any other is late: it is folded as it comes, and `Walk` marks whom it touches, for the engine to fold them again.
+
+What two events share is what one of them writes and the other reads or writes: a person, the owner of a device, the
+properties of a group. So with each person the key of its last event is kept, and with each group those of its last
+change and of the last row that shows it. An event's device and user lead to the people concerned: its own, and the
+one whose device it takes over. Whoever is wrong because of a late event shares ids with a marked person, or shows a
+marked group, so the closure of the marks is all that has to be folded again.
+
+A row shows the groups its event names and those its person stays in. Which those are within a block is taken widely,
+so a mark may be needless; none is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from retrofill.core.block import SAYABLE, Flag, Kind
+
+if TYPE_CHECKING:
+    from retrofill.core.event import Event
+    from retrofill.core.fold import Changes, Known
+
+Key = tuple[int, int, str]
+"""event_time_ms, event_id (-1 if it has none), insert_id ("" if it has none)."""
+
+Place = int | tuple[str, str, str]
+"""What a key is kept with: an amplitude_id, or (SHOWN or CHANGED, group type, value)."""
+
+FIRST: Key = (-1, -1, "")  # before every event
+SHOWN, CHANGED = "shown", "changed"
+
+_IDENTIFY, _GROUP_IDENTIFY = int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY)
+
+# What an event says, as far as a fold looks at it or a row shows it: nothing here depends on another event.
+_CONTENT = (
+    *("event_type", "user_id", "device_id", "path", "session_id", "sent", "sent_groups"),
+    *("event_properties", "said", f"flags & {int(Flag.SKIP)}"),
+    *(f"CASE WHEN said & {1 << bit} <> 0 THEN {name} END" for bit, name in enumerate(SAYABLE)),
+)
+_TEXTS = ", ".join(f"coalesce(cast({one} AS varchar), '')" for one in _CONTENT)
+# The last two only tell apart rows that say the same: either order ends in the same rows.
+SQL = (
+    "event_time, coalesce(event_id, -1), coalesce(insert_id, ''), "
+    f'md5(concat_ws(chr(31), {_TEXTS})), "block", "row"'
+)
+
+
+class Walk:
+    """Looks at the events of one project in one block, after the fold, in order of arrival.
+
+    Keys and marks go into `change`.
+    """
+
+    def __init__(self, known: Known, change: Changes) -> None:
+        assert known.last is not None
+        self._known = known
+        self._last = known.last
+        self._change = change
+        self._owners: dict[str, int] = {}  # of devices, as the block has changed them so far
+        self._groups: dict[int, set[tuple[str, str]]] = {}  # that a person may show
+
+    def add(
+        self,
+        events: Sequence[Event],
+        people: Sequence[int],
+        times: Sequence[int],
+        kinds: Sequence[int],
+    ) -> None:
+        """Look at the next events. people, times, kinds: what the fold decided of each."""
+        last, new, late = self._last, self._change.last, self._change.late
+        devices, owners = self._known.devices, self._owners
+        for event, one, time, kind in zip(events, people, times, kinds, strict=True):
+            if kind > _GROUP_IDENTIFY:
+                continue
+            number = event.event_id
+            now = (time, -1 if number is None else number, event.insert_id or "")
+            theirs: set[tuple[str, str]] = set()
+            if one:
+                if now <= (new.get(one) or last.get(one, FIRST)):
+                    late.add(one)
+                else:
+                    new[one] = now
+                device = event.device_id or ""
+                owner = owners.get(device) or devices[device]
+                theirs = self._stays_in(one)
+                if owner != one:
+                    owners[device] = one
+                    if owner:
+                        if now <= (new.get(owner) or last.get(owner, FIRST)):
+                            late.add(one)
+                        theirs |= self._stays_in(owner)
+            if theirs or event.groups:
+                self._show(event, one, kind, now, theirs)
+
+    def _stays_in(self, one: int) -> set[tuple[str, str]]:
+        """Return the groups of a person, to be added to in place."""
+        groups = self._groups.get(one)
+        if groups is None:
+            found = self._known.people.get(one)
+            groups = self._groups[one] = set() if found is None else set(named(found.groups))
+        return groups
+
+    def _show(
+        self, event: Event, one: int, kind: int, now: Key, theirs: set[tuple[str, str]]
+    ) -> None:
+        last, new, late = self._last, self._change.last, self._change.late
+        own = set(named(event.groups or {}))
+        if kind == _IDENTIFY:
+            theirs |= own
+        for group in theirs | own:
+            shown, changed = (SHOWN, *group), (CHANGED, *group)
+            was_shown = new.get(shown) or last.get(shown, FIRST)
+            was_changed = new.get(changed) or last.get(changed, FIRST)
+            if kind == _GROUP_IDENTIFY and group in own:
+                if now <= was_shown:  # its own row shows what it changes
+                    late.add(changed)
+                new[changed] = max(now, was_changed)
+            elif now <= was_changed:
+                late.add(one)
+            new[shown] = max(now, was_shown)
+
+
+def named(groups: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each (type, value) of groups as they are sent or kept."""
+    for group_type, values in groups.items():
+        for value in values if isinstance(values, list) else [values]:
+            yield group_type, value
