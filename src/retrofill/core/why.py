@@ -27,10 +27,10 @@ from msgspec.structs import replace
 
 from retrofill.core import properties
 from retrofill.core.block import COLUMNS, SAYABLE, Flag, Kind
-from retrofill.core.fold import Group, skew_ms
+from retrofill.core.fold import Group
 from retrofill.core.person import Person
 from retrofill.core.refold import Merged, Outcome, Refold, Rows
-from retrofill.limits import TIME_MS_MAX, WHY_CAUSES_MAX, WHY_FOLDED_ROWS_MAX, WHY_IDLE_MAX
+from retrofill.limits import WHY_CAUSES_MAX, WHY_FOLDED_ROWS_MAX, WHY_IDLE_MAX
 
 Json = Any
 
@@ -240,7 +240,7 @@ class Trace:
     def _shown(self, rows: Rows, outcome: Outcome, at: int, before: Json) -> Json:
         """Return the value after a row, as its snapshot shows it."""
         if self._asked.what == "first_seen":
-            ms = _event_time(rows, at)
+            ms = rows.event_time[at]
             return ms if before is None else min(ms, before)
         return self._in(outcome.tables[outcome.table[at]])
 
@@ -346,11 +346,6 @@ def _found(refold: Refold, asked: Asked) -> Person | None:
     return refold.people.get(who.merged_into) if who is not None and who.merged_into else who
 
 
-def _event_time(rows: Rows, at: int) -> int:
-    skew = skew_ms(rows.server_received_time[at], rows.client_upload_time[at])
-    return min(max(rows.client_event_time[at] + skew, 0), TIME_MS_MAX)
-
-
 # What a row says of the value: (operation, value) in the order applied; None: nothing that could touch it.
 
 
@@ -368,7 +363,7 @@ def _says(asked: Asked) -> Says:
 
 
 def _says_time(rows: Rows, outcome: Outcome, at: int) -> list[tuple[str, Json]] | None:
-    return [("time", _event_time(rows, at))] if outcome.kind[at] == Kind.EVENT else None
+    return [("time", rows.event_time[at])] if outcome.kind[at] == Kind.EVENT else None
 
 
 class _Property:
