@@ -158,8 +158,8 @@ def fold(
     changes: dict[int, Changes] = {}
     parts: list[Part] = []
     for owner, amplitude_id in forgotten:
-        theirs = changes.setdefault(owner, Changes({}, {}, {}, {}, {}))
-        theirs.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
+        left = changes.setdefault(owner, Changes({}, {}, {}, {}, {}))
+        left.people[amplitude_id] = Person(amplitude_id, merged_into=FORGOTTEN)
     walks: dict[int, order.Walk] = {}
     first = 0
     for batch in batches:
@@ -167,15 +167,18 @@ def fold(
         change = changes.get(project)
         if change is None:
             change = changes[project] = Changes({}, {}, {}, {}, {})
-        if known[project].last is not None and project not in walks:
-            walks[project] = order.Walk(known[project], change)
+        theirs = known[project]
+        if theirs.last is not None and project not in walks:
+            walks[project] = order.Walk(
+                theirs.devices, theirs.people, theirs.last, change.last, change.late
+            )
         client_upload_ms = batch.client_upload_ms
         if client_upload_ms is None:
             client_upload_ms = batch.received_ms
         rows = len(batch.events)
         fresh = _fold_batch(
             batch,
-            known[project],
+            theirs,
             change,
             columns,
             client_upload_ms=client_upload_ms,

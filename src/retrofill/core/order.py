@@ -18,13 +18,11 @@ so a mark may be needless; none is missing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrofill.core.block import SAYABLE, Flag, Kind
-
-if TYPE_CHECKING:
-    from retrofill.core.event import Event
-    from retrofill.core.fold import Changes, Known
+from retrofill.core.event import Event
+from retrofill.core.person import Person
 
 Key = tuple[int, int, str]
 """event_time_ms, event_id (-1 if it has none), insert_id ("" if it has none)."""
@@ -54,14 +52,19 @@ SQL = (
 class Walk:
     """Looks at the events of one project in one block, after the fold, in order of arrival.
 
-    Keys and marks go into `change`.
+    devices, people, last: what was known before the block, as in `fold.Known`. new, late: keys and marks, added to.
     """
 
-    def __init__(self, known: Known, change: Changes) -> None:
-        assert known.last is not None
-        self._known = known
-        self._last = known.last
-        self._change = change
+    def __init__(
+        self,
+        devices: Mapping[str, int],
+        people: Mapping[int, Person],
+        last: Mapping[Place, Key],
+        new: dict[Place, Key],
+        late: set[Place],
+    ) -> None:
+        self._devices, self._people, self._last = devices, people, last
+        self._new, self._late = new, late
         self._owners: dict[str, int] = {}  # of devices, as the block has changed them so far
         self._groups: dict[int, set[tuple[str, str]]] = {}  # that a person may show
 
@@ -73,8 +76,8 @@ class Walk:
         kinds: Sequence[int],
     ) -> None:
         """Look at the next events. people, times, kinds: what the fold decided of each."""
-        last, new, late = self._last, self._change.last, self._change.late
-        devices, owners = self._known.devices, self._owners
+        last, new, late = self._last, self._new, self._late
+        devices, owners = self._devices, self._owners
         for event, one, time, kind in zip(events, people, times, kinds, strict=True):
             if kind > _GROUP_IDENTIFY:
                 continue
@@ -102,14 +105,14 @@ class Walk:
         """Return the groups of a person, to be added to in place."""
         groups = self._groups.get(one)
         if groups is None:
-            found = self._known.people.get(one)
+            found = self._people.get(one)
             groups = self._groups[one] = set() if found is None else set(named(found.groups))
         return groups
 
     def _show(
         self, event: Event, one: int, kind: int, now: Key, theirs: set[tuple[str, str]]
     ) -> None:
-        last, new, late = self._last, self._change.last, self._change.late
+        last, new, late = self._last, self._new, self._late
         own = set(named(event.groups or {}))
         if kind == _IDENTIFY:
             theirs |= own
