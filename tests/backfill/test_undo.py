@@ -66,6 +66,10 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     line = ["run", *history(tmp_path, 70), *to, "--work", str(tmp_path / "work")]
     assert call(*line, "--import", "old", "--yes").exit_code == 0
     assert len(server.export()) == 71
+    shown = server.ask("GET", "/api/1/imports/old")
+    facts = json.loads(shown[1])
+    assert (facts["state"], facts["generation"]) == ("closed", 1)
+    assert facts["opened_ms"] <= facts["first_arrival_ms"]
 
     with pytest.raises(InputError, match="Nobody is here to be asked"):
         call("undo", "old", *to)
@@ -75,7 +79,7 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     assert len(server.export()) == 71
     done = call("undo", "old", *to, typed="y\n")
     assert done.exit_code == 0
-    assert "open: 70 events of 7 people, 2023-11-15 00:00:00 UTC to " in done.stderr
+    assert "closed: 70 events of 7 people, 2023-11-15 00:00:00 UTC to " in done.stderr
     assert "undone in " in done.stderr
     assert [row["event_type"] for row in server.export()] == ["Live"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote
 
+import msgspec
 from msgspec import Struct
 
 from retrofill.backfill import ours
@@ -46,6 +47,17 @@ class Shown(Struct, frozen=True):
 def show(to: Target, keys: Keys, name: str) -> Shown | None:
     """Return an import of our own server, None if there is none. Raises FinalError, RetryError."""
     return _ask(to, keys, name, "GET", seconds=READ_S)
+
+
+def opened(to: Target, keys: Keys, name: str) -> None:
+    """Tell our own server that an import begins or goes on. Raises FinalError, RetryError."""
+    body = msgspec.json.encode({"name": name})
+    ours.ask(to, keys, "POST", "/api/1/imports", Shown, seconds=READ_S, body=body)
+
+
+def closed(to: Target, keys: Keys, name: str) -> None:
+    """Tell our own server that all of an import was sent. Raises FinalError, RetryError."""
+    _ask(to, keys, name, "POST", "/close", seconds=READ_S)
 
 
 def undo(to: Target, keys: Keys, name: str) -> Shown:

@@ -34,16 +34,26 @@ def need(to: Target, what: str, *, mend: str = "") -> None:
 
 
 def ask(
-    to: Target, keys: Keys, method: str, path: str, kind: type[T], *, seconds: float
+    to: Target,
+    keys: Keys,
+    method: str,
+    path: str,
+    kind: type[T],
+    *,
+    seconds: float,
+    body: bytes | None = None,
 ) -> T | None:
     """Return what our server answers, None if a GET finds nothing. Raises FinalError, RetryError.
 
-    seconds: how long it may take.
+    seconds: how long it may take. body: JSON.
     """
     url = f"{to.read}{path}"
     token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
-        url, method=method, headers={"Authorization": f"Basic {token}"}
+        url,
+        body,
+        {"Authorization": f"Basic {token}", "Content-Type": "application/json"},
+        method=method,
     )
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - the same

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from retrofill.errors import InputError
+from retrofill.errors import InputError, SendError
 
 if TYPE_CHECKING:
     from retrofill.backfill.keys import Keys
@@ -82,6 +82,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Send a history: plan, one question, then in order, exactly once. The same line again resumes."""
+    from retrofill.backfill import imports
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import profile as profiles
     from retrofill.backfill.drive import Drive, drive
@@ -128,6 +129,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     tell_plan(found, where, chosen, work=work, as_json=as_json, resuming=resuming)
     if not (yes or resuming):
         _ask(found, where)
+    if generation is not None:
+        _note(imports.opened, where, keys, found.import_id)
     with Display(as_json=as_json) as display:
         outcome = drive(
             Drive(
@@ -141,7 +144,17 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
                 show=display.show,
             )
         )
+    if generation is not None and outcome.complete:
+        _note(imports.closed, where, keys, found.import_id)
     end(outcome, work, as_json=as_json)
+
+
+def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, name: str) -> None:
+    """Tell our own server how far an import is. A run does not depend on that."""
+    try:
+        tell(to, keys, name)
+    except SendError as problem:
+        say(f"! the state of import {name} at {to.name} is not up to date: {problem.what}")
 
 
 def stage_of(  # noqa: PLR0913 - one call's options, passed on
