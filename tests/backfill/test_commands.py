@@ -114,6 +114,24 @@ def test_a_run_that_cannot_reach_its_destination_never_says_complete(tmp_path: P
     assert "to go on: retrofill" in found.output
 
 
+def test_limits_of_a_destination_that_does_not_answer_are_those_of_the_run_so_far(
+    tmp_path: Path,
+) -> None:
+    given = source(tmp_path, 20)
+    to = Misbehaving(faults={"503": 1.0})
+    with listening(to) as url:
+        work = ["--work", str(tmp_path / "w"), "--give-up-after", "1s", *KEYS]
+        line = ["run", *given, "--to", url, *work, "--yes"]
+        assert call(*line, "--profile", "retrofill", "--json").exit_code == 1
+    resumed = call(*line)
+    assert (resumed.exit_code, "20 waiting" in resumed.output) == (1, True)
+    assert f"! {url} does not answer: the limits of retrofill are kept" in resumed.output
+    assert "1 requests, profile retrofill" in resumed.output
+    other = call("run", *given, "--to", "http://127.0.0.1:9", *work[2:], "--work",
+                 str(tmp_path / "other"), "--yes")  # fmt: skip
+    assert "does not answer: the limits of amplitude are kept, --profile sets" in other.output
+
+
 def test_verify_finds_what_is_missing_and_repair_sends_it(tmp_path: Path) -> None:
     given = source(tmp_path, 90)
     work = tmp_path / "work"

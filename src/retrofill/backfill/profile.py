@@ -108,14 +108,20 @@ def target(name: str) -> Target:
 
 def names_retrofill(root: str) -> bool:
     """Ask a server's /healthz whether it is ours. False also when it cannot be asked."""
+    return b"retrofill" in (health(root) or b"").lower()
+
+
+def health(root: str) -> bytes | None:
+    """Return what a server says at /healthz, whatever its status; None when it cannot be asked."""
     try:
         with urllib.request.urlopen(f"{root}/healthz", timeout=HEALTH_S) as answer:  # noqa: S310 - http or https: `target` checked it
-            return b"retrofill" in answer.read(4096).lower()
+            said: bytes = answer.read(4096)
+            return said
     except urllib.error.HTTPError as problem:
         with problem:
-            return b"retrofill" in problem.read(4096).lower()
-    except (OSError, ValueError):
-        return False
+            return problem.read(4096)
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
 
 
 def holds_nothing_live(where: Target, api_key: str, secret_key: str) -> bool:

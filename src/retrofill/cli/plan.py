@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrofill.cli.run import WORK, say, seam_of, stage_of
+from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
 
     keys = key_ring.find(api_key, secret_key, key_file)
     where = profiles.target(to)
-    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
+    chosen = profile_of(where, profile, keys, work)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
         sources,

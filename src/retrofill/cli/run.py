@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
@@ -90,7 +91,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     keys = key_ring.find(api_key, secret_key, key_file)
     key_ring.need_api_key(keys)
     where = profiles.target(to)
-    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
+    chosen = profile_of(where, profile, keys, work)
     pause = None if give_up_after is None else seconds(give_up_after)
     generation = generation_of(work, import_, where, keys, as_json=as_json)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
@@ -147,6 +148,23 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     if generation is not None and outcome.complete:
         _note(imports.closed, where, keys, found.import_id)
     end(outcome, work, as_json=as_json)
+
+
+def profile_of(to: Target, name: str | None, keys: Keys, work: Path) -> Profile:
+    """Return the limits to keep. Where nobody can say what the destination is, those of the run so far, and that is said.
+
+    Raises InputError.
+    """
+    from retrofill.backfill import drive
+    from retrofill.backfill import profile as profiles
+
+    if name is None and to.ours and profiles.health(to.read) is None:
+        name = "amplitude"
+        with contextlib.suppress(InputError):  # nothing was sent from here yet
+            before, limits = drive.remembered(work)
+            name = limits.name if before == to else name
+        say(f"! {to.name} does not answer: the limits of {name} are kept, --profile sets others")
+    return profiles.choose(to, name, keys.api_key, keys.secret_key)
 
 
 def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, name: str) -> None:
