@@ -59,7 +59,9 @@ def apply(table: Properties, sent: Properties) -> Properties:
         # operation does: no property bears its name.
         if name in table:
             before = table[name]
-            if before == value and (type(value) is str or _same(before, value)):
+            if before is value or (
+                before == value and (type(value) is str or _same(before, value))
+            ):
                 continue
         if name[:1] == "$":
             return _apply_operations(table, sent)

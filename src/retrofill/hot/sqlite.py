@@ -1,7 +1,8 @@
 """Blocks and projects in SQLite.
 
 A commit is one row: the block as one blob with its checksum, in WAL mode with `synchronous=FULL`, so that the row is
-on disk when `append` returns. The writer has one connection and one thread at a time; each reader opens its own, so
+on disk when `append` returns. The blob is packed with LZ4: SQLite copies and sums up each byte several times on its way
+(log, file, deletion), so a fifth of the bytes saves four times what packing costs. The writer has one connection and one thread at a time; each reader opens its own, so
 that a reader neither waits for the writer nor makes it wait. Blocks at or before both the lake and the checkpoint are
 deleted a few at a time: one large transaction would stall commits.
 """
@@ -9,9 +10,11 @@ deleted a few at a time: one large transaction would stall commits.
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import xxhash
 
 from retrofill.config import Project
@@ -28,6 +31,11 @@ CREATE TABLE IF NOT EXISTS projects (
     settings BLOB
 );
 """
+
+# Before a packed block: a mark, and the size that it unpacks to. A block as it is begins otherwise: with an array's byte.
+_PACKED = struct.Struct("<4sQ")
+_MARK = b"lz4\n"
+_lz4 = pa.Codec("lz4")
 
 
 def store_error(problem: sqlite3.Error, where: Path) -> StoreError:
@@ -68,6 +76,7 @@ class Blocks:
 
     def append(self, number: int, rows: int, blob: bytes) -> None:
         """Write one block; it is synced when this returns. Raises StoreError: then nothing is known of the disk."""
+        blob = _PACKED.pack(_MARK, len(blob)) + _lz4.compress(blob, asbytes=True)
         try:
             self._writer.execute(
                 "INSERT INTO blocks VALUES (?, ?, ?, ?)", (number, rows, _checksum(blob), blob)
@@ -194,6 +203,9 @@ def _open(checksum: int, blob: bytes, number: int, path: Path) -> Block:
             where=f"{path}, block {number:,}",
             mend="Restore the file from a copy, or move it away to go on without its unsealed events",
         )
+    if blob.startswith(_MARK):
+        _, size = _PACKED.unpack_from(blob)
+        blob = _lz4.decompress(memoryview(blob)[_PACKED.size :], size, asbytes=True)
     block = block_module.decode(blob)
     assert block.number == number
     return block
