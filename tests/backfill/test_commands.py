@@ -83,6 +83,7 @@ def test_a_history_is_sent_shown_and_reported(tmp_path: Path) -> None:
         plan, *_, end = objects(found)
         assert (plan["import"], plan["events"]) == ("old", 500)
         assert (end["complete"], end["acknowledged"], end["waiting"]) == (True, 500, 0)
+        assert end["seconds_left"] is None
         assert len(to.stored) == 500
         assert "key" not in found.output.replace("keys", "")
         other = refused(*line, "--profile", "retrofill", "--until", "2020-01-01")
@@ -112,6 +113,23 @@ def test_a_run_that_cannot_reach_its_destination_never_says_complete(tmp_path: P
     assert "not complete" in found.output
     assert "20 waiting" in found.output
     assert "to go on: retrofill" in found.output
+
+
+def test_a_run_that_leaves_only_dead_letters_is_complete(tmp_path: Path) -> None:
+    given = source(tmp_path, 50)
+    to = Misbehaving(poison=frozenset({"i-3-2"}), lists="none")
+    with listening(to) as url:
+        line = ["run", *given, "--to", url, "--work", str(tmp_path / "w"), *KEYS]
+        found = call(*line, "--profile", "retrofill", "--yes")
+    assert found.exit_code == 0, found.output
+    assert "complete: 49 of 50 acknowledged" in found.output
+    assert "1 dead letters" in found.output
+    path = tmp_path / "w" / "dead-letters-send.ndjson"
+    assert f"dead letters: {path}" in found.output
+    (letter,) = [json.loads(text) for text in path.read_text().splitlines()]
+    assert (letter["file"], letter["line"]) == (given[0], 22)
+    assert letter["reason"] == "Invalid field values on some events"
+    assert json.loads(letter["row"])["insert_id"] == "i-3-2"
 
 
 def test_limits_of_a_destination_that_does_not_answer_are_those_of_the_run_so_far(

@@ -96,6 +96,7 @@ def facts(one: Progress) -> dict[str, Any]:
         "requests": one.requests,
         "under_way": one.flying,
         "events_per_s": round(one.rate, 1),
+        "seconds_left": round(one.left / one.rate) if one.rate and one.left else None,
         "bytes": one.bytes,
         "problem": one.problem,
     }
