@@ -13,8 +13,8 @@ Source: contract, read 2 (Export row), events 2 and 7.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
+from collections.abc import Sequence
+from itertools import chain, islice, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -143,19 +143,38 @@ class _Head(Struct, array_like=True, gc=False):
 
 
 class Vocabulary:
-    """The distinct sets of SHOWN of some blocks, by the JSON text in which a `Table` carries them."""
+    """The distinct snapshots of some blocks, each with its user properties and its place among the distinct sets of SHOWN.
+
+    All by the JSON text in which a `Table` carries them: a person shows the same one on many rows.
+    """
 
     def __init__(self) -> None:
-        self._places: dict[bytes, int] = {}
+        self._tables: dict[bytes, int] = {}
+        self._sets: dict[bytes, int] = {}
+        self.user_properties: list[Raw] = []
+        self.shown: list[int] = []
 
-    def places(self, texts: Iterable[bytes]) -> list[int]:
-        """Return the place of each text, a new one at the end."""
-        known = self._places
-        return [known.setdefault(text, len(known)) for text in texts]
+    def places(self, tables: Sequence[bytes]) -> list[int]:
+        """Return the place of each table, a new one at the end.
+
+        Tables are JSON as the fold writes it, without blanks: what follows the user's properties begins with a comma.
+        """
+        known = self._tables
+        before = len(known)
+        places = [known.setdefault(table, len(known)) for table in tables]
+        new = list(islice(known, before, None))
+        heads = _decode_heads(b"[" + b",".join(new) + b"]")
+        users = [head.user_properties for head in heads]
+        tails = [table[len(user) + 1 :] for table, user in zip(new, users, strict=True)]
+        assert all(tail[0] == _COMMA for tail in tails)
+        sets = self._sets
+        self.user_properties += users
+        self.shown += [sets.setdefault(tail, len(sets)) for tail in tails]
+        return places
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """Return the columns SHOWN with one entry for each place."""
-        rows = [_decode_shown(b"[" + text[1:]) for text in self._places]
+        """Return the columns SHOWN with one entry for each set."""
+        rows = [_decode_shown(b"[" + text[1:]) for text in self._sets]
         sides = zip(*rows, strict=True) if rows else repeat(())
         return dict(zip(SHOWN, sides, strict=False))
 
@@ -204,11 +223,11 @@ _NO_OBJECT = 4  # `null` is this long; an object that says something is longer
 def columns(blocks: Sequence[Block], vocabulary: Vocabulary) -> dict[str, Column]:
     """Return the columns of the lake table `events` for some blocks, each with one entry a row, in order of position.
 
-    In place of the columns SHOWN stands one, `shown`: places in the vocabulary, which learns what is new.
+    In place of the snapshot's columns stands one, `table`: places in the vocabulary, which learns what is new.
     A column that is None is null on every row.
 
-    Times are ms since the epoch. Empty JSON text means none; `event_properties` and `user_properties` are
-    never empty. Raises msgspec.DecodeError if a body or snapshot is not what was committed.
+    Times are ms since the epoch. Empty JSON text means none; `event_properties` are never
+    empty. Raises msgspec.DecodeError if a body or snapshot is not what was committed.
     """
     parts = [part for block in blocks for part in block.parts]
     events = list(chain.from_iterable(_decode_body(part.body).events for part in parts))
@@ -241,7 +260,7 @@ def columns(blocks: Sequence[Block], vocabulary: Vocabulary) -> dict[str, Column
         "session_id": [-1 if event.session_id is None else event.session_id for event in events],
         **json,
         **_rest(events, json),
-        **_snapshots(blocks, in_blocks, vocabulary),
+        "table": _tables(blocks, in_blocks, vocabulary),
         "said": _packed([block.said for block in blocks], np.int32)[kept],
         "updates_max": in_parts.numbers([part.updates_max for part in parts]),
         "path": Repeated([part.path for part in parts], in_parts.index()),
@@ -303,27 +322,14 @@ def _client_event_times(events: list[_Event], client_upload: Numbers) -> Column:
     return [upload if time is None else time for time, upload in zip(times, uploads, strict=True)]
 
 
-def _snapshots(
-    blocks: Sequence[Block], in_blocks: _Spread, vocabulary: Vocabulary
-) -> dict[str, Column]:
-    tables = [table for block in blocks for table in block.tables]
+def _tables(blocks: Sequence[Block], in_blocks: _Spread, vocabulary: Vocabulary) -> Numbers:
+    """Return for each row the place of its snapshot in the vocabulary."""
+    places = vocabulary.places([table for block in blocks for table in block.tables])
     counts = np.array([len(block.tables) for block in blocks], np.int64)
     first = in_blocks.numbers((np.cumsum(counts) - counts).tolist())
     index = _packed([block.table for block in blocks], np.int32)[in_blocks.kept] + first
-    return snapshots(tables, index, vocabulary)
-
-
-def snapshots(tables: Sequence[bytes], index: Numbers, vocabulary: Vocabulary) -> dict[str, Column]:
-    """Return the columns `user_properties` and `shown` of rows that show tables[index].
-
-    Tables are JSON as the fold writes it, without blanks: what follows the user's properties begins with a comma.
-    """
-    heads = _decode_heads(b"[" + b",".join(tables) + b"]")
-    users = [head.user_properties for head in heads]
-    tails = [table[len(user) + 1 :] for table, user in zip(tables, users, strict=True)]
-    assert all(tail[0] == _COMMA for tail in tails)
-    places = np.array(vocabulary.places(tails), np.int32)
-    return {"user_properties": Repeated(users, index), "shown": places[index]}
+    found: Numbers = np.array(places, np.int32)[index]
+    return found
 
 
 def _json(events: list[_Event], kinds: Numbers) -> dict[str, Column]:

@@ -7,16 +7,15 @@ brought to the nearest that does, and bytes that are no UTF-8 inside JSON text a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from msgspec import Raw
 
-from retrofill.core import row
 from retrofill.core.block import COLUMNS, Block
-from retrofill.core.row import SHOWN, Column, Repeated, Vocabulary
+from retrofill.core.row import SHOWN, Column, Repeated, Vocabulary, columns
 
 # An array costs some microseconds before its first value: small blocks are put together.
 _BATCH_ROWS = 5000
@@ -89,7 +88,10 @@ MERGES = pa.schema(
 _SHOWN_TYPE = pa.dictionary(pa.int32(), pa.string())
 # What `narrow` gives, and what stands in a lake file.
 NARROW = pa.schema(
-    [*(field for field in SCHEMA if field.name not in SHOWN), pa.field("shown", pa.int32())]
+    [
+        *(field for field in SCHEMA if field.name not in (*SHOWN, "user_properties")),
+        pa.field("table", pa.int32()),
+    ]
 )
 FILE = pa.schema(
     [field.with_type(_SHOWN_TYPE) if field.name in SHOWN else field for field in SCHEMA]
@@ -113,50 +115,50 @@ def batch(block: Block) -> pa.RecordBatch:
     return _wide([block])
 
 
+class Snapshots:
+    """The snapshots of a vocabulary as arrays, to be taken for rows by their place."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._users = _json(vocabulary.user_properties)
+        self._shown = np.array(vocabulary.shown, np.int32)
+        self._sets = {
+            name: _array(values, SCHEMA.field(name)).dictionary_encode()
+            for name, values in vocabulary.columns().items()
+        }
+
+    def columns(self, table: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
+        """Return the snapshot's columns for rows that show these tables, as in `FILE`."""
+        places = pa.array(self._shown[table])
+        return {"user_properties": self._users.take(pa.array(table))} | {
+            name: values.take(places) for name, values in self._sets.items()
+        }
+
+
 def narrow(blocks: Iterable[Block], vocabulary: Vocabulary) -> pa.Table:
-    """Return the rows of blocks in order, with places in the vocabulary as `shown` for the columns it stands for.
+    """Return the rows of blocks in order, with places in the vocabulary as `table` for the snapshot's columns.
 
     A third of the bytes, and a third of the work to sort them; `widen` gives the rest back.
     """
     found = [
-        pa.RecordBatch.from_arrays(_arrays(row.columns(some, vocabulary), NARROW), schema=NARROW)
+        pa.RecordBatch.from_arrays(_arrays(columns(some, vocabulary), NARROW), schema=NARROW)
         for some in _grouped(blocks)
     ]
     return pa.Table.from_batches(found, NARROW)
 
 
-def shown(vocabulary: Vocabulary) -> dict[str, pa.DictionaryArray]:
-    """Return for each column of SHOWN what it is at each place of a vocabulary."""
-    return {
-        name: _array(values, SCHEMA.field(name)).dictionary_encode()
-        for name, values in vocabulary.columns().items()
-    }
-
-
-def widen(rows: pa.Table, values: dict[str, pa.DictionaryArray]) -> pa.Table:
-    """Return rows of `narrow` with the columns SHOWN in place of `shown`, as dictionaries: the schema is `FILE`."""
-    places = rows["shown"].combine_chunks()
-    columns = [
-        values[field.name].take(places) if field.name in values else rows[field.name]
-        for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(columns, schema=FILE)
+def widen(rows: pa.Table, snapshots: Snapshots) -> pa.Table:
+    """Return rows of `narrow` with the snapshot's columns in place of `table`: the schema is `FILE`."""
+    shown = snapshots.columns(rows["table"].to_numpy())
+    arrays = [shown[name] if name in shown else rows[name] for name in FILE.names]
+    return pa.Table.from_arrays(arrays, schema=FILE)
 
 
 def shown_again(tables: Sequence[bytes], index: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
     """Return the columns of a snapshot for rows that now show tables[index], typed as in `SCHEMA`."""
     vocabulary = Vocabulary()
-    found = row.snapshots(tables, index, vocabulary)
-    places = found["shown"]
-    assert isinstance(places, np.ndarray)
-    found = {"user_properties": found["user_properties"]} | {
-        name: Repeated(side, places) for name, side in vocabulary.columns().items()
-    }
-    return {
-        name: _array(values, SCHEMA.field(name))
-        for name, values in found.items()
-        if values is not None
-    }
+    places = np.array(vocabulary.places(tables), np.int32)
+    found = Snapshots(vocabulary).columns(places[index])
+    return {name: array.cast(SCHEMA.field(name).type) for name, array in found.items()}
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:
@@ -174,21 +176,26 @@ def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 def _wide(blocks: Sequence[Block]) -> pa.RecordBatch:
     vocabulary = Vocabulary()
-    found = row.columns(blocks, vocabulary)
-    places = found.pop("shown")
-    assert isinstance(places, np.ndarray)
-    found |= {name: Repeated(side, places) for name, side in vocabulary.columns().items()}
-    return pa.RecordBatch.from_arrays(_arrays(found, SCHEMA), schema=SCHEMA)
+    found = columns(blocks, vocabulary)
+    table = found.pop("table")
+    assert isinstance(table, np.ndarray)
+    shown = {
+        name: array.cast(SCHEMA.field(name).type)
+        for name, array in Snapshots(vocabulary).columns(table).items()
+    }
+    return pa.RecordBatch.from_arrays(_arrays(found | shown, SCHEMA), schema=SCHEMA)
 
 
-def _arrays(found: dict[str, Column], schema: pa.Schema) -> list[pa.Array]:
+def _arrays(found: Mapping[str, Column | pa.Array], schema: pa.Schema) -> list[pa.Array]:
     rows = len(found["user_id"])  # type: ignore[arg-type]
-    return [
-        pa.nulls(rows, field.type)
-        if (values := found[field.name]) is None
-        else _array(values, field)
-        for field in schema
-    ]
+    arrays = []
+    for field in schema:
+        values = found[field.name]
+        if values is None:
+            arrays.append(pa.nulls(rows, field.type))
+        else:
+            arrays.append(values if isinstance(values, pa.Array) else _array(values, field))
+    return arrays
 
 
 def merges(blocks: Iterable[Block]) -> list[MergeRow]:
@@ -211,9 +218,7 @@ def merges(blocks: Iterable[Block]) -> list[MergeRow]:
 
 def _array(values: Sequence[Any] | np.ndarray[Any, Any] | Repeated, field: pa.Field) -> pa.Array:
     if isinstance(values, Repeated):
-        array = _array(values.values, field)
-        straight = len(array) == len(values.index) and _counts_up(values.index)
-        return array if straight else array.take(pa.array(values.index))
+        return _array(values.values, field).take(pa.array(values.index))
     if field.name in JSON_COLUMNS:
         return _json(list(values))
     try:
@@ -221,10 +226,6 @@ def _array(values: Sequence[Any] | np.ndarray[Any, Any] | Repeated, field: pa.Fi
     except OverflowError:
         low, high = _INT64
         return pa.array([one and min(max(one, low), high) for one in values], field.type)
-
-
-def _counts_up(index: np.ndarray[Any, Any]) -> bool:
-    return bool((index == np.arange(len(index))).all())
 
 
 def _json(values: Sequence[Raw | bytes]) -> pa.Array:

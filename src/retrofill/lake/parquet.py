@@ -36,7 +36,8 @@ _VOCABULARIES = [
     for field in SCHEMA
     if field.type == pa.string() and field.name not in (*_LIKE_BEFORE, *_ALL_DIFFERENT)
 ]
-_READ_ROWS = 2500  # at a time, from each of the files that are merged
+# At a time, from each of the files that are merged: in smaller steps the calls cost more than the rows.
+_READ_ROWS = LAKE_GROUP_ROWS
 _READ_BYTES = 256 * 1024  # of one column
 _WORDS_MAX = 1000  # of a dictionary that is written as it is
 _OPTIONS: dict[str, Any] = {
@@ -109,12 +110,12 @@ def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
     """Yield the rows of blocks sorted by (amplitude_id, block, row), as they go into a file, one row group at a time."""
     vocabulary = Vocabulary()
     table = _whole(arrow.narrow(blocks, vocabulary))
-    values = arrow.shown(vocabulary)
+    snapshots = arrow.Snapshots(vocabulary)
     # The rows stand in order of position already.
     order = np.argsort(table["amplitude_id"].to_numpy(), kind="stable")
     for first in range(0, len(order), LAKE_GROUP_ROWS):
         some = table.take(pa.array(order[first : first + LAKE_GROUP_ROWS]))
-        yield arrow.widen(some, values)
+        yield arrow.widen(some, snapshots)
 
 
 def _whole(table: pa.Table) -> pa.Table:
