@@ -129,7 +129,9 @@ def test_a_run_that_leaves_only_dead_letters_is_complete(tmp_path: Path) -> None
     (letter,) = [json.loads(text) for text in path.read_text().splitlines()]
     assert (letter["file"], letter["line"]) == (given[0], 22)
     assert letter["reason"] == "Invalid field values on some events"
-    assert json.loads(letter["row"])["insert_id"] == "i-3-2"
+    assert letter["row"] == Path(given[0]).read_text().splitlines()[21]
+    assert objects(call("status", "--work", str(tmp_path / "w"), "--json"))[0]["dead"] == 1
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [letter]
 
 
 def test_limits_of_a_destination_that_does_not_answer_are_those_of_the_run_so_far(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,7 @@ def test_what_the_core_mends_is_staged_mended_and_what_it_refuses_is_not(tmp_pat
     (letter,) = letters(tmp_path / "work")
     assert letter["line"] == 3
     assert letter["reason"].startswith("event_properties: ")
+    assert json.loads(letter["row"]) == rows[2]
 
 
 def test_what_a_server_would_rewrite_is_staged_rewritten(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_rows_with_one_insert_id_on_one_device_are_staged_once(tmp_path: Path) -
     assert found.events == 64
     told = letters(tmp_path / "work")
     assert {letter["line"] for letter in told} == {1, 2}
+    assert [msgspec.json.decode(letter["row"])["id"] for letter in told] == ["a", "a"]
     assert all("insert_id: an earlier row" in letter["reason"] for letter in told)
     staged = Counter((one["device_id"], one["insert_id"]) for one in rows(tmp_path / "work"))
     assert staged["device-1", "a"] == staged["device-2", "a"] == 1

@@ -15,6 +15,7 @@ import msgspec
 
 _EXAMPLES = 20  # letters kept in memory for the plan
 _ROW_CHARS_MAX = 1_000_000
+_EVENTS_MAX = 100_000  # places kept in memory
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -29,7 +30,8 @@ class Letter(msgspec.Struct, frozen=True):
 class DeadLetters:
     """Writes one file of letters, made anew. Threads may share it.
 
-    counts: letters by kind, a word or two without any value in it. examples: the first ones.
+    counts: letters by kind, a word or two without any value in it. examples: the first ones. events: lines of those that
+    hold an event instead of the row, by file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +39,7 @@ class DeadLetters:
         self.path = path
         self.counts: Counter[str] = Counter()
         self.examples: list[Letter] = []
+        self.events: dict[str, set[int]] = {}
         self._file = path.open("wb")
         self._lock = threading.Lock()
 
@@ -50,6 +53,13 @@ class DeadLetters:
             if len(self.examples) < _EXAMPLES:
                 self.examples.append(letter)
             self._file.write(msgspec.json.encode(letter) + b"\n")
+
+    def add_event(self, file: str, line: int, kind: str, reason: str, event: str) -> None:
+        """Write a letter of which only the event is at hand. Its place is noted, as long as there are not too many."""
+        self.add(file, line, kind, reason, event)
+        with self._lock:
+            if sum(map(len, self.events.values())) < _EVENTS_MAX:
+                self.events.setdefault(file, set()).add(line)
 
     @property
     def total(self) -> int:

@@ -248,8 +248,8 @@ class Intake:
         self.letters.add(self.pieces[row["file"]].name, row["line"], kind, reason, text)
 
     def _refused(self, file: int, line: int, kind: str, reason: str, event: str) -> None:
-        """Keep an event that the core refuses. The row itself is not at hand any more; the event holds its values."""
-        self.letters.add(self.pieces[file].name, line, kind, reason, event)
+        """Keep an event that the core refuses. The row itself is not at hand any more (see `original`)."""
+        self.letters.add_event(self.pieces[file].name, line, kind, reason, event)
 
     def _reason(self, bad: int, shown: str | None) -> tuple[str, str]:
         if bad in _REASONS:

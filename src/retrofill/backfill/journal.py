@@ -417,6 +417,20 @@ class Journal:
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(self._letters)
 
+    def letters(self) -> list[tuple[tuple[int, int], str]]:
+        """Every dead letter, by its set and row."""
+        found = self._db.execute("SELECT set_number, row, line FROM dead ORDER BY rowid")
+        return [((number, row), line) for number, row, line in found]
+
+    def reword(self, lines: dict[tuple[int, int], str]) -> None:
+        """Put other lines in the place of some dead letters."""
+        with self._db:
+            self._db.executemany(
+                "UPDATE dead SET line = ? WHERE set_number = ? AND row = ?",
+                [(line, *key) for key, line in lines.items()],
+            )
+        self._mend_letters()
+
     def lose(self, from_ms: int, to_ms: int, now_ms: int) -> int:
         """Mark what was acknowledged with an upload time from..to (both included) as lost. Returns how many events."""
         with self._db:

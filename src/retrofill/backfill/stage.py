@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
 
-from retrofill.backfill import manifest, order, people, source
+from retrofill.backfill import manifest, order, original, people, source
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.intake import SPILLED, Intake, Taken, connect
 from retrofill.backfill.manifest import Duplicates, File, Hot, Kiosk, Manifest, Options
@@ -140,10 +140,11 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
             options,
             keys=taken.keys,
             wanted=wanted,
-            refused=lambda file, *rest: letters.add(pieces[file].name, *rest),
+            refused=lambda file, *rest: letters.add_event(pieces[file].name, *rest),
         )
         taken.keys = []
         found = sorter.run(spill, _borders(taken, joined, spill), scratch)
+    original.staged(letters.path, pieces, letters.events, asked.mapping.delimiter)
     _days(made, found)
     names = found.names
     return Manifest(

@@ -145,6 +145,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
                 show=display.show,
             )
         )
+    if outcome.progress.dead and query is None:
+        _show_rows(work, sources, map_)
     if generation is not None and outcome.complete:
         _note(imports.closed, where, keys, found.import_id)
     end(outcome, work, as_json=as_json)
@@ -165,6 +167,15 @@ def profile_of(to: Target, name: str | None, keys: Keys, work: Path) -> Profile:
             name = limits.name if before == to else name
         say(f"! {to.name} does not answer: the limits of {name} are kept, --profile sets others")
     return profiles.choose(to, name, keys.api_key, keys.secret_key)
+
+
+def _show_rows(work: Path, sources: list[str], mapping: str | None) -> None:
+    """Let the dead letters of sending show the rows of the source, where these can be read once more."""
+    from retrofill.backfill import mapping_file, original
+
+    told = mapping_file.load(mapping or fitting(sources, None, None))
+    with contextlib.suppress(InputError):  # then they show the events
+        original.sent(work, sources, told.delimiter, told.format)
 
 
 def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, name: str) -> None:

@@ -1,0 +1,133 @@
+"""Dead letters show the row as it was, also of events that were refused when the row was gone."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.backfill.staging import letters, run
+
+from retrofill.backfill import original, stage
+from retrofill.backfill.journal import Dead, Journal
+
+MAPPING = """
+event: {user_id: user, event_type: event, time: at, insert_id: id, event_properties: props}
+"""
+# Beyond 64 bits of a double: the core refuses it. Twice one insert_id with other content: the sorting refuses it.
+ENDLESS = '{"n": 1e999}'
+Row = dict[str, Any]
+
+
+def history() -> list[Row]:
+    rows = [
+        {"user": f"user-{n % 3}", "event": "Open", "at": 1700000000000 + n, "id": f"i-{n}"}
+        for n in range(60)
+    ]
+    for row in rows:
+        row["props"] = '{"a": 1}'
+    rows[20]["props"] = ENDLESS
+    rows[41] |= {"id": "i-38", "event": "Other, with a comma"}
+    return rows
+
+
+def lines(rows: list[Row]) -> list[str]:
+    texts = (json.dumps(row | {"props": "%"}) for row in rows)
+    return [text.replace('"%"', str(row["props"])) for text, row in zip(texts, rows, strict=True)]
+
+
+def ndjson(folder: Path, rows: list[Row]) -> tuple[Path, list[str]]:
+    path = folder / "rows.ndjson.gz"
+    path.write_bytes(gzip.compress("\n".join(lines(rows)).encode()))
+    return path, lines(rows)
+
+
+def array(folder: Path, rows: list[Row]) -> tuple[Path, list[str]]:
+    path = folder / "rows.json"
+    path.write_text("[\n  " + ",\n  ".join(lines(rows)) + "\n]")
+    return path, lines(rows)
+
+
+def zipped(folder: Path, rows: list[Row]) -> tuple[Path, list[str]]:
+    path = folder / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.ndjson", "\n".join(lines(rows)))
+    return path, lines(rows)
+
+
+def cells(folder: Path, rows: list[Row]) -> tuple[Path, list[str]]:
+    path, text = folder / "rows.csv", io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([list(rows[0]), *(list(row.values()) for row in rows)])
+    path.write_text(text.getvalue())
+    return path, text.getvalue().splitlines()
+
+
+def parquet(folder: Path, rows: list[Row]) -> tuple[Path, list[str]]:
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=16)
+    return path, [json.dumps(row, separators=(",", ":")) for row in rows]
+
+
+FORMS = [ndjson, array, zipped, cells, parquet]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_refused_after_the_mapping_shows_its_row(
+    tmp_path: Path, form: Callable[[Path, list[Row]], tuple[Path, list[str]]]
+) -> None:
+    path, texts = form(tmp_path, history())
+    found = run(tmp_path / "work", path, MAPPING, bad_rows=0.1)
+    assert found.duplicates.different == 1
+    told = sorted(letters(tmp_path / "work"), key=lambda letter: letter["line"])
+    assert [letter["reason"].split(":")[0] for letter in told] == ["event_properties", "insert_id"]
+    first = 1 + (form is cells)
+    assert [letter["line"] for letter in told] == [20 + first, 41 + first]
+    assert [letter["row"] for letter in told] == [texts[letter["line"] - 1] for letter in told]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_destination_refuses_shows_its_row(
+    tmp_path: Path, form: Callable[[Path, list[Row]], tuple[Path, list[str]]]
+) -> None:
+    path, texts = form(tmp_path, history())
+    work = tmp_path / "work"
+    found = run(work, path, MAPPING, bad_rows=0.1)
+    told: dict[int, str] = {}
+    journal = Journal(work, threaded=False)
+    for number, one in enumerate(found.sets):
+        table = pq.read_table(work / "stage" / one.path)
+        for row in table.slice(0, 1).to_pylist():
+            letter = {"file": found.files[0].name, "line": row["line"], "reason": "no"}
+            line = json.dumps(letter | {"row": row["json"]}, separators=(",", ":"))
+            journal.died(Dead(number, 0, "no", line))
+            told[row["line"]] = texts[row["line"] - 1]
+    journal.kick()
+    journal.close()
+    assert len(told) >= 1
+    for _ in range(2):  # again it changes nothing
+        original.sent(work, [str(path)], None, None)
+        shown = [
+            json.loads(line)
+            for line in (work / "dead-letters-send.ndjson").read_text().splitlines()
+        ]
+        assert {letter["line"]: letter["row"] for letter in shown} == told
+
+
+def test_a_source_that_cannot_be_read_again_keeps_the_event(tmp_path: Path) -> None:
+    path, _ = ndjson(tmp_path, history())
+    work = tmp_path / "work"
+    run(work, path, MAPPING, bad_rows=0.1)
+    before = (work / stage.DEAD_LETTERS).read_bytes()
+    original.staged(work / stage.DEAD_LETTERS, [], {str(path): {21}}, None)
+    assert (work / stage.DEAD_LETTERS).read_bytes() == before
+    original.sent(work, ["s3://bucket/key"], None, None)
+    assert not (work / "journal.db").exists()
