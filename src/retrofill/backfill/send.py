@@ -156,6 +156,7 @@ class Sender:
         chance: Callable[[], float],
         gzip: bool = False,
         give_up_after_s: float | None = None,
+        progress_s: float = PROGRESS_S,
     ) -> None:
         """wires: as many as requests may be under way. chance: a number from 0 to 1, for jitter."""
         self._feed = feed
@@ -165,6 +166,7 @@ class Sender:
         self._chance = chance
         self._gzip = gzip
         self._give_up_after_s = give_up_after_s
+        self._progress_s = progress_s
         self._head = b'{"api_key":"' + _text(api_key) + HEAD
         self._idle = list(wires)
         self._wires = list(self._idle)
@@ -725,7 +727,7 @@ class Sender:
         """Once a second: note how far we are, give up when it is time."""
         before, at = 0, self._clock.now()
         while True:
-            await self._nap(PROGRESS_S)
+            await self._nap(self._progress_s)
             now = self._clock.now()
             one = self.progress
             one.rate = (one.taken - before) / max(1e-3, now - at)

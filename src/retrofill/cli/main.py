@@ -16,6 +16,7 @@ from retrofill import __version__
 from retrofill.cli import (
     check,
     plan,
+    rehearse,
     report,
     resend,
     run,
@@ -81,6 +82,7 @@ def options(
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command("map", epilog=map_.EXAMPLE)(map_.command)
 app.command("plan", epilog=plan.EXAMPLE)(plan.command)
+app.command("rehearse", epilog=rehearse.EXAMPLE)(rehearse.command)
 app.command("run", epilog=run.EXAMPLE)(run.command)
 app.command("status", epilog=status.EXAMPLE)(status.command)
 app.command("verify", epilog=verify.EXAMPLE)(verify.command)

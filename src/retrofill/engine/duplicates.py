@@ -291,6 +291,29 @@ class Duplicates:
         self._files.expire(oldest_block)
 
 
+def file_keys(
+    folder: Path,
+    last: int,
+    rows: Iterable[pa.Table],
+    limits: Limits,
+    *,
+    more: Sequence[tuple[bytes, int]],
+) -> None:
+    """Write the one key file of blocks 1 … last, for lake rows. more: ordinary keys beside theirs, with their blocks."""
+    keys, blocks, forever, imported = _keys_of_rows(rows, lambda _: limits)
+    packed = keys.tobytes() + b"".join(key for key, _ in more)
+    beside = [block for _, block in more]
+    unmarked = np.zeros(len(more), bool)
+    KeyFiles(folder).write(
+        1,
+        last,
+        packed,
+        np.concatenate([blocks, np.array(beside, np.int64)]),
+        forever=np.concatenate([forever, unmarked]),
+        imported=np.concatenate([imported, unmarked]),
+    )
+
+
 def _keys_of_rows(
     batches: Iterable[pa.RecordBatch | pa.Table], limits: Callable[[int], Limits]
 ) -> tuple[dedupe.Keys, NDArray[np.int64], Bools, Bools]:

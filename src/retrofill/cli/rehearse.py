@@ -1,0 +1,291 @@
+"""`retrofill rehearse`: what an import would change, said before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrofill.cli.run import WORK, emit, say, seam_of, stage_of
+from retrofill.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from retrofill.backfill.profile import Target
+    from retrofill.rehearse.outcome import ByDay, Outcome, Properties
+
+EXAMPLE = "Example: retrofill rehearse old.ndjson.gz --map old.map.yaml --against http://localhost:8090 --key-file keys"
+_DAYS_SHOWN = 31
+_SHOWN = 10
+
+
+def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE…", help="Files, folders, s3://, databases.")
+    ],
+    against: Annotated[
+        str,
+        typer.Option(help="URL of a Retrofill server, an export's zip, or none: an empty project."),
+    ],
+    map_: Annotated[
+        str | None, typer.Option("--map", help="A mapping file or a preset; else what fits.")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
+    work: Annotated[Path, typer.Option(help="Directory of stage and rehearsal.")] = WORK,
+    import_: Annotated[str | None, typer.Option("--import", help="The import's name.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Leave out events from this time on; live: from their type's first on."),
+    ] = None,
+    sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
+    ] = None,
+    events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
+    skip_user_properties_sync: Annotated[
+        bool | None,
+        typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
+    ] = None,
+    min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
+    kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
+    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Stage a history and say what its import would change there. Nothing is sent; `run` goes on from here."""
+    import time
+
+    import msgspec
+    from rich.console import Console
+
+    from retrofill.backfill import keys as key_ring
+    from retrofill.backfill import profile as profiles
+    from retrofill.rehearse import given
+    from retrofill.rehearse.rehearsal import Order, rehearse
+    from retrofill.server import log
+
+    log.configure("error")
+    keys = key_ring.find(api_key, secret_key, key_file)
+    to, archive = destination(against)
+    if to is not None:
+        key_ring.need_both(keys)
+        given.need_ours(to)
+    where = to or profiles.target("amplitude")
+    tell = (lambda _: None) if as_json else say
+    live = None if archive is None or until != "live" else str(archive)
+    seams = seam_of(until, live, work, where, keys, tell=tell)
+    stage_of(
+        sources,
+        mapping=map_,
+        query=query,
+        endpoint=endpoint,
+        work=work,
+        import_id=import_,
+        skip=skip_user_properties_sync,
+        sync_is_safe=lambda: (
+            against == "none" or profiles.holds_nothing_live(where, keys.api_key, keys.secret_key)
+        ),
+        since=since,
+        until=None if seams is not None else until,
+        until_types={} if seams is None else seams.until,
+        sample=sample,
+        min_id_length=min_id_length,
+        kiosk_limit=kiosk_limit,
+        bad_rows=bad_rows,
+        as_json=as_json,
+    )
+    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
+    made = rehearse(
+        Order(
+            work=work,
+            against=against,
+            profiles={
+                skip: profiles.adjust(chosen, events_per_request=events_per_request, skip_sync=skip)
+                for skip in (False, True)
+            },
+            to=to,
+            archive=archive,
+            keys=keys,
+            now_ms=int(time.time() * 1000),
+            step=tell,
+        )
+    )
+    if as_json:
+        emit(msgspec.to_builtins(made))
+    else:
+        show(made, Console(), work=work)
+
+
+def destination(against: str) -> tuple[Target | None, Path | None]:
+    """Say what `--against` names: a server, an export, or neither. Raises InputError."""
+    from retrofill.backfill import profile as profiles
+
+    if against == "none":
+        return None, None
+    if "://" in against or against in {"amplitude", "amplitude-eu"}:
+        return profiles.target(against), None
+    path = Path(against)
+    if not path.exists():
+        raise InputError(
+            f"There is no {against!r} to rehearse against",
+            mend="Give --against the URL of a Retrofill server, the zip of an export, or none",
+        )
+    return None, path
+
+
+def show(made: Outcome, console: Console, *, work: Path) -> None:
+    """Print a rehearsal as tables."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    head = Table.grid(padding=(0, 2))
+    for label, value in _head(made):
+        head.add_row(label, escape(value))
+    console.print(head)
+    for title, names, rows in _tables(made):
+        if rows:
+            table = Table(title=title, title_justify="left", box=None)
+            for at, name in enumerate(names):
+                number = isinstance(rows[0][at], int)
+                table.add_column(name, justify="right" if number else "left")
+            for row in rows:
+                table.add_row(*map(_cell, row))
+            console.print(table)
+    for warning in _warnings(made):
+        console.print(f"[yellow]![/] {escape(warning)}")
+    console.print(
+        f"Nothing was sent. The rehearsal is kept in {work}; `retrofill report` shows it."
+    )
+
+
+def _cell(value: object) -> str:
+    from rich.markup import escape
+
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _head(made: Outcome) -> Sequence[tuple[str, str]]:
+    from retrofill.backfill.plan import sentence
+
+    volume = made.volume
+    sent = f"{volume.events:,} events of {volume.people:,} people in {volume.requests:,} requests"
+    refused, before = sum(made.refused.values()), sum(made.refused_before.values())
+    return (
+        ("Import", f"{made.import_id} against {made.against}{_position(made)}"),
+        ("Volume", f"{sent}, {volume.bytes / 1e6:,.1f} MB; {volume.billed:,} count"),
+        (
+            "Stored",
+            (
+                f"{volume.stored:,}; {made.duplicates:,} are there already; {refused:,} would be refused,"
+                f" {before:,} rows were before"
+            ),
+        ),
+        (
+            "People",
+            (
+                f"{made.new_people:,} new; {made.merged:,} merged; {made.doubled:,} probably counted twice;"
+                f" {made.shared_devices:,} devices shared by many"
+            ),
+        ),
+        ("First seen", _first_seen(made)),
+        ("Profiles", _profiles(made)),
+        (
+            "Duration",
+            (
+                f"{sentence(made.duration_s)} at the destination's limits; {made.throttled:,} ids have to"
+                f" wait; days of quota: {made.quota_days}"
+            ),
+        ),
+    )
+
+
+def _tables(made: Outcome) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
+    days = ("", "before", "after", "change")
+    yield "New users by day (UTC)", days, _days(made.new_users)
+    yield "Active users by day (UTC)", days, _days(made.active_users)
+    spread = list(made.first_seen.spread.items())
+    yield "First seen earlier or later by", ("", "people"), spread
+    names = ("property", "people, synced", "people, skipped")
+    yield "Properties of live people that would change", names, _names(made)
+    changes = made.properties.listed[:_SHOWN]
+    yield (
+        "Most frequent changes",
+        ("property", "from", "to", "people"),
+        [(one.name, one.old or "–", one.new or "–", one.people) for one in changes],
+    )
+    yield "Merged into", ("user",), [(one.user_id or "–",) for one in made.merges[:_SHOWN]]
+    yield (
+        "Probably counted twice",
+        ("evidence", "", "ids"),
+        [(one.evidence, one.value, ", ".join(one.ids)) for one in made.doubles[:_SHOWN]],
+    )
+    yield (
+        "Devices shared by many",
+        ("device", "users", "before"),
+        [(one.device_id, one.users, one.before) for one in made.shared[:_SHOWN]],
+    )
+    refused = list(made.refused.items())[:_SHOWN]
+    yield "Refused by the destination", ("reason", "events"), refused
+    waiting = [(one.kind, one.id, one.why) for one in made.waiting[:_SHOWN]]
+    yield "Ids that have to wait", ("", "id", "for"), waiting
+
+
+def _warnings(made: Outcome) -> Iterator[str]:
+    yield from made.warnings
+    if made.sample < 1:
+        yield f"All figures are of a sample: {made.sample:.3g} of the people."
+    if not made.exact:
+        yield "This is an estimate."
+    yield from (f"not known: {one}" for one in made.unknown)
+
+
+def _position(made: Outcome) -> str:
+    from retrofill.backfill.status import moment
+
+    if made.kind != "server":
+        return ""
+    return f" as of block {made.block:,}, {moment(made.at_ms)}"
+
+
+def _first_seen(made: Outcome) -> str:
+    one = made.first_seen
+    if not one.moved:
+        return "nobody's moves"
+    return f"{one.moved:,} people's moves, by {one.days_median:,.1f} days in the middle and {one.days_max:,.1f} at most"
+
+
+def _profiles(made: Outcome) -> str:
+    def said(found: Properties | None) -> str:
+        return "not rehearsed" if found is None else f"{found.people:,} live people change"
+
+    own = "skipped" if made.skip_user_properties_sync else "synced"
+    return f"synced: {said(made.synced)}; skipped: {said(made.skipped)}. As staged: {own}"
+
+
+def _names(made: Outcome) -> list[tuple[str, int, int]]:
+    sides: list[Mapping[str, int]] = [
+        one.names if one else {} for one in (made.synced, made.skipped)
+    ]
+    names = sorted({*sides[0], *sides[1]}, key=lambda one: (-sides[0].get(one, 0), one))
+    return [(one, sides[0].get(one, 0), sides[1].get(one, 0)) for one in names[: 2 * _SHOWN]]
+
+
+def _days(found: ByDay) -> list[tuple[str, int, int, str]]:
+    """Return the days that change, by month or year if they are many. Active people of several days cannot be added up."""
+    changed = sorted(
+        day
+        for day in {*found.before, *found.after}
+        if found.before.get(day, 0) != found.after.get(day, 0)
+    )
+    rows = [(day, found.before.get(day, 0), found.after.get(day, 0)) for day in changed]
+    if len(rows) > _DAYS_SHOWN:
+        far = sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:_DAYS_SHOWN]
+        rows = sorted(far)
+    return [(day, before, after, f"{after - before:+,}") for day, before, after in rows]

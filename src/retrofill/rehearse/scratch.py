@@ -1,0 +1,227 @@
+"""The scratch directory at work: an engine that goes on from what was given, and a run's own sender against it.
+
+The sender is the one that `run` uses, with its schedule, its journal and its way with every answer; the requests are
+read, judged and answered by what a server uses. Only the wire between them is none, and the clock is a virtual one: so
+an import that a destination would take three days for is over in seconds, with the same refusals and the same waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from retrofill.backfill.destination import Answer, judge
+from retrofill.backfill.feed import Feed
+from retrofill.backfill.journal import Journal, Ledger
+from retrofill.backfill.manifest import Manifest
+from retrofill.backfill.profile import Profile
+from retrofill.backfill.send import Sender
+from retrofill.config import Project, Settings
+from retrofill.core.event import Batch
+from retrofill.core.schedule import HOUR_S
+from retrofill.engine.ingest import Engine
+from retrofill.engine.query import Reader
+from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
+from retrofill.errors import StoreError
+from retrofill.rehearse.clock import VirtualClock
+from retrofill.server.ingest import Ingest
+from retrofill.server.metrics import Metrics
+
+KEYS = Project(1, "rehearsal", "rehearsal-key", "rehearsal-secret")
+_REMOTE = ("127.0.0.1", 0)
+_BYTES_PER_S = 20_000_000  # ours: how fast a run goes where nothing limits it
+
+
+class Sent(Struct, frozen=True):
+    """How a run of an import went. seconds: of virtual time. throttled, quota: ids that had to wait, with their kind."""
+
+    events: int
+    requests: int
+    bytes: int
+    duplicates: int
+    refused: dict[str, int]
+    throttled: list[tuple[str, str]]
+    quota: list[tuple[str, str]]
+    seconds: float
+
+
+class _Inside(Sealer):
+    """Seals in this process, and leaves small files as they are: they are removed soon."""
+
+    async def seal(self, first: int, last: int) -> SealResult:
+        """Move blocks into the lake."""
+        rows = 0
+        while first <= last:
+            file = self._lake.new_file(first, last)
+            done = await asyncio.to_thread(seal_blocks, SealTask(self._blocks, first, last, file))
+            self._lake.adopt(file if done.rows else None, block=done.last, merges=done.merges)
+            first, rows = done.last + 1, rows + done.rows
+        return SealResult(1, rows)
+
+    async def compact(self) -> None:
+        """Nothing."""
+
+
+class _StateAlone(Sealer):
+    """Lets the rows of blocks go: of them only the state is wanted."""
+
+    async def seal(self, first: int, last: int) -> SealResult:
+        """Let blocks go."""
+        del first
+        self._lake.adopt(None, block=last, merges=[])
+        return SealResult()
+
+    async def compact(self) -> None:
+        """Nothing."""
+
+
+class _Skipping:
+    """An engine that takes every event with `$skip_user_properties_sync` on, or with it off."""
+
+    def __init__(self, engine: Engine, *, skip: bool) -> None:
+        self._engine = engine
+        self._skip = skip or None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def ingest(self, batch: Batch) -> Any:
+        for event in batch.events:
+            event.skip_user_properties_sync = self._skip
+        return await self._engine.ingest(batch)
+
+
+class _Wire:
+    """A connection that is none. named: who had to wait for a rate, who for a quota."""
+
+    def __init__(self, ingest: Ingest, path: str, clock: VirtualClock) -> None:
+        self._ingest = ingest
+        self._endpoint = ingest.endpoints[path]
+        self._clock = clock
+        self.throttled: dict[tuple[str, str], None] = {}
+        self.quota: dict[tuple[str, str], None] = {}
+
+    async def post(self, body: list[bytes | memoryview]) -> Answer:
+        """Have one request answered."""
+        message: dict[str, Any] = {
+            "type": "http.request",
+            "body": b"".join(body),
+            "more_body": False,
+        }
+
+        async def receive() -> dict[str, Any]:
+            return message
+
+        scope = {"headers": [], "client": _REMOTE, "query_string": b""}
+        self._clock.begin()
+        try:
+            said = await self._ingest.answer(self._endpoint, scope, receive)
+            self._clock.spend(len(message["body"]) / _BYTES_PER_S)
+        finally:
+            self._clock.end()
+        assert said is not None
+        pause = next((value for name, value in said.headers if name == "retry-after"), "")
+        answer = Answer(said.status, said.body, pause)
+        if said.status == 429:
+            self._note(answer)
+        return answer
+
+    def _note(self, answer: Answer) -> None:
+        refusal = judge(answer, 0, self._clock.now()).refusal
+        for kind, rate, quota in (
+            ("device", refusal.devices, refusal.quota_devices),
+            ("user", refusal.users, refusal.quota_users),
+        ):
+            self.throttled.update(((kind, one), None) for one in rate)
+            self.quota.update(((kind, one), None) for one in quota)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Scratch:
+    """A seeded directory with its engine open. Use `opened`."""
+
+    def __init__(self, engine: Engine, clock: VirtualClock) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.reader = Reader(
+            engine.lake,
+            engine.blocks,
+            last_block=engine.last_block,
+            person=engine.person,
+            aliases=engine.aliases,
+            pin=engine.pin,
+        )
+
+    async def send(
+        self, stage: Path, found: Manifest, profile: Profile, *, folder: Path, skip: bool
+    ) -> Sent:
+        """Send a stage, whole. folder: for the journal. Raises StoreError, FinalError."""
+        journal = Journal(folder, threaded=False)
+        try:
+            feed = Feed(stage, found, profile.rates, journal.done())
+            ingest = Ingest(clock=self.clock, metrics=Metrics())
+            own = skip == found.options.skip_user_properties_sync
+            engine: Any = self.engine if own else _Skipping(self.engine, skip=skip)
+            ingest.engine = engine
+            wires = [_Wire(ingest, "/batch", self.clock) for _ in range(profile.connections)]
+            sender = Sender(
+                feed=feed,
+                journal=journal,
+                profile=profile,
+                api_key=KEYS.api_key,
+                wires=wires,
+                clock=self.clock,
+                chance=lambda: 0.0,
+                progress_s=HOUR_S,
+            )
+            began = self.clock.now()
+            outcome = await self.clock.run(asyncio.ensure_future(sender.run()))
+        finally:
+            journal.close()
+        if not outcome.complete:
+            raise StoreError(
+                f"The rehearsal stopped: {outcome.reason or outcome.progress.problem}",
+                where=str(folder),
+            )
+        return Sent(
+            outcome.progress.taken,
+            outcome.progress.requests,
+            outcome.progress.bytes,
+            self.engine.figures.duplicates,
+            _refused(folder),
+            sorted({one for wire in wires for one in wire.throttled}),
+            sorted({one for wire in wires for one in wire.quota}),
+            self.clock.now() - began,
+        )
+
+
+def _refused(folder: Path) -> dict[str, int]:
+    ledger = Ledger(folder)
+    try:
+        return dict(ledger.dead())
+    finally:
+        ledger.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    root: Path, clock: VirtualClock, *, rows: bool, limits: str = "none"
+) -> AsyncIterator[Scratch]:
+    """Open a seeded directory. rows: whether the import's rows are wanted afterwards, or its state alone."""
+    engine = await asyncio.to_thread(
+        lambda: Engine.open(
+            Settings(data=root, limits=limits), clock=clock, sealer=_Inside if rows else _StateAlone
+        )
+    )
+    try:
+        await engine.start()
+        yield Scratch(engine, clock)
+    finally:
+        await engine.abandon()
