@@ -89,7 +89,7 @@ def test_property_updates_are_planned_where_they_are_synced(tmp_path: Path) -> N
     told = MAPPING + "  user_properties: p\n"
     source = ndjson(tmp_path / "s.ndjson", history)
     found = run(tmp_path / "work", source, told, skip_user_properties_sync=False)
-    ours = profile.adjust(profile.PROFILES["retrofill"], skip_sync=False)
+    ours = profile.adjust(profile.PROFILES["retrofill"], updates_per_h=1800, skip_sync=False)
     made = plan.plan(found, ours, destination="x", stage=tmp_path / "work" / "stage")
     assert made.updates == 3000
     assert (made.least_s, made.least_because) == (3600.0, "property updates")
@@ -176,6 +176,7 @@ def test_short_ids_can_be_good_ones(tmp_path: Path) -> None:
     assert "the first: no usable id: user_id too short, and there is no other" in str(
         refused.exception
     )
+    assert "take shorter ids with --min-id-length" in str(refused.exception)
     taken = CliRunner().invoke(app, [*line, "--work", str(tmp_path / "w2"), "--min-id-length", "1"])
     assert msgspec.json.decode(taken.stdout)["users"] == 29
 

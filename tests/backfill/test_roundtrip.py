@@ -189,6 +189,15 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
     with Live(tmp_path) as live:
         rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
         assert (rates.updates_per_h, rates.quota_per_day) == (1800, 500_000)
+        unknown = adjust(choose(target(live.address), None, OLD[0]), skip_sync=False).rates
+        assert (unknown.updates_per_h, unknown.quota_per_day) == (0, 0)
+        blind = ["plan", *source, "--to", live.address, "--work", str(tmp_path / "blind")]
+        synced = [*blind, "--no-skip-user-properties-sync"]
+        assert "beyond 1,800 property updates an hour" in CliRunner().invoke(app, synced).output
+        assert (
+            "beyond 1,800"
+            not in CliRunner().invoke(app, [*blind[:-1], str(tmp_path / "other")]).output
+        )
         planned = CliRunner().invoke(app, ["plan", *source, "--to", live.address, *keys, "--json"])
         told = json.loads(planned.stdout)
         assert (told["updates"], told["least_s"]) == (2500, 3600)

@@ -295,11 +295,13 @@ class Intake:
         if refused <= rows * self.options.bad_rows:
             return
         first = self.letters.examples[0]
+        short = any("too short" in name for name in self.taken.ids)
+        shorter = ", take shorter ids with --min-id-length" if short else ""
         worst = ", ".join(f"{kind} {count:,}" for kind, count in self.letters.counts.most_common(5))
         raise InputError(
             f"{refused:,} of {rows:,} rows were refused ({worst}), the first: {first.reason}",
             where=f"{first.file}, row {first.line}: {first.row[:300]}",
-            mend=f"Mend the mapping, or allow more with --bad-rows; all are in {self.letters.path}",
+            mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.path}",
         )
 
 

@@ -63,8 +63,7 @@ PROFILES = {
     ),
     "retrofill": Profile(
         name="retrofill",
-        # The hourly updates: what our server begins with, unless it says otherwise.
-        rates=Rates(events_per_request=1000, updates_per_h=1800),
+        rates=Rates(events_per_request=1000),
         memory_days=0,
         connections=16,
     ),

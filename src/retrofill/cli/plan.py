@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of
+from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of, warn_of_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,6 +111,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         updates_per_h=updates_per_h,
         skip_sync=found.options.skip_user_properties_sync,
     )
+    warn_of_updates(found, chosen, keys)
     made = plan.plan(
         found, chosen, destination=where.name, stage=work / "stage", start_s=time.time()
     )

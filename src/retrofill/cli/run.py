@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
+UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
 def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
@@ -124,6 +125,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         updates_per_h=updates_per_h,
         skip_sync=found.options.skip_user_properties_sync,
     )
+    warn_of_updates(found, chosen, keys)
     if generation is None and not (work / "journal.db").exists():
         generation = generation_of(work, import_, where, keys, as_json=as_json)
     resuming = (work / "journal.db").exists()
@@ -167,6 +169,17 @@ def profile_of(to: Target, name: str | None, keys: Keys, work: Path) -> Profile:
             name = limits.name if before == to else name
         say(f"! {to.name} does not answer: the limits of {name} are kept, --profile sets others")
     return profiles.choose(to, name, keys.api_key, keys.secret_key)
+
+
+def warn_of_updates(found: Manifest, profile: Profile, keys: Keys) -> None:
+    """Say what without the secret key nobody can know: our server takes so many property updates an hour, and no more."""
+    synced = not found.options.skip_user_properties_sync
+    most = max((one.events for one in found.hot_people), default=0)
+    if synced and profile.name == "retrofill" and not keys.secret_key and most > UPDATES_PER_H:
+        say(
+            f"! One person has {most:,} events: beyond {UPDATES_PER_H:,} property updates an hour, unless it is set"
+            " otherwise, a server leaves user profiles as they are. With --secret-key it is asked, or set --updates-per-h"
+        )
 
 
 def _show_rows(work: Path, sources: list[str], mapping: str | None) -> None:
