@@ -242,6 +242,24 @@ def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:
     assert (names["on"], names["a b"], names["a: b"]) == ("on", '"a b"', '"a: b"')
 
 
+def test_a_first_mapping_takes_no_object_for_a_text(tmp_path: Path) -> None:
+    found = [
+        {"user": f"user-{n}", "device": {"os": "x"}, "name": "Open", "ts": 1700000000 + n}
+        for n in range(5)
+    ]
+    text = first_mapping(tmp_path, ndjson(tmp_path / "s.ndjson", found))
+    assert yaml.safe_load(text)["event"]["event_properties"] == {"device": "device"}
+    assert "device_id" not in text
+
+
+def test_a_first_mapping_takes_digits_for_a_number_beside_odd_cells(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("user,name,ts\n" + "user-1,Open,1700000000\n" * 9 + "user-1,Open,when\n")
+    text = first_mapping(tmp_path, path)
+    assert yaml.safe_load(text)["event"]["time"] == "CAST(ts AS BIGINT) * 1000"
+    assert "1700000000 counts seconds" in text
+
+
 def test_a_source_that_a_preset_knows_is_recognised(tmp_path: Path) -> None:
     row = {
         "$insert_id": "a",

@@ -76,6 +76,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "user_properties": ("userproperties", "traits", "userattributes"),
     "groups": ("groups",),
 }
+_OBJECTS = frozenset({"event_properties", "user_properties", "groups"})
 _ABOUT_USERS = ("user", "customer", "member", "account", "acquisition", "cohort", "plan", "tier")
 # Presets know these better than any guess: the keys that give a source away.
 _PRESETS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -157,13 +158,17 @@ def _guesses(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterabl
     for field, names in _NAMES.items():
         candidates = [name for wanted in names for name in columns if _folded(name) == wanted]
         for name in candidates:
-            if name in taken:
+            if name in taken or (field not in _OBJECTS and _holds_objects(name, rows)):
                 continue
             guess = _guess(field, name, columns[name], [row.get(name) for row in rows])
             if guess is not None:
                 taken.add(name)
                 yield guess
                 break
+
+
+def _holds_objects(name: str, rows: Sequence[dict[str, Any]]) -> bool:
+    return any(isinstance(row.get(name), dict | list) for row in rows)
 
 
 def _guess(field: str, name: str, kind: str, values: Sequence[Any]) -> Guess | None:
@@ -176,7 +181,7 @@ def _guess(field: str, name: str, kind: str, values: Sequence[Any]) -> Guess | N
         if different < len(values) or not given:
             return None
         return Guess(field, sql, f"different in each of {len(values):,} rows")
-    if field in {"event_properties", "user_properties", "groups"}:
+    if field in _OBJECTS:
         objects = bool(given) and all(isinstance(value, dict) for value in given)
         return Guess(field, sql, "an object, taken whole") if objects else None
     if field == "session_id" and kind not in {"BIGINT", "HUGEINT"}:
@@ -189,8 +194,12 @@ def _time(sql: str, kind: str, given: Sequence[Any]) -> Guess | None:
     if not given:
         return None
     first = given[0]
-    if kind in {"BIGINT", "DOUBLE", "HUGEINT", "INTEGER"}:
+    numeric = kind in {"BIGINT", "DOUBLE", "HUGEINT", "INTEGER"}
+    text = not numeric and str(first).isdecimal()  # one odd row makes a text of every number
+    if text or numeric:
         number = float(first)
+        if text and not _SECONDS_MAX <= number < _MILLIS_MAX:
+            sql = f"CAST({sql} AS BIGINT)"
         if number < _SECONDS_MAX:
             return Guess(
                 "time",
