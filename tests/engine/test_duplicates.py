@@ -26,7 +26,8 @@ from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.export import Hours, export
 from retrofill.engine.ingest import Engine, Outcome
 from retrofill.engine.query import Reader
-from retrofill.lake import arrow
+from retrofill.errors import StoreError
+from retrofill.lake import Lake, arrow
 from retrofill.limits import MS_PER_DAY, MS_PER_HOUR
 
 pytestmark = pytest.mark.slow
@@ -134,6 +135,25 @@ class Site:
         await self.engine.abandon()
         await self.open()
 
+    async def stop_before_keys(self) -> None:
+        """Lose what is not on disk between the lake's commit and the key file; its blocks are read again, no row is."""
+
+        def stop(*_: object, **__: object) -> None:
+            raise StoreError("stopped here")
+
+        if not self.engine.unsealed:
+            await self.crash()
+            return
+        self.engine.duplicates.sealed = stop  # type: ignore[method-assign] # a stop
+        with pytest.raises(StoreError, match="stopped here"):
+            await self.engine.seal()
+        before = set((self.data / "keys").iterdir())
+        await self.engine.abandon()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Lake, "dedupe_rows", stop)
+            await self.open()
+        assert len(set((self.data / "keys").iterdir()) - before) == 1
+
     async def lose_keys(self) -> None:
         """Have the key files made again from the lake."""
         await self.engine.close()
@@ -160,7 +180,7 @@ def on_site(*moments: str) -> Callable[[Callable[..., Awaitable[None]]], Callabl
     return made
 
 
-@on_site("seal", "crash")
+@on_site("seal", "crash", "stop_before_keys")
 async def test_what_an_imports_row_displaces_is_kept_and_seen_by_nobody(
     site: Site, moment: Callable[[], Awaitable[None]]
 ) -> None:
@@ -203,7 +223,7 @@ async def test_what_an_imports_row_displaces_is_kept_and_seen_by_nobody(
         await moment()
 
 
-@on_site("nothing", "restart", "lose_keys")
+@on_site("nothing", "restart", "lose_keys", "stop_before_keys")
 async def test_a_duplicate_of_a_live_row_or_of_its_own_import_leaves_nothing(
     site: Site, moment: Callable[[], Awaitable[None]]
 ) -> None:

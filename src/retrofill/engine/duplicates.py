@@ -126,14 +126,25 @@ class Duplicates:
         *,
         sealed: int,
         oldest_block: int,
+        held: int,
         rows: Callable[[int, int], Iterator[pa.RecordBatch]],
         limits: Callable[[int], Limits],
-    ) -> None:
-        """Read the key files of blocks up to `sealed`; what is missing is made from the lake's rows."""
+    ) -> int:
+        """Read the key files of blocks up to `sealed`; what is missing is made from the lake's rows.
+
+        held: the first block that the hot store still has. Where the last file was about to be written from its blocks,
+        that is left to the caller, who adds their keys sooner than rows are read. Returns the last block whose keys are known.
+        """
+        filed = sealed
         for first, last in self._files.missing(oldest_block, sealed):
+            # A damaged file's rows may have been undone since, and their keys with them: the lake alone knows.
+            if last == sealed and first >= held and not self._files.damaged:
+                filed = first - 1
+                break
             keys, blocks, forever, imported = _keys_of_rows(rows(first, last), limits)
             self._files.write(first, last, keys, blocks, forever=forever, imported=imported)
-        self._load(sealed=sealed, oldest_block=oldest_block)
+        self._load(sealed=filed, oldest_block=oldest_block)
+        return filed
 
     def change(
         self,

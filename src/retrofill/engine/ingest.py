@@ -166,9 +166,10 @@ class Engine:
         numbers = self.blocks.numbers()
         for project in self.projects_store.all():
             self.add_project(project)
-        self.duplicates.open(
+        filed = self.duplicates.open(
             sealed=sealed,
             oldest_block=self.oldest_block(),
+            held=numbers[0][0] if numbers else sealed + 1,
             rows=self.lake.dedupe_rows,
             limits=self.limits,
         )
@@ -177,15 +178,19 @@ class Engine:
             if admission.limits.daily_quota:
                 admission.load_quota(*self.lake.quota_rows(number, self._clock.now_ms()))
         last = numbers[-1][0] if numbers else max(sealed, checkpointed)
-        for block in self.blocks.read(min(sealed, checkpointed, self.counting.block) + 1, last):
+        for block in self.blocks.read(min(filed, checkpointed, self.counting.block) + 1, last):
             batches = batches_of(block)
             self.counting.committed(block, batches)
             if block.number > checkpointed:
                 refold(self.state, block, batches)
+            if block.number > filed:
+                self._add_keys(block, batches)
             if block.number > sealed:
                 self._remember(block)
                 self._count_stored(block, batches)
-                self._add_keys(block, batches)
+        if filed < sealed:  # a stop came between the lake's commit and the key file
+            self.duplicates.sealed(filed + 1, sealed, oldest_block=self.oldest_block())
+            self.duplicates.filed(filed + 1, sealed, oldest_block=self.oldest_block())
         if self.state.block < sealed:
             raise CorruptError(
                 f"The lake holds block {sealed:,}, the state ends at {self.state.block:,}",
