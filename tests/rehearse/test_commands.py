@@ -197,6 +197,46 @@ def test_each_figure_against_a_server(tmp_path: Path, server: Process) -> None:
     }
 
 
+def test_verify_says_how_the_rehearsal_did_and_the_report_shows_both(
+    tmp_path: Path, server: Process
+) -> None:
+    server.send([live(1, "user-1", "phone-1", user_properties={"plan": "paid"})])
+    rows = [row(n, f"user-{n}", device=f"phone-{n}", props={"plan": "free"}) for n in range(4)]
+    given, work = history(tmp_path, rows), str(tmp_path / "work")
+    rehearsed(server, tmp_path / "work", given, "--no-skip-user-properties-sync")
+    page = tmp_path / "work" / "report.html"
+    call("report", "--work", work)
+    assert "How the rehearsal did" not in page.read_text()
+    for expected in ("<h2>Rehearsal</h2>", "New users by day, before and after", "exact", "plan"):
+        assert expected in page.read_text()
+    call("run", *given, "--to", server.url, *KEYS, "--work", work, "--yes")
+    good = call("verify", "--work", work, *KEYS).stdout
+    assert "rehearsal: 12 of 12 figures came as predicted" in good
+    # Somebody live does what the rehearsal could not know.
+    server.send(
+        [live(9, "user-1", "phone-1", user_properties={"plan": "gold"}, time=START_MS - 600_000)]
+    )
+    told = call("verify", "--work", work, *KEYS, "--json").stdout.splitlines()
+    figures = {one["name"]: one for one in map(json.loads, told) if one["event"] == "figure"}
+    wrong = {name for name, one in figures.items() if not one["same"]}
+    assert wrong == {
+        *("new users by day", "active users by day", "first seen moved, days at most"),
+        "listed changes of properties",
+    }
+    assert figures["new users by day"]["differing"] == [
+        "2023-11-14: 0 predicted, 1 found",
+        "2023-11-15: 4 predicted, 3 found",
+    ]
+    said = call("verify", "--work", work, *KEYS).stdout
+    assert "rehearsal: 8 of 12 figures came as predicted" in said
+    assert "what arrived beside the import" in said
+    call("report", "--work", work)
+    assert "How the rehearsal did" in page.read_text()
+    # Another import in the same directory was never rehearsed.
+    (tmp_path / "work" / outcome.FILE).write_text("{}")
+    assert "rehearsal:" not in call("verify", "--work", work, *KEYS).stdout
+
+
 def failing(folder: Path, name: str, *keys: str) -> Error:
     given = history(folder, [row(1, "user-1")])
     with pytest.raises(Error) as failed:

@@ -18,7 +18,7 @@ from tests.faults.process import API_KEY, SECRET_KEY, Process
 from typer.testing import CliRunner, Result
 
 from retrofill.backfill.verify import parse_ms
-from retrofill.cli import rehearse, run, verify
+from retrofill.cli import rehearse, report, run, verify
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ KEYS = ["--api-key", API_KEY, "--secret-key", SECRET_KEY]
 DAY_MS = 86_400_000
 
 app = typer.Typer()
-for name, module in (("rehearse", rehearse), ("run", run), ("verify", verify)):
+for name, module in (("rehearse", rehearse), ("run", run), ("verify", verify), ("report", report)):
     app.command(name)(module.command)
 
 
@@ -186,3 +186,5 @@ def test_of_a_real_history_whose_other_part_is_there(
     assert len(server.export()) == len(before.rows)
     ran(server, tmp_path / "work", given, "--import", "new", skip)
     compare(made, before, Measured(server))
+    told = call("verify", "--work", str(tmp_path / "work"), *KEYS).stdout
+    assert "rehearsal: 12 of 12 figures came as predicted" in told, told

@@ -1,16 +1,12 @@
 """One HTML page about a work directory: what was planned, what happened, what was read back. It loads nothing.
 
 Charts are static SVG drawn by pygal and stand inside the page; so do the styles. The page is made from the stage, the
-journal and, where there was one, the last verification; it may be made while a run goes on.
+journal and, where there were any, the last rehearsal and verification; it may be made while a run goes on.
 """
 
 from __future__ import annotations
 
 import html
-import re
-import sys
-from collections import Counter
-from collections.abc import Sequence
 from datetime import date, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +14,9 @@ from typing import Any
 
 import msgspec
 import pygal
-from pygal.style import Style
 
-from retrofill.backfill import seam
+from retrofill.backfill import rehearsed, seam
+from retrofill.backfill.drawing import figure, grouped, options, table
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Ledger
 from retrofill.backfill.manifest import Manifest
@@ -28,28 +24,11 @@ from retrofill.backfill.plan import plan
 from retrofill.backfill.profile import Profile
 from retrofill.backfill.status import duration, moment, status
 
-# pygal puts a finder for its plugins before every later import of the process, in a form that Python has given up. We
-# use no plugins.
-sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != "pygal"]
-
-BARS_MAX = 120  # days beyond this are drawn as weeks or months
 POINTS_MAX = 240
 SQUARES_MAX = 3700  # ten years of the calendar
 VERIFIED = "verify.json"
+REHEARSED = rehearsed.FILE
 
-_STYLE = Style(
-    background="transparent",
-    plot_background="transparent",
-    foreground="#39424e",
-    foreground_strong="#1d242c",
-    foreground_subtle="#8b95a1",
-    colors=("#2f6fab", "#d9822b", "#3d9a5f", "#b3413a", "#7b5ea7"),
-    font_family="system-ui, sans-serif",
-    label_font_size=11,
-    major_label_font_size=11,
-    legend_font_size=12,
-    opacity=0.9,
-)
 _CSS = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d242c;background:#fff;max-width:64rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .4rem;border-top:1px solid #dde2e8;padding-top:1rem}
@@ -76,6 +55,7 @@ def page(work: Path) -> str:
         profile = _profile(ledger)
         sections = [
             _head(found, known),
+            rehearsed.section(work),
             _plan_and_outcome(work, found, known, profile, ledger),
             _days(found),
             _types(found),
@@ -118,19 +98,6 @@ def _day(ms: int | None) -> str:
     return text[:10] if text else "–"
 
 
-def _table(rows: Sequence[tuple[object, ...]], head: Sequence[str] = ()) -> str:
-    def cell(tag: str, value: object) -> str:
-        number = isinstance(value, int) and not isinstance(value, bool)
-        text = f"{value:,}" if number else html.escape("–" if value is None else str(value))
-        return f"<{tag}{' class=n' if number else ''}>{text}</{tag}>"
-
-    lines = []
-    if head:
-        lines.append("<tr>" + "".join(f"<th>{html.escape(one)}</th>" for one in head) + "</tr>")
-    lines += ["<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
-
-
 def _plan_and_outcome(
     work: Path,
     found: Manifest,
@@ -158,19 +125,7 @@ def _plan_and_outcome(
         ("time", planned_s, took),
         ("time that the destination's limits alone take", least_s, None),
     ]
-    return "<h2>Plan and outcome</h2>" + _table(rows, ("", "plan", "outcome"))
-
-
-def _figure(chart: Any) -> str:
-    svg = chart.render(is_unicode=True)
-    # The scripts would show tooltips; a page that runs nothing needs none.
-    svg = re.sub(r"<script.*?</script>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return f"<figure>{svg}</figure>"
-
-
-def _options(**more: object) -> dict[str, object]:
-    # Without `js` pygal would name a script on a server of its own.
-    return {"style": _STYLE, "js": [], "height": 320, "width": 960, "show_legend": False, **more}
+    return "<h2>Plan and outcome</h2>" + table(rows, ("", "plan", "outcome"))
 
 
 def _days(found: Manifest) -> str:
@@ -178,33 +133,16 @@ def _days(found: Manifest) -> str:
         return ""
     names, values = grouped(found.days)
     chart = pygal.Bar(
-        **_options(x_label_rotation=45, show_minor_x_labels=False, x_labels_major_count=12)
+        **options(x_label_rotation=45, show_minor_x_labels=False, x_labels_major_count=12)
     )
     chart.x_labels = names
     chart.add("events", values)
-    return f"<h2>Events by day</h2>{_figure(chart)}"
-
-
-def grouped(days: dict[str, int]) -> tuple[list[str], list[int]]:
-    """Days with their gaps filled, or weeks or months if there are too many to draw. Returns names and sums."""
-    first, last = (date.fromisoformat(day) for day in (min(days), max(days)))
-    length = (last - first).days + 1
-    if length > BARS_MAX * 7:
-        sums: Counter[str] = Counter()
-        for day, count in days.items():
-            sums[day[:7]] += count
-        return sorted(sums), [sums[name] for name in sorted(sums)]
-    step = 1 if length <= BARS_MAX else 7
-    totals = [0] * -(-length // step)
-    for day, count in days.items():
-        totals[(date.fromisoformat(day) - first).days // step] += count
-    names = [(first + timedelta(days=at * step)).isoformat() for at in range(len(totals))]
-    return names, totals
+    return f"<h2>Events by day</h2>{figure(chart)}"
 
 
 def _types(found: Manifest) -> str:
     top = sorted(found.types.items(), key=lambda item: -item[1])[:20]
-    return "<h2>Event types</h2>" + _table(top, ("event type", "events"))
+    return "<h2>Event types</h2>" + table(top, ("event type", "events"))
 
 
 def _progress(ledger: Ledger | None) -> str:
@@ -214,23 +152,23 @@ def _progress(ledger: Ledger | None) -> str:
     step = max(1, len(points) // POINTS_MAX)
     points = [*points[:-1:step], points[-1]]
     start = points[0][0]
-    chart = pygal.XY(**_options(show_legend=True, show_dots=False, fill=False, stroke=True))
+    chart = pygal.XY(**options(show_legend=True, show_dots=False, fill=False, stroke=True))
     chart.x_title = "seconds since the start"
     chart.add("acknowledged", [((at - start) / 1000, taken) for at, taken, *_ in points])
     held = [((at - start) / 1000, held) for at, _, _, held, _ in points]
-    parts = [f"<h2>Progress</h2>{_figure(chart)}"]
+    parts = [f"<h2>Progress</h2>{figure(chart)}"]
     if any(count for _, count in held):
-        throttled = pygal.XY(**_options(show_dots=False, fill=True, height=200))
+        throttled = pygal.XY(**options(show_dots=False, fill=True, height=200))
         throttled.add("throttled ids", held)
-        parts.append(f"<h2>Throttled ids</h2>{_figure(throttled)}")
+        parts.append(f"<h2>Throttled ids</h2>{figure(throttled)}")
     rates = [
         ((b[0] - start) / 1000, max(0.0, (b[1] - a[1]) * 1000 / (b[0] - a[0])))
         for a, b in pairwise(points)
         if b[0] > a[0]
     ]
-    rate = pygal.XY(**_options(show_dots=False, height=200))
+    rate = pygal.XY(**options(show_dots=False, height=200))
     rate.add("events a second", rates)
-    parts.append(f"<h2>Events a second</h2>{_figure(rate)}")
+    parts.append(f"<h2>Events a second</h2>{figure(rate)}")
     return "".join(parts)
 
 
@@ -240,10 +178,10 @@ def _refused(found: Manifest, known: dict[str, Any]) -> str:
     if not reasons:
         return "<h2>Refused</h2><p>No row was refused.</p>"
     top = sorted(reasons.items(), key=lambda item: -item[1])[:20]
-    chart = pygal.HorizontalBar(**_options(height=80 + 26 * len(top)))
+    chart = pygal.HorizontalBar(**options(height=80 + 26 * len(top)))
     chart.x_labels = [name[:60] for name, _ in reversed(top)]
     chart.add("rows", [count for _, count in reversed(top)])
-    return f"<h2>Refused</h2>{_figure(chart)}{_table(top, ('reason', 'rows'))}"
+    return f"<h2>Refused</h2>{figure(chart)}{table(top, ('reason', 'rows'))}"
 
 
 def _verified(work: Path) -> str:
@@ -252,7 +190,7 @@ def _verified(work: Path) -> str:
         return "<h2>Verification</h2><p>Not verified yet: <code>retrofill verify</code>.</p>"
     facts = msgspec.json.decode(path.read_bytes())
     rows = [(name.replace("_", " "), value) for name, value in facts.items()]
-    return "<h2>Verification</h2>" + _table(rows)
+    return "<h2>Verification</h2>" + table(rows)
 
 
 def _coverage(work: Path, found: Manifest) -> str:
@@ -280,5 +218,5 @@ def _coverage(work: Path, found: Manifest) -> str:
         "<h2>Coverage</h2><p>blue: history, orange: live, violet: both. "
         f"{left_out:,} rows of the source lie on the live side of their type's seam and were left out; "
         f"{known.imported:,} rows there are of imports and not live.</p>{calendar}"
-        + _table(rows, ("event type", "live from", "live events"))
+        + table(rows, ("event type", "live from", "live events"))
     )

@@ -11,6 +11,8 @@ import typer
 from retrofill.cli.run import WORK, Display, emit, say
 
 if TYPE_CHECKING:
+    from retrofill.backfill.keys import Keys
+    from retrofill.backfill.profile import Target
     from retrofill.backfill.verify import Finding
 
 EXAMPLE = "Example: retrofill verify --work retrofill-work --api-key KEY --secret-key SECRET"
@@ -62,6 +64,7 @@ def command(
             typer.echo(_line(one))
         if shown > SHOWN:
             typer.echo(f"… {shown - SHOWN:,} more in {work / 'verify.ndjson'}")
+    _rehearsed(work, to, keys, as_json=as_json)
     if not repair:
         raise typer.Exit(0 if result.clean else 1)
     verify.repair(work, missing, int(time.time() * 1000))
@@ -75,6 +78,32 @@ def command(
     say(f"{missing.count:,} missing events sent again" if outcome.complete else "not complete")
     others = result.doubled or result.different or result.extra
     raise typer.Exit(0 if outcome.complete and not others else 1)
+
+
+def _rehearsed(work: Path, to: Target, keys: Keys, *, as_json: bool) -> None:
+    """Say how the rehearsal did, if there was one of what is there."""
+    from retrofill.backfill.report import REHEARSED
+
+    if not (work / REHEARSED).exists():
+        return
+    import msgspec
+
+    from retrofill.rehearse import verdict
+
+    made = verdict.applies(work, to)
+    if made is None:
+        return
+    figures = verdict.verdict(work, to, keys, made)
+    same = sum(one.same for one in figures)
+    if as_json:
+        for one in figures:
+            emit({"event": "figure", **msgspec.to_builtins(one), "same": one.same})
+        return
+    typer.echo(f"rehearsal: {same} of {len(figures)} figures came as predicted")
+    for one in figures:
+        typer.echo(f"  {one.line()}")
+    if same < len(figures) and made.sample == 1:
+        typer.echo("  what arrived beside the import since the rehearsal is in what was found")
 
 
 def _line(one: Finding) -> str:

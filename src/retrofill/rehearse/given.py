@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import IO, Any
-from urllib.parse import quote
 
 import msgspec
 import pyarrow as pa
@@ -234,11 +233,29 @@ def property_time(to: Target, keys: Keys) -> str:
     return str(settings.get("property_time", "arrival"))
 
 
-def import_figures(to: Target, keys: Keys, name: str) -> dict[str, Any]:
-    """Ask a server of ours what became of an import. Raises FinalError if it refuses, RetryError."""
-    with _open(to, keys, f"/api/1/imports/{quote(name, safe='')}", None) as answer:
-        found: dict[str, Any] = msgspec.json.decode(answer.read())
-    return found
+class Imported(Struct, frozen=True):
+    """What a server shows of an import, as far as it is looked at."""
+
+    name: str = ""
+    events: int = 0
+    identifies: int = 0
+    duplicates: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Everything of it that is stored."""
+        return self.events + self.identifies
+
+
+class _Imports(Struct, frozen=True):
+    imports: list[Imported]
+
+
+def import_figures(to: Target, keys: Keys, name: str) -> Imported:
+    """Ask a server of ours what became of an import, nothing if it has none. Raises FinalError, RetryError."""
+    with _open(to, keys, "/api/1/imports", None) as answer:
+        found = msgspec.json.decode(answer.read(), type=_Imports).imports
+    return next((one for one in found if one.name == name), Imported())
 
 
 def _open(to: Target, keys: Keys, path: str, body: bytes | None) -> http.client.HTTPResponse:

@@ -8,11 +8,12 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from retrofill.backfill.rehearsed import FILE, VERDICT
 from retrofill.core.person import Person
 from retrofill.engine.history import Someone
 
+__all__ = ["BEFORE", "FILE", "VERDICT", "Outcome"]
 VERSION = 1
-FILE = "rehearsal.json"
 BEFORE = "rehearsal-before.gz"
 
 
@@ -111,7 +112,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     against: as it was said. kind: `server`, `export` or `nothing`. exact: nothing is estimated. unknown: what cannot be
     known, in words. block, at_ms: the position it was made at, 0 if there is none. sample: the part of the people.
     synced, skipped: properties with `$skip_user_properties_sync` off and on; None if that was not rehearsed.
-    doubles, shared, waiting, merges: the first hundred; each has its count beside it.
+    doubles, shared, waiting, merges: the first hundred; each has its count beside it. imported_*: of the same import,
+    before.
     """
 
     version: int = VERSION
@@ -147,6 +149,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     waiting: list[Waiting]
     quota_days: int
     duration_s: float
+    imported_rows: int
+    imported_duplicates: int
 
     @property
     def properties(self) -> Properties:
@@ -161,6 +165,7 @@ _before = msgspec.msgpack.Decoder(list[Someone]).decode
 
 def store(work: Path, found: Outcome, before: dict[int, Person]) -> None:
     """Keep a rehearsal in the work directory, with the live people as they were. It takes the place of an earlier one."""
+    (work / VERDICT).unlink(missing_ok=True)  # it spoke of another one
     people = msgspec.msgpack.encode([Someone.of(one) for one in before.values()])
     (work / BEFORE).write_bytes(gzip.compress(people, 1))
     made = work / f"{FILE}.new"

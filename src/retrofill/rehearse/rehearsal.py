@@ -39,7 +39,7 @@ from retrofill.rehearse.asked import Touched
 from retrofill.rehearse.check import Checked
 from retrofill.rehearse.clock import VirtualClock
 from retrofill.rehearse.difference import LISTED
-from retrofill.rehearse.given import Given
+from retrofill.rehearse.given import Given, Imported
 from retrofill.rehearse.outcome import Outcome, Shared, Volume, Waiting
 from retrofill.rehearse.scratch import KEYS, Scratch, Sent, opened
 
@@ -78,6 +78,7 @@ class _There(Struct):
     given: Given
     unknown: list[str] = []
     warnings: list[str] = []
+    imported: Imported = Imported()
 
 
 class _Done(Struct):
@@ -167,7 +168,8 @@ def _seed_of_server(
             touched,
             lambda: _stored_keys(order, to, manifest, touched, there),
         )
-    return _There(there, [], checked.problems() if whole else [])
+    imported = given.import_figures(to, order.keys, manifest.import_id)
+    return _There(there, [], checked.problems() if whole else [], imported)
 
 
 def _stored_keys(
@@ -413,4 +415,6 @@ def _outcome(  # noqa: PLR0917 - everything that was found, once
         waiting=waiting[:LISTED],
         quota_days=max(planned.quota_days, math.ceil(sent.seconds / DAY_S)) if sent.events else 0,
         duration_s=round(max(planned.duration_s, sent.seconds), 3),
+        imported_rows=there.imported.rows,
+        imported_duplicates=there.imported.duplicates,
     )
