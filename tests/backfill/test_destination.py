@@ -53,6 +53,8 @@ VERDICTS = [
     (Answer(504, b""), "again", True),
     (Answer(503, b""), "again", False),
     (Answer(403, b""), "forbidden", False),
+    (Answer(301, b"<html>"), "forbidden", False),
+    (Answer(308, b""), "forbidden", False),
     (Answer(0, problem="reset"), "again", True),
     (Answer(0, problem="cannot connect", sent=False), "again", False),
 ]

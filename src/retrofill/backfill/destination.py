@@ -136,7 +136,8 @@ def judge(answer: Answer, events: int, now: float) -> Judgement:  # noqa: PLR091
         return Judgement("refused", status, refusal, problem=problem)
     if status == 413:
         return Judgement("large", status, refusal, problem=problem)
-    if status in {401, 403, 404, 405, 410, 414, 415}:
+    # A redirection is not followed: the body would be sent where nobody said, or not at all.
+    if 300 <= status < 400 or status in {401, 403, 404, 405, 410, 414, 415}:
         return Judgement("forbidden", status, refusal, pause, problem=problem)
     # 503 says "certainly not accepted"; of every other status nobody knows.
     return Judgement("again", status, refusal, pause, uncertain=status != 503, problem=problem)
