@@ -255,6 +255,8 @@ def test_what_a_server_would_rewrite_is_staged_rewritten(tmp_path: Path) -> None
     assert event["event_type"] == "[Experiment] Exposure"
     assert event["user_properties"] == {"$set": {"[Experiment] f": "on"}}
     assert event["plan"] == {}
+    staged = pq.read_table(next((tmp_path / "work" / "stage").glob("set-*.parquet")))
+    assert "$exposure" not in staged["event_type"].to_pylist()
 
 
 def test_csv_cells_are_typed_by_their_column_and_strays_stay_text(tmp_path: Path) -> None:

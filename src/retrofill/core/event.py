@@ -209,7 +209,7 @@ _split = msgspec.json.Decoder(list[Raw]).decode
 _encode = msgspec.json.Encoder().encode
 _pack = msgspec.msgpack.Encoder().encode
 
-EXPOSURE = "$exposure"
+EXPOSURE, EXPOSED = "$exposure", "[Experiment] Exposure"  # as sent; as stored
 RESERVED = frozenset(
     {
         "[Amplitude] Start Session",
@@ -623,7 +623,7 @@ def _expose(event: Event) -> None:
     """Turn `$exposure` into the event that it stands for."""
     found = mend.value(event.event_properties) if event.event_properties else None
     properties_, sent = mend.exposure(found, event.user_properties or {})
-    event.event_type = "[Experiment] Exposure"
+    event.event_type = EXPOSED
     event.event_properties = Raw(_encode(properties_))
     event.user_properties = sent or None
 
