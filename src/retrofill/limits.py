@@ -103,6 +103,7 @@ BLOCK_EVENTS_MAX = 2000  # a micro-batch closes at this many events
 QUEUE_BYTES_MAX = 256 * 1024 * 1024  # request bodies that wait for their commit; beyond it 503
 QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
+LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows

@@ -134,6 +134,8 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         person=engine.person,
         aliases=engine.aliases,
         pin=engine.pin,
+        late_since=engine.event_time.late_since,
+        settle=engine.event_time.settle_first,
     )
     reads = Reads(reader, deletions, limits=engine.limits, clock=clock)
 

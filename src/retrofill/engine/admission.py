@@ -9,7 +9,7 @@ its duplicates are known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -34,13 +34,18 @@ _NOT_COUNTED = frozenset({"$identify", "$groupidentify"})
 _NO_ROWS = frozenset({"/identify", "/groupidentify", "/usermap"})
 
 Ids = list[str | None]
+PropertyTime = Literal["arrival", "event"]
 
 
 class ProjectSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an operator sets for one project. limits: fields of `Limits` that differ from the profile."""
+    """What an operator sets for one project. limits: fields of `Limits` that differ from the profile.
+
+    property_time: in which order properties, identity and first events are folded; see `engine.event_time`.
+    """
 
     limits: dict[str, Any] = {}
     silenced_devices: list[str] = []
+    property_time: PropertyTime = "arrival"
 
 
 class Admission:

@@ -5,7 +5,8 @@ every page of every lake file, every key file. What is damaged there is told, an
 say nothing about the rest. Only a damaged key file does not stop it, for a start makes it again from the lake.
 
 Then the engine opens the directory as a server would, so blocks are sealed and the checkpoint is written, and the
-visible rows of each project are folded in order of position as at their first time (`core.refold`). Every row must be
+visible rows of each project are folded in order of position as at their first time, or in event time where its
+properties go by that (`core.refold`). Every row must be
 what the fold decides, each state what it ends in, each merge one that it made, and each row's keys must be held.
 Quotas and the figures of imports are counted from rows at each start and are stored nowhere.
 
@@ -31,7 +32,7 @@ from msgspec import Struct
 
 from retrofill.clock import Clock
 from retrofill.config import Settings
-from retrofill.core import person
+from retrofill.core import order, person
 from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.fold import Changes
 from retrofill.core.person import FORGOTTEN, Person
@@ -49,7 +50,7 @@ from retrofill.lake import Lake, parquet
 from retrofill.lake.arrow import JSON_COLUMNS, SCHEMA
 from retrofill.limits import CHECK_SHOWN_MAX, CHECK_TEXT_CHARS, REFOLD_ROWS
 
-_KINDS = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}, {int(Kind.ALIAS)}"
+_KINDS = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
 _MERGED = ("absorbed", "surviving", "event_time", "server_upload_time")
 _sorted_json = msgspec.json.Encoder(order="sorted").encode
 
@@ -207,6 +208,8 @@ async def _refold(
     try:
         await engine.start()
         await engine.seal()
+        for project in engine.all_projects():
+            await engine.event_time.settle(project.number)
         await engine.checkpoint()
         checkpoint = Checkpoint(settings.data / "checkpoint.sqlite")
         for project in engine.all_projects():
@@ -247,19 +250,30 @@ class _Project:
         erased, self._due = traces
         self._deleted = erased or self._due or self._is_pointed_at()
         # Ids for people whose own is taken by somebody else: a difference, and nobody will keep them.
-        self._refold = Refold(project, itertools.count(engine.state.fresh).__next__)
+        fresh = itertools.count(engine.state.fresh).__next__
+        self._by_time = engine.settings(project).property_time == "event"
+        self._refold = Refold(project, fresh, by_time=self._by_time)
         self._appeared: set[int] = set()
 
     def run(self) -> None:
         """Fold the project's rows and compare them, then the state that they end in."""
         columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
         with self._engine.lake.snapshot() as snapshot:
-            reader = snapshot.cursor.execute(
+            ask = snapshot.cursor.execute
+            self._aliases(
+                ask(
+                    "SELECT user_id, sent FROM lake.events "
+                    f'WHERE project = $1 AND kind = {int(Kind.ALIAS)} ORDER BY "block", "row"',
+                    [self._number],
+                ).to_arrow_reader(REFOLD_ROWS)
+            )
+            by = order.SQL if self._by_time else '"block", "row"'
+            reader = ask(
                 f"SELECT {columns} FROM lake.events "
-                f'WHERE project = $1 AND kind IN ({_KINDS}) ORDER BY "block", "row"',
+                f"WHERE project = $1 AND kind IN ({_KINDS}) ORDER BY {by}",
                 [self._number],
             ).to_arrow_reader(REFOLD_ROWS)
-            for rows in _whole_blocks(reader):
+            for rows in map(_table, reader) if self._by_time else _whole_blocks(reader):
                 self._rows(rows)
             merged = ", ".join(_MERGED)
             merges = snapshot.cursor.execute(
@@ -296,9 +310,7 @@ class _Project:
         if self._due:  # forgotten already, and their rows go with the next look of a server
             gone = pa.array(list(self._forgotten), pa.int64())
             rows = rows.filter(pc.invert(pc.is_in(rows["amplitude_id"], gone)))
-        alias = pc.equal(rows["kind"], pa.scalar(int(Kind.ALIAS), pa.uint8()))
-        self._aliases(rows.filter(alias))
-        rows = rows.filter(pc.invert(alias)).combine_chunks()
+        rows = rows.combine_chunks()
         if not rows.num_rows:
             return
         self._report.rows += rows.num_rows
@@ -354,8 +366,8 @@ class _Project:
                 here.add(device)
         yield rows.slice(begun)
 
-    def _aliases(self, rows: pa.Table) -> None:
-        for user, sent in zip(rows["user_id"].to_pylist(), rows["sent"].to_pylist(), strict=True):
+    def _aliases(self, reader: pa.RecordBatchReader) -> None:
+        for user, sent in (pair.values() for rows in reader for pair in rows.to_pylist()):
             said = msgspec.json.decode(sent or "{}")
             if said.get("unmap"):
                 self._refold.aliases.pop(user, None)
@@ -427,6 +439,10 @@ class _Project:
         self._report.compares(
             self._number, "group " + "/".join(key), {"properties": old}, {"properties": new}
         )
+
+
+def _table(rows: pa.RecordBatch) -> pa.Table:
+    return pa.Table.from_batches([rows])
 
 
 def _whole_blocks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:

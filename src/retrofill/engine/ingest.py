@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from retrofill.clock import Clock
 from retrofill.config import Project, Settings
@@ -38,6 +39,7 @@ from retrofill.core.throttle import Accepted, Silenced, Throttled
 from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
+from retrofill.engine.event_time import EventTime
 from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.moment import Moment
 from retrofill.engine.recover import batches_of, fill_devices, refold
@@ -59,6 +61,7 @@ from retrofill.limits import (
     CHECKPOINT_EVENTS,
     CLOCK_BACK_MS,
     DELETE_BLOCKS_STEP,
+    LATE_MARKS_MAX,
     MS_PER_S,
     SEAL_AGE_MS,
     SEAL_EVENTS,
@@ -142,6 +145,7 @@ class Engine:
         self._intents = Intents(directory.intents)
         self.rewriting = Rewriting(self, self._intents)
         self._undoing = Undoing(self.rewriting, self, clock)
+        self.event_time = EventTime(self.rewriting, self, self._may_change)
 
     @classmethod
     def open(
@@ -217,6 +221,7 @@ class Engine:
         self._admissions[project.number] = Admission(
             project.number, settings, profile=self._settings.limits, state=self.state
         )
+        self.state.project(project.number).by_time = settings.property_time == "event"
 
     def project(self, api_key: str) -> Project | None:
         """Return the project of an API key, which is a name and no secret; None if there is none."""
@@ -240,11 +245,20 @@ class Engine:
         admission.limits_of(settings)
         self.projects_store.set_settings(number, msgspec.json.encode(settings))
         admission.change(settings)
+        self.state.project(number).by_time = settings.property_time == "event"
+
+    async def change_settings(self, number: int, settings: ProjectSettings) -> None:
+        """As `set_settings`; another `property_time` holds when the project has been folded so. Raises StoreError too."""
+        before = self.settings(number).property_time
+        self.set_settings(number, replace(settings, property_time=before))
+        if settings.property_time != before:
+            await self.event_time.switch(number, settings.property_time)
 
     # Life.
 
     async def start(self) -> None:
         """End the changes of history that a crash cut off, then begin to commit and to work in the background."""
+        self.event_time.start()
         await self.rewriting.resume()
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
@@ -480,7 +494,11 @@ class Engine:
         figures.duplicates += block.kind.count(Kind.DROPPED) + block.kind.count(Kind.DISPLACED)
         figures.merges += len(block.merges)
         self._since_checkpoint += block.rows
-        if self._unsealed_events >= SEAL_EVENTS or self._since_checkpoint >= CHECKPOINT_EVENTS:
+        if (
+            self._unsealed_events >= SEAL_EVENTS
+            or self._since_checkpoint >= CHECKPOINT_EVENTS
+            or any(len(self.state.project(one).late) >= LATE_MARKS_MAX for one in folded.changes)
+        ):
             self._due.set()
 
     def _count_stored(self, block: Block, batches: list[Batch]) -> None:
@@ -503,6 +521,8 @@ class Engine:
             now_ms = self._clock.now_ms()
             if self._seal_is_due(now_ms):
                 await self.seal()
+                await self._settle(1)
+            await self._settle(LATE_MARKS_MAX)
             if self._since_checkpoint >= CHECKPOINT_EVENTS or (
                 self._since_checkpoint and now_ms - self._checkpoint_ms >= CHECKPOINT_AGE_MS
             ):
@@ -511,6 +531,12 @@ class Engine:
             self._due.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._due.wait(), BACKGROUND_S)
+
+    async def _settle(self, marks: int) -> None:
+        """Fold again what late events have marked, in projects with at least so many marks."""
+        for number in self._admissions:
+            if len(self.state.project(number).late) >= marks and not self._closing:
+                await self.event_time.settle(number)
 
     def _seal_is_due(self, now_ms: int) -> bool:
         return bool(self.unsealed) and (
@@ -600,12 +626,16 @@ class Engine:
 
         Commits wait while what has arrived since the last seal is sealed: a part of a second.
         """
-        async with self.rewriting.alone():
-            await self.seal()
-            async with self.committing:
+        while True:
+            await self.event_time.settle(project)
+            async with self.rewriting.alone():
                 await self.seal()
-                meta, unsaved = self.state.moment(project)
-                return await asyncio.to_thread(self._moment, project, meta, unsaved)
+                async with self.committing:
+                    if self.event_time.late_since(project):
+                        continue
+                    await self.seal()
+                    meta, unsaved = self.state.moment(project)
+                    return await asyncio.to_thread(self._moment, project, meta, unsaved)
 
     def _moment(self, project: int, meta: Meta, unsaved: Changed) -> Moment:
         with contextlib.ExitStack() as held:

@@ -97,6 +97,8 @@ class Reader:
 
     last_block: number of the last acknowledged block. person: a person's state, None if unknown.
     aliases: user_id → global_user_id of a project. pin: keeps every block after a number while it is open.
+    late_since: the first block of a project with late events that were not folded in event time yet, 0 if there is
+    none. settle: folds them, and waits.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class Reader:
         person: Callable[[int, int], Person | None],
         aliases: Callable[[int], dict[str, str]],
         pin: Callable[[int], AbstractContextManager[None]],
+        late_since: Callable[[int], int] = lambda _: 0,
+        settle: Callable[[int], None] = lambda _: None,
     ) -> None:
         # Arrow's own pool keeps what was freed: an export would leave the process 100 MB larger.
         pa.set_memory_pool(pa.system_memory_pool())
@@ -116,23 +120,40 @@ class Reader:
         self._last_block = last_block
         self._pin = pin
         self._pin_lock = threading.Lock()
-        self.person = person
+        self._person = person
+        self._late_since, self._settle = late_since, settle
         self.aliases = aliases
 
     @contextlib.contextmanager
     def view(self, project: int) -> Iterator[View]:
         """Pin what is there now. Everything acknowledged before the call is in the view."""
-        with ExitStack() as stack:
-            last = self._last_block()
-            early = stack.enter_context(contextlib.ExitStack())
-            early.enter_context(self._pinned(0))
-            snapshot = stack.enter_context(self._lake.snapshot())
-            stack.enter_context(self._pinned(snapshot.sealed))
-            early.close()
-            self._unsealed.forget(snapshot.sealed)
-            view = View(self, project, snapshot, last, self._unsealed)
-            stack.callback(view.close)
-            yield view
+        last = self._last_block()
+        while True:
+            with ExitStack() as stack:
+                early = stack.enter_context(contextlib.ExitStack())
+                early.enter_context(self._pinned(0))
+                snapshot = stack.enter_context(self._lake.snapshot())
+                stack.enter_context(self._pinned(snapshot.sealed))
+                early.close()
+                if not self._is_late(project, max(last, snapshot.sealed)):
+                    self._unsealed.forget(snapshot.sealed)
+                    view = View(self, project, snapshot, last, self._unsealed)
+                    stack.callback(view.close)
+                    yield view
+                    return
+            self._settle(project)
+
+    def person(self, project: int, amplitude_id: int) -> Person | None:
+        """Return a person's state as of the last acknowledged block, None if unknown."""
+        while True:
+            found = self._person(project, amplitude_id)
+            if not self._late_since(project):
+                return found
+            self._settle(project)
+
+    def _is_late(self, project: int, last: int) -> bool:
+        """Say whether blocks up to one hold late events that would show."""
+        return 0 < self._late_since(project) <= last
 
     def at(self, project: int, snapshot: Snapshot) -> View:
         """Return a view of what one snapshot holds, which somebody else has pinned. Close it."""

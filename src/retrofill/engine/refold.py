@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
+from retrofill.core import order
 from retrofill.core.block import SAYABLE, Flag, Kind
 from retrofill.core.fold import Changes, Group
 from retrofill.core.person import Person
@@ -49,18 +50,23 @@ class Which(Struct, frozen=True):
 
 
 class Seed(Struct, frozen=True):
-    """Where a closure starts: an import's rows, hidden ones too; people; or the whole project."""
+    """Where a closure starts: an import's rows, hidden ones too; people; who shows a group; or the whole project."""
 
     rows: Which | None = None
     people: list[int] = []
+    groups: list[Group] = []
     whole: bool = False
 
 
 class Rule(Struct, frozen=True):
-    """What the fold does otherwise than on arrival. hide, show: rows that become hidden ones, or visible again."""
+    """What the fold does otherwise than on arrival. hide, show: rows that become hidden ones, or visible again.
+
+    by_time: rows are folded in event time, see `core.order`.
+    """
 
     hide: Which | None = None
     show: Which | None = None
+    by_time: bool = False
 
 
 class Closure(Struct):
@@ -119,16 +125,29 @@ def refold(
         for name, rows in (("ids", ids), ("devices", devices), ("users", users)):
             snapshot.cursor.register(f"closure_{name}", rows)
         columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
-        reader = ask(
-            f"SELECT {columns} FROM lake.events WHERE project = $1 AND ("
+        chosen = (
+            "FROM lake.events WHERE project = $1 AND ("
             f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
             f"OR kind = {int(Kind.GROUP_IDENTIFY)} "
             f"OR (kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
             "OR user_id IN (SELECT id FROM closure_users))) "
             f"OR (kind = {int(Kind.UNDONE)} AND {_MINE})) "
-            'ORDER BY "block", "row"',
-            [project, *_bounds(rule.hide or rule.show)],
-        ).to_arrow_reader(REFOLD_ROWS)
+        )
+        values = [project, *_bounds(rule.hide or rule.show)]
+        if rule.by_time and fold.contested:
+            contested = pa.table({"id": pa.array(sorted({one for _, one in fold.contested}))})
+            snapshot.cursor.register("contested", contested)
+            fold.judge(
+                ask(
+                    f"SELECT {columns} {chosen} AND insert_id IN (SELECT id FROM contested) "
+                    'ORDER BY "block", "row"',
+                    values,
+                ).to_arrow_table()
+            )
+        by = order.SQL if rule.by_time else '"block", "row"'
+        reader = ask(f"SELECT {columns} {chosen} ORDER BY {by}", values).to_arrow_reader(
+            REFOLD_ROWS
+        )
         for batch in reader:
             fold.add(pa.Table.from_batches([batch]))
         return fold.end()
@@ -144,7 +163,7 @@ def _bounds(which: Which | None) -> tuple[str, int, int]:
 def closure_of(ask: Callable[..., Any], project: int, seed: Seed, rule: Rule) -> Closure | None:
     """Return everyone whom a change touches; None if nobody. ask: of a snapshot that every block is in."""
     waiting: list[tuple[str, Any]] = [("person", one) for one in seed.people]
-    closure = Closure()
+    closure = Closure(groups=set(seed.groups))
     if seed.rows:
         rows = ask(
             "SELECT DISTINCT amplitude_id, device_id, user_id, kind, "
@@ -154,7 +173,7 @@ def closure_of(ask: Callable[..., Any], project: int, seed: Seed, rule: Rule) ->
         ).fetchall()
         closure.groups |= {group for *_, sent in rows if sent for group in _groups(sent)}
         waiting += [node for row in rows for node in _nodes(*row[:3])]
-        waiting += [("person", one) for one in _showing(ask, project, closure.groups)]
+    waiting += [("person", one) for one in _showing(ask, project, closure.groups)]
     links = ask(
         "SELECT DISTINCT amplitude_id, device_id, user_id FROM lake.events "
         f"WHERE project = $1 AND (kind IN ({_SEEN}) OR (kind = {int(Kind.UNDONE)} AND {_MINE}))",
@@ -162,7 +181,7 @@ def closure_of(ask: Callable[..., Any], project: int, seed: Seed, rule: Rule) ->
     ).fetchall()
     if seed.whole:
         waiting += [node for row in links for node in _nodes(*row)]
-    if not waiting:
+    if not waiting and not closure.groups:
         return None
     near = _near(ask, project, links)
     found = set(waiting)
@@ -265,9 +284,12 @@ class _Fold:
         self._rule = rule
         self._limits = limits
         self._again = again
-        self._refold = Refold(project, new_id)
+        self._refold = Refold(project, new_id, by_time=rule.by_time)
         self.contested: set[tuple[str | None, str]] = set()
         self._held: dict[tuple[Any, ...], int] = {}  # key → server time of the row that holds it
+        self._judged: set[tuple[int, int]] | None = (
+            None  # (block, row) of repeats, if decided before
+        )
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
         self._made = Refolded(
@@ -275,14 +297,25 @@ class _Fold:
         )
         self._places: list[pa.Table] = []
 
-    def add(self, rows: pa.Table) -> None:
-        """Fold the next rows."""
-        kinds = rows["kind"].to_numpy()
+    def judge(self, rows: pa.Table) -> None:
+        """Decide which of these, in order of position, repeat an earlier one: that goes by arrival in any fold."""
+        good = self._not_repeated(rows, self._mine(rows)[1])
+        repeated = rows.filter(pa.array(~good))
+        places = zip(repeated["block"].to_pylist(), repeated["row"].to_pylist(), strict=True)
+        self._judged = set(places)
+
+    def _mine(self, rows: pa.Table) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Say which rows are the change's own, and which may be seen after it."""
         block = rows["block"].to_numpy()
         name, after, until = _bounds(self._rule.hide or self._rule.show)
         own = pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False)
         mine = own.to_numpy(zero_copy_only=False) & (block > after) & (block <= until)
-        candidate = ~mine if self._rule.hide else np.ones(len(mine), bool)
+        return mine, ~mine if self._rule.hide else np.ones(len(mine), bool)
+
+    def add(self, rows: pa.Table) -> None:
+        """Fold the next rows."""
+        kinds = rows["kind"].to_numpy()
+        mine, candidate = self._mine(rows)
         seen = candidate & self._not_repeated(rows, candidate)
         people = rows["amplitude_id"].to_numpy()
         group = (kinds == Kind.GROUP_IDENTIFY) | (
@@ -320,6 +353,9 @@ class _Fold:
         good = np.ones(rows.num_rows, bool)
         if not self.contested:
             return good
+        if self._judged is not None:
+            places = zip(rows["block"].to_pylist(), rows["row"].to_pylist(), strict=True)
+            return np.array([place not in self._judged for place in places], bool)
         window_ms = self._limits.dedupe_window_ms
         devices, inserts = rows["device_id"].to_pylist(), rows["insert_id"].to_pylist()
         imports, times = rows["import_id"].to_pylist(), rows["server_upload_time"].to_pylist()
@@ -371,9 +407,10 @@ class _Fold:
         rows = pa.concat_tables(self._waiting)
         self._waiting, self._waiting_rows = [], 0
         block = rows["block"].to_numpy()
-        order = np.lexsort([block, rows["amplitude_id"].to_numpy()])  # of a block in order already
+        row = rows["row"].to_numpy()
+        places = np.lexsort([row, block, rows["amplitude_id"].to_numpy()])
         file = self._lake.new_file(int(block.min()), int(block.max()))
-        parquet.write(file, _as_file(rows.take(pa.array(order))), Files())
+        parquet.write(file, _as_file(rows.take(pa.array(places))), Files())
         self._made.files.append(file)
 
     def end(self) -> Refolded:

@@ -22,7 +22,7 @@ told twice of one intent, after a crash. Then, holding `alone` (looking and deci
 Seed and Rule are data, stored with the intent: whatever the fold needs must be in them, nothing may be looked up
 anew after a crash. A fold that shall differ in another way (an order other than that of arrival, merges that are
 barred) gets a field in `Rule` and a place in `refold`. What shall hold for every later fold of the project as well must
-be put into the rule of every intent: that is for `Rewriting.rule` to add.
+be put into the rule of every intent: that is for `Rewriting.told` to add.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from retrofill.engine.duplicates import Duplicates
 from retrofill.engine.refold import Refolded, Rule, Seed, refold
@@ -121,9 +122,20 @@ class Rewriting:
         async with self._one:
             yield
 
-    def rule(self, intent: Intent) -> Rule:
-        """Return the rule of an intent with whatever holds for every fold of its project."""
-        return intent.rule
+    def told(self, intent: Intent) -> tuple[Seed, Rule]:
+        """Return seed and rule of an intent with whatever holds for every fold of its project.
+
+        Where properties go by event time every fold does, and takes those with it whom late events have marked: the
+        state says who they are, after a crash too.
+        """
+        state, seed, rule = self._host.state.project(intent.project), intent.seed, intent.rule
+        if state.by_time:
+            people = [one for one in state.late if isinstance(one, int)]
+            groups = [one[1:] for one in state.late if not isinstance(one, int)]
+            seed = replace(seed, people=seed.people + people, groups=seed.groups + groups)
+            if intent.kind != "property_time":
+                rule = replace(rule, by_time=True)
+        return seed, rule
 
     async def run(self, intent: Intent, *, begun: Callable[[], None] = lambda: None) -> None:
         """Do what an intent says, whole; the caller is `alone`.
@@ -148,12 +160,13 @@ class Rewriting:
         try:
             async with host.committing:
                 await host.seal()
+                seed, rule = self.told(intent)
                 made = await asyncio.to_thread(
                     refold,
                     host.lake,
                     intent.project,
-                    intent.seed,
-                    self.rule(intent),
+                    seed,
+                    rule,
                     limits=host.limits(intent.project),
                     new_id=host.state.draw,
                     again=again,
@@ -161,6 +174,7 @@ class Rewriting:
                 if made is not None:
                     async with host.saving:
                         await asyncio.to_thread(self._adopt, intent.project, made)
+                host.state.in_time(intent.project)
                 block = host.state.block
                 await host.checkpoint()
                 await self.kinds[intent.kind](intent, block)

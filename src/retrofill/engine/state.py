@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from retrofill.core.event import Batch
 from retrofill.core.fold import Changes, Folded, Group, Known
+from retrofill.core.order import CHANGED, FIRST, SHOWN, Key, Place
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.limits import IDS_IN_MEMORY, MS_PER_S, PEOPLE_IN_MEMORY
@@ -101,7 +102,11 @@ class Shelf(Generic[K, V]):
 
 
 class ProjectState:
-    """The people of one project."""
+    """The people of one project.
+
+    by_time: whether its properties go by event time; then `late` is whom late events have marked, each with the block
+    that did, and `late_since` the first of these blocks, 0 if there is none: see `core.order`.
+    """
 
     def __init__(self, project: int, checkpoint: Checkpoint) -> None:
         self.devices: Shelf[str, int] = Shelf(
@@ -118,6 +123,13 @@ class ProjectState:
         )
         self.aliases: dict[str, str] = checkpoint.aliases(project)
         self._aliases_changed: dict[str, str] = {}
+        self.by_time = False
+        self.last: Shelf[Place, Key] = Shelf(
+            lambda places: checkpoint.last(project, places), absent=FIRST, bound=PEOPLE_IN_MEMORY
+        )
+        self.late: dict[Place, int] = checkpoint.late(project)
+        self.late_since = min(self.late.values(), default=0)
+        self._late_changed = False
 
     def known(self, batches: Iterable[Batch]) -> Known:
         """Bring everything that these batches name into memory, complete for the fold."""
@@ -151,7 +163,12 @@ class ProjectState:
                     for value in values
                 )
         self.groups.want(groups)
-        return Known(device_of, user_of, people, self.groups.young)
+        if not self.by_time:
+            return Known(device_of, user_of, people, self.groups.young)
+        self.last.want(named)
+        self.last.want(one for one in survivors if one > 0)
+        self.last.want((what, *group) for group in groups for what in (SHOWN, CHANGED))
+        return Known(device_of, user_of, people, self.groups.young, self.last.young)
 
     def rest(self) -> None:
         """Keep what is clean within its bounds."""
@@ -159,6 +176,7 @@ class ProjectState:
         self.users.rest()
         self.people.rest()
         self.groups.rest()
+        self.last.rest()
 
     def owners(self, devices: Iterable[str], users: Iterable[str]) -> set[int]:
         """Return the people whom these ids name."""
@@ -168,8 +186,16 @@ class ProjectState:
             found.update(shelf.young[one] for one in ids)
         return found - {0}
 
-    def apply(self, changes: Changes) -> None:
+    def apply(self, changes: Changes, *, block: int) -> None:
         """Take what a block changed, after it is on disk."""
+        if (
+            changes.late
+        ):  # before the values: who reads one after the other finds that they are marked
+            marks = dict.fromkeys(changes.late - self.late.keys(), block)
+            self.late.update(marks)
+            self.late_since = self.late_since or block
+            self._late_changed = True
+        self.last.lay(changes.last)
         self.devices.lay(changes.devices)
         self.users.lay(changes.users)
         self.people.lay(changes.people)
@@ -190,7 +216,18 @@ class ProjectState:
             self.people.capture(),
             self.groups.capture(),
             aliases,
+            self.last.capture(),
+            self._captured_late(),
         )
+
+    def _captured_late(self) -> dict[Place, int] | None:
+        changed, self._late_changed = self._late_changed, False
+        return dict(self.late) if changed else None
+
+    def in_time(self) -> None:
+        """Nobody is marked any more."""
+        self._late_changed |= bool(self.late)
+        self.late, self.late_since = {}, 0
 
     def unsaved(self) -> Changed:
         """Return what the checkpoint may not have yet, and every alias; it stays as it is now."""
@@ -204,7 +241,7 @@ class ProjectState:
 
     def saved(self) -> None:
         """What was captured is in the checkpoint."""
-        for shelf in (self.devices, self.users, self.people, self.groups):
+        for shelf in (self.devices, self.users, self.people, self.groups, self.last):
             shelf.saved()
 
 
@@ -245,7 +282,7 @@ class State:
     def apply(self, folded: Folded) -> None:
         """Take what a block changed, after it is on disk."""
         for number, changes in folded.changes.items():
-            self.project(number).apply(changes)
+            self.project(number).apply(changes, block=folded.block.number)
         block = folded.block
         self.block = block.number
         self.server_upload_ms = block.server_upload_ms
@@ -287,9 +324,23 @@ class State:
         project = self.project(number)
         were = project.owners(changes.devices, changes.users) - changes.people.keys()
         people = changes.people | {one: Person(one, merged_into=FORGOTTEN) for one in were}
-        project.apply(Changes(changes.devices, changes.users, people, changes.groups, {}))
+        # Of a group, rows of people who are not folded again may be the last to show it.
+        last = {
+            place: key if isinstance(place, int) else max(key, project.last.get(place) or FIRST)
+            for place, key in changes.last.items()
+        }
+        project.apply(
+            Changes(changes.devices, changes.users, people, changes.groups, {}, last),
+            block=self.block,
+        )
         self.fresh = max(self.fresh, max(changes.people, default=0) + 1)
         self._touched = True
+
+    def in_time(self, number: int) -> None:
+        """Note that every row of a project is as it must be: nobody is marked any more."""
+        project = self.project(number)
+        self._touched |= bool(project.late)
+        project.in_time()
 
     @property
     def saved_all(self) -> bool:

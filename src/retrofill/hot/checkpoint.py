@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from retrofill.core import person
+from retrofill.core.order import Key, Place
 from retrofill.core.person import Person
 from retrofill.hot.sqlite import store_error
 
@@ -29,6 +30,8 @@ CREATE TABLE IF NOT EXISTS users (project INTEGER, id TEXT, amplitude_id INTEGER
 CREATE TABLE IF NOT EXISTS people (amplitude_id INTEGER PRIMARY KEY, project INTEGER NOT NULL, person BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS groups (project INTEGER, type TEXT, value TEXT, properties BLOB, PRIMARY KEY (project, type, value)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS aliases (project INTEGER, user_id TEXT, global_user_id TEXT, PRIMARY KEY (project, user_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS last (project INTEGER, place TEXT, event_time INTEGER, event_id INTEGER, insert_id TEXT, PRIMARY KEY (project, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS late (project INTEGER, place TEXT, block INTEGER, PRIMARY KEY (project, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS block_times (block INTEGER PRIMARY KEY, server_upload_ms INTEGER NOT NULL);
 """
 
@@ -45,13 +48,26 @@ class Meta(Struct, frozen=True):
 
 
 class Changed(Struct):
-    """New values of one project since the last checkpoint, by key. An alias of "" is taken back."""
+    """New values of one project since the last checkpoint, by key. An alias of "" is taken back.
+
+    last: keys in event time. late: everything that a late event has marked, with the block, None if that is as it was.
+    """
 
     devices: dict[str, int]
     users: dict[str, int]
     people: dict[int, Person]
     groups: dict[tuple[str, str], dict[str, Any]]
     aliases: dict[str, str]
+    last: dict[Place, Key] = {}
+    late: dict[Place, int] | None = None
+
+
+_place = msgspec.json.Decoder(Place).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def _text(place: Place) -> str:
+    return _encode(place).decode()
 
 
 class Checkpoint:
@@ -129,6 +145,26 @@ class Checkpoint:
             )
         )
 
+    def last(self, project: int, places: Iterable[Place]) -> dict[Place, Key]:
+        """Return the keys kept with these people and groups."""
+        return {
+            _place(place): tuple(key)
+            for place, *key in self._reader.execute(
+                "SELECT place, event_time, event_id, insert_id FROM json_each(?) "
+                "CROSS JOIN last ON project = ? AND place = value",
+                (json.dumps([_text(place) for place in places]), project),
+            )
+        }
+
+    def late(self, project: int) -> dict[Place, int]:
+        """Return the people and groups that a late event has marked, each with the block that did."""
+        return {
+            _place(place): block
+            for place, block in self._reader.execute(
+                "SELECT place, block FROM late WHERE project = ?", (project,)
+            )
+        }
+
     def every_id(self, table: str, project: int) -> Iterator[tuple[str, int]]:
         """Yield every (id, amplitude_id) of a project. table: `devices` or `users`."""
         assert table in ("devices", "users")
@@ -198,6 +234,16 @@ class Checkpoint:
                     "DELETE FROM aliases WHERE project = ? AND user_id = ?",
                     ((project, user) for user, to in new.aliases.items() if not to),
                 )
+                write.executemany(
+                    "INSERT OR REPLACE INTO last VALUES (?, ?, ?, ?, ?)",
+                    ((project, _text(place), *key) for place, key in new.last.items()),
+                )
+                if new.late is not None:
+                    write.execute("DELETE FROM late WHERE project = ?", (project,))
+                    write.executemany(
+                        "INSERT INTO late VALUES (?, ?, ?)",
+                        ((project, _text(place), block) for place, block in new.late.items()),
+                    )
             write.executemany("INSERT OR REPLACE INTO block_times VALUES (?, ?)", block_times)
             write.execute("DELETE FROM block_times WHERE server_upload_ms < ?", (times_after_ms,))
             write.execute(

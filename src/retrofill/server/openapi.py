@@ -372,6 +372,7 @@ _DELETIONS: Json = {
 _SETTINGS = _object(
     limits={"type": "object", "description": "those that differ: docs/limits.md names them all"},
     silenced_devices=_list(_TEXT),
+    property_time={"type": "string", "enum": ["arrival", "event"]},
 )
 _SHOWN = _json(
     _object(

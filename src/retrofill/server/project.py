@@ -1,7 +1,7 @@
-"""What an operator sets for a project while it is served: its limits and its silenced devices.
+"""What an operator sets for a project while it is served: its limits, silenced devices, and the time its properties go by.
 
-GET /api/1/project shows them; PUT replaces them whole, and they hold from the next request on. Both need the keys of
-the project, as every read does. Not Amplitude's: there these are contracts and support requests.
+GET /api/1/project shows them; PUT replaces them whole, and they hold from the next request on; another `property_time`
+when the whole project has been folded so, which the answer waits for. Both need the keys of the project, as every read does. Not Amplitude's: there these are contracts and support requests.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def routes(engine: Engine) -> list[Route]:
         except msgspec.DecodeError as problem:
             raise InputError(
                 f"The body is no settings of a project: {problem}",
-                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID]}',
+                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID], "property_time": TIME}',
             ) from problem
-        engine.set_settings(project.number, settings)
+        await engine.change_settings(project.number, settings)
         return shown(project.number, project.name)
 
     return [

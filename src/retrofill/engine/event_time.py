@@ -1,0 +1,99 @@
+"""Properties by event time: late events are folded again before anybody reads, and the setting is switched.
+
+On arrival an event is folded over what is known then, and if it came too late for that, the fold marks whom it touched
+(`core.order`, `ProjectState.late`). Its row is durable and answered like any other. The closure of all marks is folded
+again in event time by `rewriting`: before a reader of the project is given anything, after each seal, and when many
+are marked. So readers see what a fold of everything in event time ends in, and never what a late event did on arrival.
+
+A change of history in such a project always takes the marks with it: when it ends, nobody is marked.
+
+The switch folds the whole project the other way. The setting follows when rows, state and checkpoint have: until then
+the project is what it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from retrofill.engine.admission import ProjectSettings, PropertyTime
+from retrofill.engine.refold import Rule, Seed
+from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.engine.state import State
+from retrofill.errors import StoreError
+
+
+class Host(Protocol):
+    """What is needed of the engine."""
+
+    state: State
+
+    def settings(self, number: int) -> ProjectSettings:
+        """Return what the operator set for a project."""
+
+    def set_settings(self, number: int, settings: ProjectSettings) -> None:
+        """Store what the operator sets for a project."""
+
+
+class EventTime:
+    """Projects whose properties go by event time. Belongs to the loop; what readers ask may be asked in any thread."""
+
+    def __init__(self, rewriting: Rewriting, host: Host, may_change: Callable[[], None]) -> None:
+        self._rewriting = rewriting
+        self._host = host
+        self._may_change = may_change
+        self._loop: asyncio.AbstractEventLoop | None = None
+        rewriting.kinds["late"] = self._settled
+        rewriting.kinds["property_time"] = self._switched
+
+    def start(self) -> None:
+        """Remember the loop, for readers in other threads."""
+        self._loop = asyncio.get_running_loop()
+
+    async def settle(self, project: int) -> None:
+        """Fold again whom late events have marked so far. Raises StoreError: then the next start ends it."""
+        if self.late_since(project):
+            self._may_change()
+            await self._rewriting.whole(self._settle(project))
+
+    async def switch(self, project: int, to: PropertyTime) -> None:
+        """Fold a project in the other order; it is done when this returns. Again it changes nothing.
+
+        Raises StoreError: it was never begun, or the next start ends it.
+        """
+        self._may_change()
+        await self._rewriting.whole(self._switch(project, to))
+
+    def late_since(self, project: int) -> int:
+        """Return the first block whose late events are not folded again yet, 0 if there is none."""
+        return self._host.state.project(project).late_since
+
+    def settle_first(self, project: int) -> None:
+        """As `settle`, for a reader's thread, which waits. Raises StoreError."""
+        loop = self._loop
+        if loop is None or not loop.is_running():
+            raise StoreError("The server is not running", mend="Ask again when it is")
+        asyncio.run_coroutine_threadsafe(self.settle(project), loop).result()
+
+    async def _settle(self, project: int) -> None:
+        async with self._rewriting.alone():
+            if self.late_since(project):
+                await self._rewriting.run(Intent(project, "late", "", Seed(), Rule()))
+
+    async def _settled(self, _intent: Intent, _block: int) -> None:
+        """Nothing is left to do: the state says by itself that nobody is marked."""
+
+    async def _switch(self, project: int, to: PropertyTime) -> None:
+        async with self._rewriting.alone():
+            if self._host.settings(project).property_time != to:
+                rule = Rule(by_time=to == "event")
+                intent = Intent(project, "property_time", to, Seed(whole=True), rule)
+                await self._rewriting.run(intent)
+
+    async def _switched(self, intent: Intent, _block: int) -> None:
+        to: PropertyTime = "event" if intent.argument == "event" else "arrival"
+        settings = replace(self._host.settings(intent.project), property_time=to)
+        self._host.set_settings(intent.project, settings)
