@@ -66,7 +66,7 @@ def test_limits_and_silenced_devices_hold_at_once_and_after_a_restart(tmp_path: 
         assert (status, said["error"]) == (400, "Events silenced for device_id")
         assert said["silenced_devices"] == ["device-2"]
     with Live(tmp_path) as live:
-        assert call(live, "GET", "/api/1/project")[1]["settings"] == settings
+        assert call(live, "GET", "/api/1/project")[1]["settings"] == shown
         assert send(live, 3)[0] == 429
         assert call(live, "PUT", "/api/1/project", {})[0] == 200
         assert send(live, 3, "device-2")[0] == 200
