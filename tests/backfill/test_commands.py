@@ -133,6 +133,24 @@ def test_a_run_that_leaves_only_dead_letters_is_complete(tmp_path: Path) -> None
     assert objects(call("status", "--work", str(tmp_path / "w"), "--json"))[0]["dead"] == 1
     assert [json.loads(text) for text in path.read_text().splitlines()] == [letter]
 
+    # Where the source is gone meanwhile the event stands for the row, and the run is as complete.
+    (tmp_path / "two").mkdir()
+    given = source(tmp_path / "two", 50)
+    to = Misbehaving(poison=frozenset({"i-3-2"}), lists="none")
+    honest = to.handle
+
+    def handle(body: bytes, at: float) -> Any:
+        for name in (given[0], given[2]):
+            Path(name).unlink(missing_ok=True)
+        return honest(body, at)
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    with listening(to) as url:
+        line = ["run", *given, "--to", url, "--work", str(tmp_path / "w2"), *KEYS]
+        assert call(*line, "--profile", "retrofill", "--yes").exit_code == 0
+    (letter,) = map(json.loads, (tmp_path / "w2" / path.name).read_text().splitlines())
+    assert json.loads(letter["row"])["insert_id"] == "i-3-2"
+
 
 def test_limits_of_a_destination_that_does_not_answer_are_those_of_the_run_so_far(
     tmp_path: Path,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from retrofill.errors import InputError, SendError
+from retrofill.errors import Error, InputError, SendError
 
 if TYPE_CHECKING:
     from retrofill.backfill.keys import Keys
@@ -186,8 +186,8 @@ def _show_rows(work: Path, sources: list[str], mapping: str | None) -> None:
     """Let the dead letters of sending show the rows of the source, where these can be read once more."""
     from retrofill.backfill import mapping_file, original
 
-    told = mapping_file.load(mapping or fitting(sources, None, None))
-    with contextlib.suppress(InputError):  # then they show the events
+    with contextlib.suppress(Error, OSError, ValueError):  # then they show the events
+        told = mapping_file.load(mapping or fitting(sources, None, None))
         original.sent(work, sources, told.delimiter, told.format)
 
 
