@@ -399,7 +399,7 @@ def tell_plan(
         ),
         (
             f"{made.requests:,} requests, profile {made.profile}; about"
-            f" {sentence(made.duration_s)} ({made.because}), at least {sentence(made.least_s)}"
+            f" {sentence(made.duration_s)} ({made.because}); the limits alone take {sentence(made.least_s)}"
         ),
         "user properties: live values stay as they are, $skip_user_properties_sync is set"
         if made.skip_user_properties_sync
