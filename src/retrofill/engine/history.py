@@ -46,7 +46,7 @@ BRIEF = (
 WHOLE = (
     *BRIEF,
     *("flags", "client_event_time", "client_upload_time", "server_received_time", "event_id"),
-    *("sent", "sent_groups", "path", "said", "updates_max"),
+    *("session_id", "event_properties", "sent", "sent_groups", "path", "said", "updates_max"),
     *COLUMNS,
 )
 

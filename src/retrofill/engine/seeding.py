@@ -29,7 +29,7 @@ from retrofill.lake.files import Files
 from retrofill.limits import Limits
 
 PROJECT = 1
-_CONSTANT = {"project": PROJECT, "partition": 0, "event_properties": "{}", "user_properties": "{}"}
+_CONSTANT = {"project": PROJECT, "partition": 0, "user_properties": "{}"}
 _ORDER = [(name, "ascending") for name in ("amplitude_id", "block", "row")]
 
 
@@ -127,6 +127,8 @@ def complete(table: pa.Table) -> pa.Table:
             columns.append(pa.repeat(pa.scalar(_CONSTANT[field.name], field.type), count))
         elif field.name in table.column_names:
             columns.append(table[field.name])
+        elif field.name == "event_properties":
+            columns.append(pa.repeat(pa.scalar("{}"), count))
         elif field.name in ("flags", "said", "updates_max"):
             columns.append(pa.array(np.zeros(count, np.int32)).cast(field.type))
         else:

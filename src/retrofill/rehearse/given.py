@@ -25,6 +25,7 @@ from msgspec import Struct
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.profile import Target, names_retrofill
 from retrofill.core.fold import Group
+from retrofill.core.order import CHANGED, SHOWN, Place
 from retrofill.core.person import Person
 from retrofill.engine import history
 from retrofill.engine.admission import ProjectSettings
@@ -92,9 +93,17 @@ class Given(Struct):
                 dict(self.people),
                 dict(self.groups),
                 dict(self.aliases),
+                late=self._late(),
             ),
             [self._merge_row(one) for one in self.merges],
         )
+
+    def _late(self) -> dict[Place, int] | None:
+        """Mark everybody, where properties go by event time: all of it is folded again in the end, whatever comes."""
+        if self.property_time == "arrival":
+            return None
+        groups = [(word, *group) for group in self.groups for word in (SHOWN, CHANGED)]
+        return dict.fromkeys([*self.people, *groups], 1)
 
     @staticmethod
     def _merge_row(one: history.Merged) -> MergeRow:
