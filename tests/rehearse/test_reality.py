@@ -303,7 +303,7 @@ def searched(examples: int) -> Callable[[Callable[..., None]], Callable[..., Non
     return decorate
 
 
-@searched(5)
+@searched(3)
 def test_of_random_histories(many: Many, seed: int, skip: str, time: str) -> None:
     check(many, seed, skip, time)
 
