@@ -213,3 +213,33 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
         who = matches[0]["amplitude_id"]
         activity = json.loads(call(live, OLD, f"/api/2/useractivity?user={who}&limit=1"))
         assert activity["userData"]["properties"] == {"n": 2499}
+
+
+def test_a_project_that_goes_by_event_time_takes_old_values_as_old_ones(tmp_path: Path) -> None:
+    rows_ = [{"user": "user-1", "at": START_MS + 1000 * n, "p": {"plan": f"{n}"}} for n in range(3)]
+    (tmp_path / "s.ndjson").write_text("\n".join(map(json.dumps, rows_)))
+    (tmp_path / "m.yaml").write_text(
+        "event: {user_id: user, event_type: \"'Open'\", time: at, user_properties: p}"
+    )
+    line = ["run", str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml"), "--yes"]
+    keys = ["--api-key", OLD[0], "--secret-key", OLD[1], "--work", str(tmp_path / "work")]
+    since = datetime.now(UTC)
+    with Live(tmp_path) as live:
+        put(live, OLD, "/api/1/project", b'{"property_time": "event"}')
+        assert choose(target(live.address), None, *OLD).by_event_time
+        live_event = history(1)[0] | {"user_id": "user-1", "user_properties": {"plan": "gold"}}
+        send(live, OLD, [live_event | {"time": START_MS + 10**9}])
+        found = CliRunner().invoke(app, [*line, "--to", live.address, *keys])
+        assert found.exit_code == 0, found.output
+        assert "by event time: no newer value changes" in found.output
+        read = CliRunner().invoke(app, ["verify", *keys])
+        assert read.exit_code == 0, read.output
+        shown = {
+            row["client_event_time"]: row["user_properties"]["plan"]
+            for row in rows(export(live, OLD, since))
+        }
+        assert [shown[time] for time in sorted(shown)] == ["0", "1", "2", "gold"]
+        matches = json.loads(call(live, OLD, "/api/2/usersearch?user=user-1"))["matches"]
+        who = matches[0]["amplitude_id"]
+        activity = json.loads(call(live, OLD, f"/api/2/useractivity?user={who}&limit=1"))
+        assert activity["userData"]["properties"] == {"plan": "gold"}

@@ -238,7 +238,12 @@ def _warnings(
             f"{late[0].kind} {late[0].id} takes {late[0].days} days"
         )
     if not found.options.skip_user_properties_sync:
-        yield "Property values of these events will change the user profiles of the destination"
+        yield (
+            "The destination goes by event time: property values of these events hold from their own time on, and "
+            "rows of before show them"
+            if profile.by_event_time
+            else "Property values of these events will change the user profiles of the destination"
+        )
     allowed = profile.rates.updates_per_h
     if allowed and updates > allowed:
         yield (

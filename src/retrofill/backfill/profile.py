@@ -31,7 +31,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """What a destination takes.
 
     body_bytes: largest request. memory_days: for how long it knows an insert_id again, 0 = for ever. connections: how
-    many requests are under way at most.
+    many requests are under way at most. by_event_time: whether properties go by event time there, so that old values
+    change no newer ones.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Profile(Struct, frozen=True, kw_only=True):
     body_bytes: int = 20 * 1024 * 1024  # contract, ingest 3a
     memory_days: int = 7  # contract, events 6
     connections: int = 64
+    by_event_time: bool = False
 
 
 # Source: contract, ingest 3b. 10 events a request: what the backfill guide recommends.
@@ -136,6 +138,11 @@ def holds_nothing_live(where: Target, api_key: str, secret_key: str) -> bool:
         return False
 
 
+def sync_is_safe(where: Target, profile: Profile, api_key: str, secret_key: str) -> bool:
+    """Whether old values surely do no harm there: properties go by event time, or nothing is live yet."""
+    return profile.by_event_time or holds_nothing_live(where, api_key, secret_key)
+
+
 def _told(where: Target, path: str, api_key: str, secret_key: str) -> bytes | None:
     """What our own server answers of this project; None whenever it cannot be known."""
     if not (api_key and secret_key and where.ours and names_retrofill(where.read)):
@@ -165,10 +172,17 @@ class _Limits(Struct, frozen=True):
     property_updates_per_h: int
 
 
+class _Settings(Struct, frozen=True):
+    """What of a project's settings a run must know."""
+
+    property_time: str = "arrival"
+
+
 class _Project(Struct, frozen=True):
-    """What /api/1/project answers."""
+    """What /api/1/project answers. settings: `property_time` among them; a server without it knows arrival only."""
 
     limits: _Limits
+    settings: _Settings
 
 
 def _own(where: Target, api_key: str, secret_key: str) -> Profile:
@@ -181,15 +195,17 @@ def _own(where: Target, api_key: str, secret_key: str) -> Profile:
     if said is None:
         return profile
     try:
-        limits = msgspec.json.decode(said, type=_Project).limits
+        project = msgspec.json.decode(said, type=_Project)
     except msgspec.DecodeError:
         return profile
+    limits, by_event_time = project.limits, project.settings.property_time == "event"
     rates = msgspec.structs.replace(
         profile.rates,
         quota_per_day=limits.daily_quota,
-        updates_per_h=limits.property_updates_per_h,
+        # Hours of event time are as full as the history makes them, however long anybody waits.
+        updates_per_h=0 if by_event_time else limits.property_updates_per_h,
     )
-    return msgspec.structs.replace(profile, rates=rates)
+    return msgspec.structs.replace(profile, rates=rates, by_event_time=by_event_time)
 
 
 def choose(where: Target, name: str | None, api_key: str = "", secret_key: str = "") -> Profile:

@@ -90,7 +90,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         work=work,
         import_id=import_,
         skip=skip_user_properties_sync,
-        sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
+        sync_is_safe=lambda: profiles.sync_is_safe(where, chosen, keys.api_key, keys.secret_key),
         since=since,
         until=None if seams is not None else until,
         until_types={} if seams is None else seams.until,

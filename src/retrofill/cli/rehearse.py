@@ -81,6 +81,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     tell = (lambda _: None) if as_json else say
     live = None if archive is None or until != "live" else str(archive)
     seams = seam_of(until, live, work, where, keys, tell=tell)
+    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
     stage_of(
         sources,
         mapping=map_,
@@ -90,7 +91,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         import_id=import_,
         skip=skip_user_properties_sync,
         sync_is_safe=lambda: (
-            against == "none" or profiles.holds_nothing_live(where, keys.api_key, keys.secret_key)
+            against == "none" or profiles.sync_is_safe(where, chosen, keys.api_key, keys.secret_key)
         ),
         since=since,
         until=None if seams is not None else until,
@@ -101,7 +102,6 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         bad_rows=bad_rows,
         as_json=as_json,
     )
-    chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
     made = rehearse(
         Order(
             work=work,

@@ -70,7 +70,9 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     ] = None,
     skip_user_properties_sync: Annotated[
         bool | None,
-        typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
+        typer.Option(
+            help="Keep live user properties as they are. On unless nothing is live, or it goes by event time."
+        ),
     ] = None,
     kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
     min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
@@ -104,7 +106,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         work=work,
         import_id=import_,
         skip=skip_user_properties_sync,
-        sync_is_safe=lambda: profiles.holds_nothing_live(where, keys.api_key, keys.secret_key),
+        sync_is_safe=lambda: profiles.sync_is_safe(where, chosen, keys.api_key, keys.secret_key),
         since=since,
         until=None if seams is not None else until,
         until_types={} if seams is None else seams.until,
@@ -403,6 +405,8 @@ def tell_plan(
         ),
         "user properties: live values stay as they are, $skip_user_properties_sync is set"
         if made.skip_user_properties_sync
+        else "user properties are synced, by event time: no newer value changes"
+        if profile.by_event_time
         else f"user properties are synced, {profile.rates.updates_per_h:,} updates an hour a person"
         if profile.rates.updates_per_h
         else "user properties are synced",
