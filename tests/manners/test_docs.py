@@ -23,6 +23,7 @@ from retrofill.backfill.profile import PROFILES as DESTINATIONS
 from retrofill.backfill.profile import describe
 from retrofill.core import mapping
 from retrofill.limits import PROFILES, Limits
+from retrofill.rehearse.outcome import Outcome
 
 # A path as a sender or reader writes it. `/` alone is the oldest SDKs' endpoint.
 PATH = re.compile(r"/[a-z0-9_.{}/:-]*")
@@ -152,6 +153,11 @@ def test_each_part_of_a_mapping_is_documented() -> None:
         *(one for one in functions if not one.startswith("_")),
     ]
     assert [name for name in named if f"`{name}`" not in text] == []
+
+
+def test_each_figure_of_a_rehearsal_is_documented() -> None:
+    text = document("docs/rehearse.md")
+    assert [name for name in Outcome.__struct_fields__ if f"`{name}`" not in text] == []
 
 
 def test_each_number_of_a_destination_is_documented() -> None:

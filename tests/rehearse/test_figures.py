@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from retrofill.core import likeness
 from retrofill.core.block import COLUMNS
 from retrofill.core.person import Person
 from retrofill.engine.history import Alike, Days
-from retrofill.rehearse import difference
+from retrofill.rehearse import difference, outcome
 from retrofill.rehearse.outcome import ByDay, Change, Double, Merge, Moved
 
 DAY_MS = 86_400_000
@@ -178,3 +180,45 @@ def test_addresses_are_found_by_the_name_of_the_property() -> None:
         ("phone", "301234567"),
         ("Mobile Number", "15551234567"),
     ]
+
+
+def test_a_rehearsal_that_is_cut_off_while_it_is_kept_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = outcome.read(tmp_path)
+    assert made is None
+    values = {name: kind() for name, kind in _EMPTY.items()}
+    first = msgspec.convert(values, outcome.Outcome)
+    outcome.store(tmp_path, first, people(one(1, "ann", properties={"a": 1})))
+    assert outcome.read(tmp_path) == first
+    assert outcome.read_before(tmp_path)[1].properties == {"a": 1}
+
+    def cut(_self: Path, _to: Path) -> None:
+        raise OSError
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(OSError):  # noqa: PT011 - this very one
+        outcome.store(tmp_path, first, people(one(1, "ann", properties={"a": 2})))
+    assert outcome.read(tmp_path) is None
+
+
+_BY_DAY = {"before": {}, "after": {}}
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("import_id", "against", "kind", "property_time"), str),
+    **dict.fromkeys(("exact", "skip_user_properties_sync"), bool),
+    **dict.fromkeys(("unknown", "warnings", "merges", "doubles", "shared", "waiting"), list),
+    **dict.fromkeys(("evidence", "refused", "refused_before", "first_seen"), dict),
+    **dict.fromkeys(
+        (
+            *("block", "at_ms", "new_people", "merged", "doubled", "shared_devices", "duplicates"),
+            *("throttled", "quota_days", "imported_rows", "imported_duplicates"),
+        ),
+        int,
+    ),
+    **dict.fromkeys(("sample", "duration_s"), float),
+    **dict.fromkeys(("synced", "skipped"), lambda: None),
+    **dict.fromkeys(("new_users", "active_users"), lambda: _BY_DAY),
+    "volume": lambda: dict.fromkeys(
+        ("events", "stored", "billed", "requests", "bytes", "people"), 0
+    ),
+}

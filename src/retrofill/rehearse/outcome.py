@@ -164,8 +164,12 @@ _before = msgspec.msgpack.Decoder(list[Someone]).decode
 
 
 def store(work: Path, found: Outcome, before: dict[int, Person]) -> None:
-    """Keep a rehearsal in the work directory, with the live people as they were. It takes the place of an earlier one."""
-    (work / VERDICT).unlink(missing_ok=True)  # it spoke of another one
+    """Keep a rehearsal in the work directory, with the live people as they were. It takes the place of an earlier one.
+
+    A kill on the way leaves none: people as they were never stand beside another rehearsal's figures.
+    """
+    for name in (FILE, VERDICT):
+        (work / name).unlink(missing_ok=True)
     people = msgspec.msgpack.encode([Someone.of(one) for one in before.values()])
     (work / BEFORE).write_bytes(gzip.compress(people, 1))
     made = work / f"{FILE}.new"
