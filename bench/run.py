@@ -62,7 +62,7 @@ class Size:
 
 QUICK = Size(large=400_000, small=300_000, hour=150_000, lookups=200, seals=2, limits=100_000)
 USUAL = Size(large=2_000_000, small=500_000, hour=500_000, lookups=500, seals=2, limits=200_000)
-LONG = Size(large=10_000_000, small=300_000, hour=500_000, lookups=1000, seals=2, limits=200_000)
+LONG = Size(large=10_000_000, small=300_000, hour=500_000, lookups=500, seals=2, limits=200_000)
 
 
 @dataclass(frozen=True)
