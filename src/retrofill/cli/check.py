@@ -1,40 +1,67 @@
-"""`retrofill check`: whether a data directory holds what its history says."""
+"""`retrofill check`: whether a data directory holds what its history says, and mending it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrofill.cli.run import emit
+
+if TYPE_CHECKING:
+    from retrofill.engine.check import Report
 
 EXAMPLE = "Example: retrofill check --data ./data"
 
 
 def command(
     data: Annotated[Path, typer.Option(help="Directory of all data, of a server that is stopped.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what differs, set aside what is damaged.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Read every file, fold all history again and compare. Exit 1 if anything differs."""
-    import msgspec
-
+    """Read every file, fold all history again and compare. Exit 1 if anything differs, or is left so."""
     from retrofill.clock import SystemClock
-    from retrofill.engine.check import check
+    from retrofill.engine import check as checking
+    from retrofill.engine import repair as repairing
     from retrofill.server import log
 
     log.configure("warning")
     try:
-        report = check(data, SystemClock())
+        if not repair:
+            found = checking.check(data, SystemClock())
+            _tell(found, "checked", as_json=as_json)
+            raise typer.Exit(1 if found.count else 0)
+        done = repairing.repair(data, SystemClock())
     finally:
         log.flush()
+    _tell(done.found, "checked", as_json=as_json)
+    if as_json:
+        emit({"event": "repaired", "left": done.left.count, "set_aside": done.aside})
+    else:
+        for name in done.aside:
+            typer.echo(f"set aside: {data / 'set-aside' / name}")
+    if done.left.count:
+        _tell(done.left, "left", as_json=as_json)
+    elif not as_json:
+        typer.echo("repaired: no differences are left" if done.found.count else "nothing to repair")
+    raise typer.Exit(1 if done.left.count else 0)
+
+
+def _tell(report: Report, event: str, *, as_json: bool) -> None:
+    import msgspec
+
     facts = msgspec.structs.asdict(report)
     differences = facts.pop("differences")
     if as_json:
-        emit({"event": "checked", **facts})
+        emit({"event": event, **facts})
         for one in differences:
             emit({"event": "difference", **msgspec.structs.asdict(one)})
-        raise typer.Exit(1 if report.count else 0)
+        return
+    if event == "left":
+        typer.echo("left as it is:")
     for one in differences:
         typer.echo(one.line())
     if report.count > len(differences):
@@ -46,4 +73,3 @@ def command(
     if report.unknown:
         typer.echo(f"{report.unknown:,} values cannot be known: deleted people may have made them")
     typer.echo(f"{report.count:,} differences" if report.count else "no differences")
-    raise typer.Exit(1 if report.count else 0)

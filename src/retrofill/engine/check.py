@@ -39,7 +39,7 @@ from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
 from retrofill.engine.deletion import Deletions
 from retrofill.engine.ingest import Engine
-from retrofill.engine.refold import decided
+from retrofill.engine.refold import KEY_COLUMNS, decided, merge_row, with_column, write_file
 from retrofill.engine.seal import Sealer
 from retrofill.errors import CorruptError, InputError, StoreError
 from retrofill.hot import sqlite
@@ -47,7 +47,7 @@ from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
 from retrofill.hot.keys import KeyFile
 from retrofill.lake import Lake, parquet
-from retrofill.lake.arrow import JSON_COLUMNS, SCHEMA
+from retrofill.lake.arrow import JSON_COLUMNS, SCHEMA, MergeRow
 from retrofill.limits import CHECK_SHOWN_MAX, CHECK_TEXT_CHARS, REFOLD_ROWS
 
 _KINDS = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
@@ -122,22 +122,32 @@ class Report(Struct):
                 self.differs(project, where, field, old, new)
 
 
+class Mends(Struct):
+    """What would make a project equal to its rows: rows as the fold decides them, keys not held, merges, values.
+
+    rows: in new files that the lake does not name yet, with their places. merges: all there must be, None if they are
+    right; people: everyone whom a stored or a new one names. keys: rows whose keys no key file holds.
+    """
+
+    files: list[Path] = []
+    places: list[pa.Table] = []
+    keys: list[pa.Table] = []
+    merges: list[MergeRow] | None = None
+    people: set[int] = set()
+    changes: Changes = msgspec.field(default_factory=lambda: Changes({}, {}, {}, {}, {}))
+
+
 def check(data: Path, clock: Clock, *, sealer: Callable[[Path, Lake], Sealer] = Sealer) -> Report:
     """Compare what a data directory holds with what its rows say. Nobody else may use it meanwhile.
 
     The people, ids and groups of one project at a time are held in memory; rows go through it.
     Raises InputError if there is no such directory, BusyError if it is in use, StoreError if the disk fails.
     """
-    if not (data / "hot.sqlite").is_file():
-        raise InputError(
-            "There is no data directory",
-            where=str(data),
-            mend="Give the one of `serve` with --data",
-        )
+    need(data)
     report = Report()
     directory = Directory(data)
     try:
-        whole = _files(directory, report)
+        whole = files(directory, report)
     finally:
         directory.close()
     if whole:
@@ -145,11 +155,23 @@ def check(data: Path, clock: Clock, *, sealer: Callable[[Path, Lake], Sealer] = 
     return report
 
 
+def need(data: Path) -> None:
+    """Raise InputError if there is no such data directory."""
+    if not (data / "hot.sqlite").is_file():
+        raise InputError(
+            "There is no data directory",
+            where=str(data),
+            mend="Give the one of `serve` with --data",
+        )
+
+
 # Files.
 
 
-def _files(directory: Directory, report: Report) -> bool:
+def files(directory: Directory, report: Report) -> bool:
     """Read every file whole; say whether they are sound enough to be opened."""
+    if directory.repairing.exists():
+        report.differs(0, directory.repairing.name, "repair", "cut off", "ended")
     for path in (directory.blocks, directory.checkpoint, directory.imports):
         for fault in sqlite.faults(path) if path.exists() else ():
             report.differs(0, path.name, "structure", fault, "ok")
@@ -203,7 +225,16 @@ async def _refold(
     except CorruptError as problem:
         report.differs(0, "blocks after the checkpoint", "state", problem.what, "ok")
         return
-    deletions = Deletions(settings.data / "deletions.sqlite", clock, days=lambda _: 0)
+    await refold(engine, clock, report, None)
+
+
+Mend = Callable[[Engine, int, Mends], None]
+
+
+async def refold(engine: Engine, clock: Clock, report: Report, mend: Mend | None) -> None:
+    """Compare each project of an engine just opened, and close it. mend: called after each, in a thread."""
+    data = engine.lake.folder.parent
+    deletions = Deletions(data / "deletions.sqlite", clock, days=lambda _: 0)
     checkpoint = None
     try:
         await engine.start()
@@ -211,12 +242,16 @@ async def _refold(
         for project in engine.all_projects():
             await engine.event_time.settle(project.number)
         await engine.checkpoint()
-        checkpoint = Checkpoint(settings.data / "checkpoint.sqlite")
+        checkpoint = Checkpoint(data / "checkpoint.sqlite")
         for project in engine.all_projects():
             one = _Project(
                 engine, checkpoint, project.number, clock, report, deletions.traces(project.number)
             )
+            one.mending = mend is not None
             await asyncio.to_thread(one.run)
+            if mend is not None:
+                await asyncio.to_thread(mend, engine, project.number, one.mends)
+                await engine.checkpoint()
         report.refolded = True
     finally:
         if checkpoint is not None:
@@ -254,6 +289,8 @@ class _Project:
         self._by_time = engine.settings(project).property_time == "event"
         self._refold = Refold(project, fresh, by_time=self._by_time)
         self._appeared: set[int] = set()
+        self.mends = Mends()
+        self.mending = False
 
     def run(self) -> None:
         """Fold the project's rows and compare them, then the state that they end in."""
@@ -316,13 +353,20 @@ class _Project:
         self._report.rows += rows.num_rows
         for part in self._parts(rows) if self._deleted else [rows]:
             self._fold(part)
-        for block, row in self._engine.duplicates.unheld(
-            rows, self._limits, oldest_block=self._oldest_block
-        ):
+        lost = set(
+            self._engine.duplicates.unheld(rows, self._limits, oldest_block=self._oldest_block)
+        )
+        for block, row in sorted(lost):
             self._differs(f"row {block}:{row}", "dedupe key", None, "held")
+        if lost and self.mending:
+            places = zip(rows["block"].to_pylist(), rows["row"].to_pylist(), strict=True)
+            unheld = pa.array([place in lost for place in places], pa.bool_())
+            self.mends.keys.append(rows.select(KEY_COLUMNS).filter(unheld))
 
     def _fold(self, rows: pa.Table) -> None:
         fresh = decided(self._refold, rows, np.zeros(rows.num_rows, bool))
+        before = self._report.count
+        wrong = np.zeros(rows.num_rows, bool)
         for name, new in fresh.items():
             old = rows[name].combine_chunks()
             same = pc.if_else(
@@ -331,7 +375,17 @@ class _Project:
                 pc.equal(old, new),
             )
             for at in np.flatnonzero(~same.to_numpy(zero_copy_only=False)).tolist():
+                count = self._report.count
                 self._row(rows, at, name, old[at].as_py(), new[at].as_py())
+                wrong[at] |= self._report.count > count
+        if self.mending and self._report.count > before:
+            right = rows
+            for name, new in fresh.items():
+                if not (name == "group_properties" and self._deleted):
+                    right = with_column(right, name, new)
+            right = right.filter(pa.array(wrong))
+            self.mends.files.append(write_file(self._engine.lake, right))
+            self.mends.places.append(right.select(["block", "row"]))
 
     def _row(self, rows: pa.Table, at: int, name: str, old: object, new: object) -> None:
         if name == "group_properties" and self._deleted:
@@ -394,6 +448,8 @@ class _Project:
         for block, row in sorted({*stored, *made}):
             old, new = stored.get((block, row)), made.get((block, row))
             if old != new:
+                self.mends.merges = self._all_merges()
+                self.mends.people.update(*(one[:2] for one in (*stored.values(), *made.values())))
                 self._differs(
                     f"row {block}:{row}",
                     "merge",
@@ -401,14 +457,21 @@ class _Project:
                     new and dict(zip(_MERGED, new, strict=True)),
                 )
 
+    def _all_merges(self) -> list[MergeRow]:
+        return [merge_row(self._number, one) for one in self._refold.merges]
+
     def _states(self, made: Changes) -> None:
+        mend = self.mends.changes
         for table, ids in (("devices", made.devices), ("users", made.users)):
             self._ids(table, ids)
         for one in sorted({*self._people, *made.people}):
             old, new = self._people.get(one), made.people.get(one)
             if old is not None and old.merged_into == FORGOTTEN and new is None:
                 continue
+            count = self._report.count
             self._report.compares(self._number, f"person {one}", _fields(old), _fields(new))
+            if self._report.count > count:
+                mend.people[one] = new or Person(one, merged_into=FORGOTTEN)
         groups = {key: value for key, value in made.groups.items() if value}
         for key, text in self._checkpoint.every_group(self._number):
             self._group(key, _parsed(text) or None, groups.pop(key, None))
@@ -421,24 +484,31 @@ class _Project:
             if self._deleted and user not in said:
                 self._report.unknown += 1
             else:
+                mend.aliases[user] = said.get(user, "")
                 self._differs(f"alias {user}", "global_user_id", stored.get(user), said.get(user))
 
     def _ids(self, table: str, made: dict[str, int]) -> None:
+        mend: dict[str, int] = getattr(self.mends.changes, table)
         for one, old in self._checkpoint.every_id(table, self._number):
             new = made.pop(one, 0)
             if old != new and not (old in self._forgotten and (self._deleted or not new)):
+                mend[one] = new
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", old or None, new or None)
         for one, new in made.items():
             if new:
+                mend[one] = new
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", None, new)
 
-    def _group(self, key: tuple[str, str], old: object, new: object) -> None:
+    def _group(self, key: tuple[str, str], old: object, new: dict[str, Any] | None) -> None:
         if self._deleted:
             self._report.unknown += _sorted_json(old) != _sorted_json(new)
             return
+        count = self._report.count
         self._report.compares(
             self._number, "group " + "/".join(key), {"properties": old}, {"properties": new}
         )
+        if self._report.count > count:
+            self.mends.changes.groups[key] = new or {}
 
 
 def _table(rows: pa.RecordBatch) -> pa.Table:

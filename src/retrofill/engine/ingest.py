@@ -149,19 +149,35 @@ class Engine:
 
     @classmethod
     def open(
-        cls, settings: Settings, *, clock: Clock, sealer: Callable[[Path, Lake], Sealer] = Sealer
+        cls,
+        settings: Settings,
+        *,
+        clock: Clock,
+        sealer: Callable[[Path, Lake], Sealer] = Sealer,
+        repairing: bool = False,
     ) -> Engine:
         """Open a data directory, recover what a crash left, and be ready.
 
         sealer: who moves blocks into the lake; a child process unless a test brings its own.
+        repairing: open it also where a repair was cut off.
         Raises BusyError if another process has it, StoreError if it cannot be read.
         """
         directory = Directory(settings.data)
+        engine = None
         try:
+            if directory.repairing.exists() and not repairing:
+                raise CorruptError(
+                    "A repair of this directory was cut off",
+                    where=str(directory.root),
+                    mend="Run `retrofill check --repair` on it again",
+                )
             engine = cls(settings, clock, directory, sealer)
             engine._recover()
         except BaseException:
-            directory.close()
+            if engine is None:
+                directory.close()
+            else:
+                engine._let_go()
             raise
         return engine
 
@@ -306,6 +322,9 @@ class Engine:
 
     async def _release(self) -> None:
         await self._sealer.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._writer.shutdown()
         self.lake.close()
         self._checkpoint.close()

@@ -25,14 +25,14 @@ from retrofill.core import order
 from retrofill.core.block import SAYABLE, Flag, Kind
 from retrofill.core.fold import Changes, Group
 from retrofill.core.person import Person
-from retrofill.core.refold import Refold, Rows
+from retrofill.core.refold import Merged, Refold, Rows
 from retrofill.lake import Lake, arrow, parquet
 from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
 from retrofill.lake.files import Files
 from retrofill.limits import REFOLD_FILE_ROWS, REFOLD_ROWS, Limits
 
 _SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
-_KEY_COLUMNS = (
+KEY_COLUMNS = (
     *("project", "block", "row", "kind", "user_id", "device_id", "event_type", "insert_id"),
     *("event_id", "client_event_time", "import_id"),
 )
@@ -292,9 +292,7 @@ class _Fold:
         )
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
-        self._made = Refolded(
-            closure, [], _no_places(), [], [], Changes({}, {}, {}, {}, {}), [], []
-        )
+        self._made = Refolded(closure, [], no_places(), [], [], Changes({}, {}, {}, {}, {}), [], [])
         self._places: list[pa.Table] = []
 
     def judge(self, rows: pa.Table) -> None:
@@ -332,17 +330,17 @@ class _Fold:
             kind[mine] = Kind.UNDONE
         else:
             kind[mine & ~seen] = Kind.DISPLACED
-        new = _with(new, "kind", pa.array(kind, pa.uint8()))
+        new = with_column(new, "kind", pa.array(kind, pa.uint8()))
         visible = np.isin(kinds, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
         now = np.isin(kind, (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY))
         # A displaced row has the key within its import, a visible one both. Done again after a crash, any row may
         # have been changed in the lake already and not in the key files.
         other = np.ones(len(kind), bool) if self._again else (kind != kinds) | mine
         holds, held = now | (kind == Kind.DISPLACED), visible | (kinds == Kind.DISPLACED) | mine
-        keys = rows.select(_KEY_COLUMNS)
+        keys = rows.select(KEY_COLUMNS)
         self._made.gone.append(keys.filter(pa.array(held & other)))
         self._made.added.append(
-            _with(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(holds & other))
+            with_column(keys, "kind", pa.array(kind, pa.uint8())).filter(pa.array(holds & other))
         )
         self._made.hidden += int((visible & ~now).sum())
         # Somebody else's group identify is read for its group and stays where it is.
@@ -377,19 +375,19 @@ class _Fold:
 
     def _folded(self, rows: pa.Table, seen: Any, foreign: Any) -> pa.Table:
         some = rows.filter(pa.array(seen))
-        some = _with(some, "flags", _earned(some))
+        some = with_column(some, "flags", _earned(some))
         fresh = decided(self._refold, some, foreign[seen])
         places = np.flatnonzero(seen)
         if len(places) == rows.num_rows:
             for name, values in fresh.items():
-                rows = _with(rows, name, values)
+                rows = with_column(rows, name, values)
             return rows
         # Each row not folded keeps what it has.
         take = np.arange(rows.num_rows)
         take[places] = rows.num_rows + np.arange(len(places))
         for name, values in fresh.items():
             both = pa.chunked_array([*rows[name].chunks, values], SCHEMA.field(name).type)
-            rows = _with(rows, name, both.take(pa.array(take)))
+            rows = with_column(rows, name, both.take(pa.array(take)))
         return rows
 
     def _keep(self, rows: pa.Table) -> None:
@@ -403,22 +401,16 @@ class _Fold:
             self._write()
 
     def _write(self) -> None:
-        """Write what waits as one file, in the order of lake files."""
         rows = pa.concat_tables(self._waiting)
         self._waiting, self._waiting_rows = [], 0
-        block = rows["block"].to_numpy()
-        row = rows["row"].to_numpy()
-        places = np.lexsort([row, block, rows["amplitude_id"].to_numpy()])
-        file = self._lake.new_file(int(block.min()), int(block.max()))
-        parquet.write(file, _as_file(rows.take(pa.array(places))), Files())
-        self._made.files.append(file)
+        self._made.files.append(write_file(self._lake, rows))
 
     def end(self) -> Refolded:
         """Write the rest and say what has changed."""
         if self._waiting:
             self._write()
         made, closure, refold = self._made, self._closure, self._refold
-        made.places = pa.concat_tables(self._places) if self._places else _no_places()
+        made.places = pa.concat_tables(self._places) if self._places else no_places()
         was = Changes(
             dict.fromkeys(closure.devices, 0),
             dict.fromkeys(closure.users, 0),
@@ -428,20 +420,24 @@ class _Fold:
         )
         made.changes = refold.changes(was)
         made.people = sorted(made.changes.people)
-        made.merges = [
-            (
-                self._project,
-                merge.absorbed,
-                merge.surviving,
-                0,
-                merge.block,
-                merge.row,
-                merge.event_time_ms,
-                merge.server_upload_ms,
-            )
-            for merge in refold.merges
-        ]
+        made.merges = [merge_row(self._project, merge) for merge in refold.merges]
         return made
+
+
+def merge_row(project: int, merge: Merged) -> MergeRow:
+    """Return a merge as a row of the lake."""
+    places = (0, merge.block, merge.row)
+    times = (merge.event_time_ms, merge.server_upload_ms)
+    return (project, merge.absorbed, merge.surviving, *places, *times)
+
+
+def write_file(lake: Lake, rows: pa.Table) -> Path:
+    """Write rows as one file that the lake does not name yet, in the order of lake files."""
+    block = rows["block"].to_numpy()
+    places = np.lexsort([rows["row"].to_numpy(), block, rows["amplitude_id"].to_numpy()])
+    file = lake.new_file(int(block.min()), int(block.max()))
+    parquet.write(file, _as_file(rows.take(pa.array(places))), Files())
+    return file
 
 
 def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
@@ -486,7 +482,8 @@ def _earned(rows: pa.Table) -> pa.Array:
     return pa.array(flags, pa.uint8())
 
 
-def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+def with_column(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return rows with another column of a name."""
     return rows.set_column(rows.schema.get_field_index(name), SCHEMA.field(name), values)
 
 
@@ -500,5 +497,6 @@ def _as_file(rows: pa.Table) -> Iterable[pa.Table]:
     yield pa.Table.from_arrays(columns, schema=FILE)
 
 
-def _no_places() -> pa.Table:
+def no_places() -> pa.Table:
+    """Return (block, row) of no row."""
     return pa.table({"block": pa.array([], pa.int64()), "row": pa.array([], pa.int32())})

@@ -329,10 +329,11 @@ class State:
             place: key if isinstance(place, int) else max(key, project.last.get(place) or FIRST)
             for place, key in changes.last.items()
         }
-        project.apply(
-            Changes(changes.devices, changes.users, people, changes.groups, {}, last),
-            block=self.block,
-        )
+        self.mend(number, Changes(changes.devices, changes.users, people, changes.groups, {}, last))
+
+    def mend(self, number: int, changes: Changes) -> None:
+        """Take values of a project, these and no others, without a block: the next checkpoint must be written."""
+        self.project(number).apply(changes, block=self.block)
         self.fresh = max(self.fresh, max(changes.people, default=0) + 1)
         self._touched = True
 

@@ -62,6 +62,11 @@ class Directory:
         return self.root / "intents.sqlite"
 
     @property
+    def repairing(self) -> Path:
+        """A file that is there while a repair makes the checkpoint anew: nobody else may open the directory then."""
+        return self.root / "repairing"
+
+    @property
     def lake(self) -> Path:
         """The folder of the lake."""
         return self.root / "lake"

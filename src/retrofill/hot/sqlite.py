@@ -99,6 +99,21 @@ class Blocks:
         except sqlite3.Error as problem:
             raise store_error(problem, self.path) from problem
 
+    def blob(self, number: int) -> bytes:
+        """Return a block as it is stored, damaged or not."""
+        row = self._writer.execute("SELECT blob FROM blocks WHERE number = ?", (number,)).fetchone()
+        return bytes(row[0])
+
+    def replace(self, number: int, rows: int, blob: bytes) -> None:
+        """Write another block in the place of one; it is synced when this returns. Raises StoreError."""
+        try:
+            self._writer.execute(
+                "UPDATE blocks SET rows = ?, checksum = ?, blob = ? WHERE number = ?",
+                (rows, _checksum(blob), blob, number),
+            )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+
     def projects(self) -> Projects:
         """The projects of this installation, stored beside the blocks."""
         return Projects(self._writer, self.path)
@@ -201,11 +216,16 @@ def _open(checksum: int, blob: bytes, number: int, path: Path) -> Block:
         raise CorruptError(
             f"Block checksum is {found:016x}, expected {checksum:016x}",
             where=f"{path}, block {number:,}",
-            mend="Restore the file from a copy, or move it away to go on without its unsealed events",
+            mend="Restore the file from a copy, or run `retrofill check --repair` to set the block aside",
         )
+    block = decoded(blob)
+    assert block.number == number
+    return block
+
+
+def decoded(blob: bytes) -> Block:
+    """Return a block as it is stored, its checksum not asked: of a damaged one whatever the codecs raise comes."""
     if blob.startswith(_MARK):
         _, size = _PACKED.unpack_from(blob)
         blob = _lz4.decompress(memoryview(blob)[_PACKED.size :], size, asbytes=True)
-    block = block_module.decode(blob)
-    assert block.number == number
-    return block
+    return block_module.decode(blob)

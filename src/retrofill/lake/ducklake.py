@@ -23,6 +23,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.core.block import Kind
@@ -40,6 +41,7 @@ from retrofill.limits import (
     LAKE_THREADS,
     MS_PER_DAY,
     MS_PER_HOUR,
+    MS_PER_S,
 )
 
 _TYPES = {
@@ -347,6 +349,70 @@ class Lake:
                 cursor.execute("INSERT INTO lake.merges SELECT * FROM new_merges")
 
         self._commit(change)
+
+    # Mending.
+
+    def named_files(self) -> list[tuple[Path, Path | None, int]]:
+        """Return each file of table `events` as the catalog names it, whole or not: path, delete file, rows."""
+        rows = self._db.execute(
+            f"SELECT path, record_count FROM {_CATALOG}.ducklake_data_file WHERE end_snapshot IS NULL"  # noqa: S608 - a name of ours
+        ).fetchall()
+        counts = {Path(path).name: count for path, count in rows}
+        listed = self._db.execute(
+            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
+        ).fetchall()
+        return sorted(
+            (Path(data), Path(deleted) if deleted else None, counts.get(Path(data).name, 0))
+            for data, deleted in listed
+        )
+
+    def replaced(self, path: Path, new: Path) -> None:
+        """Put a file, on disk already, in the place of a damaged one of table `events`, delete file and all.
+
+        A stop between the steps leaves a file that the catalog cannot read, so it is damaged still, and whole.
+        """
+        metadata = pq.read_metadata(new)
+        size = new.stat().st_size
+        with new.open("rb") as file:
+            file.seek(-8, 2)
+            footer = int.from_bytes(file.read(4), "little")
+        new.rename(path)
+        self.files.sync_folder(path.parent)
+        with self._writing, _told(self.folder):
+            found = self._db.execute(
+                f"SELECT data_file_id FROM {_CATALOG}.ducklake_data_file WHERE path = ?",  # noqa: S608 - a name of ours
+                [path.name],
+            ).fetchall()
+            for (number,) in found:
+                self._db.execute(
+                    f"UPDATE {_CATALOG}.ducklake_data_file SET record_count = ?, file_size_bytes = ?, "  # noqa: S608 - a name of ours
+                    "footer_size = ? WHERE data_file_id = ?",
+                    [metadata.num_rows, size, footer, number],
+                )
+                self._db.execute(
+                    f"DELETE FROM {_CATALOG}.ducklake_delete_file WHERE data_file_id = ?",  # noqa: S608 - a name of ours
+                    [number],
+                )
+
+    def history(self, after_ms: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """Return the highest amplitude_id, the last server time, and (block, its time) of those after one, in order.
+
+        Of blocks within one second of each other the first: as the checkpoint keeps them.
+        """
+        with self.snapshot() as snapshot, _told(self.folder):
+            highest, last = snapshot.cursor.execute(
+                "SELECT coalesce(max(amplitude_id), 0), coalesce(max(server_upload_time), 0) FROM lake.events"
+            ).fetchall()[0]
+            rows = snapshot.cursor.execute(
+                'SELECT "block", max(server_upload_time) AS ms FROM lake.events WHERE server_upload_time > ? '
+                'GROUP BY "block" ORDER BY "block"',
+                [after_ms],
+            ).fetchall()
+        times: list[tuple[int, int]] = []
+        for block, ms in rows:
+            if not times or ms >= times[-1][1] + MS_PER_S:
+                times.append((block, ms))
+        return highest, last, times
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -150,7 +150,7 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened:
             for batch in opened.iter_batches(_READ_ROWS):
                 table = pa.Table.from_batches([batch])
-                yield table if gone is None else _without(table, gone, first)
+                yield table if gone is None else without(table, gone, first)
                 first += len(batch)
 
 
@@ -183,7 +183,7 @@ def told(path: Path) -> Iterator[None]:
         raise StoreError(
             f"A lake file cannot be read: {problem}",
             where=str(path),
-            mend="Restore the data directory from a copy",
+            mend="Restore the file from a copy, or run `retrofill check --repair` on the directory",
         ) from problem
 
 
@@ -195,7 +195,8 @@ def places_of(deleted: Path | None) -> np.ndarray[Any, Any] | None:
     return np.asarray(places)
 
 
-def _without(table: pa.Table, gone: np.ndarray[Any, Any], first: int) -> pa.Table:
+def without(table: pa.Table, gone: np.ndarray[Any, Any], first: int) -> pa.Table:
+    """Return the rows of a table whose first one has the place `first`, but for those whose places are gone."""
     keep = np.ones(table.num_rows, bool)
     here = gone[(gone >= first) & (gone < first + table.num_rows)]
     keep[here - first] = False
