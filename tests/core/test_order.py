@@ -90,7 +90,7 @@ class Project:
         rows = []
         for at in range(count):
             one = {name: values[at] for name, values in lists.items()}
-            one |= {name: shown[name][one["shown"]] for name in SAYABLE}
+            one |= {name: shown[name][vocabulary.shown[one["table"]]] for name in SAYABLE}
             one |= {name: _text(one[name]) for name in ("sent", "sent_groups", "event_properties")}
             one |= {"created": created[at], "table": tables[at]}
             rows.append(one)

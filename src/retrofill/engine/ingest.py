@@ -452,19 +452,23 @@ class Engine:
         """
         server_upload_ms = max(now_ms, self.state.server_upload_ms)
         keyed, dropped = self._dropped(batches, server_upload_ms)
-        folded = fold.fold(
+        updates_max = {
+            number: admission.limits.property_updates_per_h
+            for number, admission in self._admissions.items()
+        }
+        folded = self.state.fold(
             batches,
-            self.state.known(batches),
-            number=self.state.block + 1,
-            server_upload_ms=server_upload_ms,
-            fresh=self.state.fresh,
-            updates_max={
-                number: admission.limits.property_updates_per_h
-                for number, admission in self._admissions.items()
-            },
-            dropped=dropped,
-            keys=keyed.packed,
-            forgotten=forgotten,
+            lambda known: fold.fold(
+                batches,
+                known,
+                number=self.state.block + 1,
+                server_upload_ms=server_upload_ms,
+                fresh=self.state.fresh,
+                updates_max=updates_max,
+                dropped=dropped,
+                keys=keyed.packed,
+                forgotten=forgotten,
+            ),
         )
         return folded, keyed.imports
 

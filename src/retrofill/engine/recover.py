@@ -46,17 +46,20 @@ def refold(state: State, block: Block, batches: list[Batch]) -> None:
 
     Raises CorruptError if the fold does not decide what the block says was decided.
     """
-    folded = fold.fold(
+    folded = state.fold(
         batches,
-        state.known(batches),
-        number=block.number,
-        server_upload_ms=block.server_upload_ms,
-        fresh=state.fresh,
-        updates_max={part.project: part.updates_max for part in block.parts},
-        dropped=block.kind.translate(_DROPPED),
-        keys=block.keys,
-        forgotten=block.forgotten,
-        partition=block.partition,
+        lambda known: fold.fold(
+            batches,
+            known,
+            number=block.number,
+            server_upload_ms=block.server_upload_ms,
+            fresh=state.fresh,
+            updates_max={part.project: part.updates_max for part in block.parts},
+            dropped=block.kind.translate(_DROPPED),
+            keys=block.keys,
+            forgotten=block.forgotten,
+            partition=block.partition,
+        ),
     )
     if block.number != state.block + 1 or folded.block != block:
         raise CorruptError(
