@@ -346,6 +346,7 @@ def test_many_small_buckets_give_the_same_stage_as_one(
     ndjson(tmp_path / "s.ndjson", source)
     run(tmp_path / "one", tmp_path / "s.ndjson", MAPPING, sets=5)
     monkeypatch.setattr(order, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(Spill, "plain", False)  # as if it were too large to stay in one piece
     run(tmp_path / "many", tmp_path / "s.ndjson", MAPPING, sets=5)
     check_order(tmp_path / "many")
     assert rows(tmp_path / "many") == rows(tmp_path / "one")
@@ -396,17 +397,24 @@ def walked(device: list[int], user: list[int], limit: int) -> list[int]:
 
 
 def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: Path) -> None:
-    schema = pa.schema([("n", pa.int64())])
-    batches = [pa.record_batch([[at, at + 1]], schema=schema) for at in range(0, 20, 2)]
+    schema = pa.schema([("n", pa.int64()), ("text", pa.string())])
+    batches = [
+        pa.record_batch([[-1, at, at + 1], ["left", f"é{at}", "x" * at]], schema=schema).slice(1)
+        for at in range(0, 20, 2)
+    ]
     for bound, plain in ((0, 0), (0, 1 << 20), (50, 100), (1 << 20, 1 << 20)):
         whole, parts = (
-            Spill(tmp_path / name, schema, memory_bytes=bound, plain_bytes=plain)
+            Spill(tmp_path / name, schema, memory_bytes=bound, plain_bytes=plain, large="text")
             for name in ("a", "b")
         )
         for batch in batches:
             whole.add(batch)
             parts.add(batch)
         assert whole.in_memory == (bound == 1 << 20)
-        assert whole.whole()["n"].to_pylist() == list(range(20))
+        assert whole.plain == (plain == 1 << 20)
+        found = whole.whole().take(np.arange(20)[::-1].copy())
+        assert found["n"].to_pylist() == list(range(20))[::-1]
+        texts = [text for at in range(0, 20, 2) for text in (f"é{at}", "x" * at)]
+        assert found["text"].to_pylist() == texts[::-1]
         assert sorted(n for part in parts.parts() for n in part["n"].to_pylist()) == list(range(20))
         assert not list(tmp_path.iterdir())

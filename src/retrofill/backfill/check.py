@@ -9,7 +9,7 @@ so that what will be read back is what was staged. Events come and go without th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -56,6 +56,7 @@ class Checker:
     def __init__(self, refused: Refused, *, id_length_min: int) -> None:
         self._refused = refused
         self._exposed = False  # whether exposures are among the events looked at, which are stored as something else
+        self.id_length_min = id_length_min
         # A body here is as large as a thousand events are; a request's bound is the sender's care.
         self._limits = Limits(id_length_min=id_length_min, batch_bytes=1 << 40)
 
@@ -128,19 +129,43 @@ def _good(body: bytes) -> bool:
         shapes = _decode(body).events
     except (ValueError, RecursionError):
         return False
-    if any(shape.plan and not shape.plan.keys() <= mend.PLAN for shape in shapes):
-        return False
-    tables = [
-        raw for shape in shapes for raw in (shape.user_properties, shape.group_properties) if raw
-    ]
-    raws = [shape.event_properties for shape in shapes if shape.event_properties] + tables
-    groups = [shape.groups for shape in shapes if shape.groups]
-    spare = glance.openings(body) - 2 - len(shapes) - len(raws) - len(groups)
+    return good(
+        body,
+        spare=glance.openings(body) - 2 - len(shapes),
+        raws=[shape.event_properties for shape in shapes if shape.event_properties],
+        tables=[
+            raw
+            for shape in shapes
+            for raw in (shape.user_properties, shape.group_properties)
+            if raw
+        ],
+        groups=[shape.groups for shape in shapes if shape.groups],
+        plans=[shape.plan for shape in shapes if shape.plan],
+    )
+
+
+def good(
+    text: bytes,
+    *,
+    spare: int,
+    raws: Sequence[Raw],
+    tables: Sequence[Raw],
+    groups: Sequence[dict[str, Any]],
+    plans: Sequence[dict[str, Any]],
+) -> bool:
+    """Say the same of events of which the parts are known.
+
+    spare: how many objects and arrays the text holds beside the events. raws: their event properties; tables: other
+    property objects.
+    """
+    objects = [*raws, *tables]
+    deep = spare - len(objects) - len(groups)
     return (
-        glance.strings(body)
+        glance.strings(text)
         and glance.groups(groups)
+        and all(plan.keys() <= mend.PLAN for plan in plans)
         and not _huge(b"".join(tables))
-        and (not raws or glance.raws(raws, spare=spare))
+        and (not objects or glance.raws(objects, spare=deep))
     )
 
 

@@ -118,11 +118,28 @@ _TOKEN: Final = re.compile(
 )
 
 
+# 63 bits of the ids, 0 for none, and of what a repeated insert_id is known by.
+_HASHES: Final = {
+    "device_node": "CASE WHEN device_id IS NULL THEN 0 ELSE CAST(hash(device_id, 1) >> 1 AS BIGINT) END",
+    "user_node": "CASE WHEN user_id IS NULL THEN 0 ELSE CAST(hash(user_id) >> 1 AS BIGINT) END",
+    "key": "CASE WHEN nullif(insert_id_, '') IS NULL THEN 0 ELSE CAST(hash(coalesce(device_id, "
+    "concat('user ', user_id)), insert_id_) >> 1 AS BIGINT) END",
+}
+HASHES: Final = (
+    f"SELECT {', '.join(f'{sql} AS {name}' for name, sql in _HASHES.items())} FROM ids"  # constants
+)
+
+
 class Compiled(Struct, frozen=True):
-    """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in."""
+    """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in.
+
+    bare: for each field the number of the column that is all of its expression. plain: nothing leaves rows out.
+    """
 
     sql: str
     fields: tuple[Field, ...]
+    bare: tuple[int | None, ...] = ()
+    plain: bool = False
 
 
 def compile_mapping(
@@ -174,7 +191,12 @@ class _Compiler:
         kept = self._kept(self._where())
         for number, value in enumerate(values):
             self._describe(value, number, kept)
-        return Compiled(self._query(values, kept), tuple(value.field for value in values))
+        return Compiled(
+            self._query(values, kept),
+            tuple(value.field for value in values),
+            tuple(value.bare for value in values),
+            self.told.where is None,
+        )
 
     # Parsing: expressions to SQL over the frame's columns.
 
@@ -442,7 +464,6 @@ class _Compiler:
         insert = next((value.bare for value in values if value.field.name == "insert_id"), None)
         shown = self.columns.values() if self.columns.used else "'{}'"
         sent = self._requoted("nullif(insert_id_, '')", insert)
-        key = "hash(coalesce(device_id, concat('user ', user_id)), insert_id_)"
         columns = {
             "file": "file",
             "line": "line",
@@ -454,9 +475,7 @@ class _Compiler:
             "event_type": "event_type_",
             "user_id": "user_id",
             "device_id": "device_id",
-            "user_node": "CASE WHEN user_id IS NULL THEN 0 ELSE CAST(hash(user_id) >> 1 AS BIGINT) END",
-            "device_node": "CASE WHEN device_id IS NULL THEN 0 ELSE CAST(hash(device_id, 1) >> 1 AS BIGINT) END",
-            "key": f"CASE WHEN nullif(insert_id_, '') IS NULL THEN 0 ELSE CAST({key} >> 1 AS BIGINT) END",
+            **_HASHES,
             "insert_id": f"coalesce({sent}, md5(body))",
             "body": "body",
         }
@@ -475,8 +494,8 @@ OUTPUT: Final = pa.schema(
         ("event_type", pa.string()),
         ("user_id", pa.string()),
         ("device_id", pa.string()),
-        ("user_node", pa.int64()),
         ("device_node", pa.int64()),
+        ("user_node", pa.int64()),
         ("key", pa.int64()),
         ("insert_id", pa.string()),
         ("body", pa.string()),

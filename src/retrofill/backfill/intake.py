@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from retrofill.backfill import columns, compiled, records
 from retrofill.backfill.check import Checker
@@ -26,8 +26,10 @@ from retrofill.backfill.compiled import OUTPUT, Compiled
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
+from retrofill.backfill.records import JSON_SCHEMA
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill
+from retrofill.backfill.straight import straight
 from retrofill.core.mapping import Field, Mapping, literal
 from retrofill.errors import InputError
 
@@ -107,6 +109,7 @@ def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
         }
     )
     connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false")  # it would stand between lines of JSON
     # These would read the source twice, which is a stream: the second reading finds nothing.
     connection.execute("SET disabled_optimizers = 'window_self_join,common_subplan'")
     for macro in compiled.MACROS:
@@ -138,14 +141,28 @@ class Intake:
             mapping, self.columns, connection, id_length_min=options.id_length_min
         )
 
-    def run(self, spill: Spill, *, seen: Callable[[int], None] = lambda _rows: None) -> Taken:
+    def run(
+        self, spill: Spill, scratch: Path, *, seen: Callable[[int], None] = lambda _rows: None
+    ) -> Taken:
         """Read all rows, put the events among them into the spill. Raises InputError when too many are bad."""
-        self._register(self._records())
-        for batch in self._answers():
-            events = self._take(batch)
-            if events.num_rows:
-                spill.add(events)
-            seen(self.taken.rows)
+        odd = Spill(scratch / "odd.arrow", JSON_SCHEMA)
+        way = straight(self.compiled, self.columns, self._checker, odd.add)
+        records = self._records()
+        if way is not None:
+            for batch, good in way.events(records):
+                self.taken.rows += batch.num_rows
+                found = batch if good else self._checker.mended(batch)
+                self._keep(self._in_bounds(found), spill)
+                seen(self.taken.rows)
+            records = (batch for part in odd.parts() for batch in part.to_batches())
+        if way is None or odd.bytes:
+            self._register(records)
+            for batch in self._answers():
+                self.taken.rows += batch.num_rows
+                found = self._in_bounds(self._checker.mended(self._without_bad(batch)))
+                self._count_troubles(found)
+                self._keep(found, spill)
+                seen(self.taken.rows)
         self._judge()
         return self.taken
 
@@ -200,19 +217,17 @@ class Intake:
         windows = [field for field in self.compiled.fields if " over " in field.expression.lower()]
         return "; ".join(f"{field.name}: {field.expression}" for field in windows)
 
-    # One batch of the query's answer.
+    # One batch of events.
 
-    def _take(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self.taken.rows += batch.num_rows
-        batch = self._without_bad(batch)
-        batch = self._checker.mended(batch)
-        batch = self._in_bounds(batch)
-        if batch.num_rows == 0:
-            return batch.select(SPILLED.names)
+    def _count_troubles(self, batch: pa.RecordBatch) -> None:
         for name, bit in _TROUBLES.items():
             lost = int(np.count_nonzero(_numbers(batch, "trouble") & bit))
             if lost:
                 self.taken.ids[name] += lost
+
+    def _keep(self, batch: pa.RecordBatch, spill: Spill) -> None:
+        if batch.num_rows == 0:
+            return
         device, user = _numbers(batch, "device_node"), _numbers(batch, "user_node")
         self.taken.pairs.add(device, user)
         self.taken.borders.add(device, user, _numbers(batch, "time_ms"))
@@ -220,7 +235,7 @@ class Intake:
         self.taken.keys.append(key[key != 0])
         self.taken.events += batch.num_rows
         self.taken.bytes += batch.column("body").nbytes
-        return batch.select(SPILLED.names)
+        spill.add(batch.select(SPILLED.names))
 
     def _without_bad(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         bad = batch.column("bad")
@@ -257,10 +272,13 @@ class Intake:
         field = (
             Field(("where",), self.mapping.where or "") if bad < 0 else self.compiled.fields[bad]
         )
-        held = msgspec.json.decode(shown or "{}")
-        named = {name: value for name, value in held.items() if _names(field.expression, name)}
+        held = msgspec.json.decode(
+            shown or "{}", type=dict[str, Raw]
+        )  # no decoder holds every number
         values = ", ".join(
-            f"{name} = {msgspec.json.encode(one).decode()[:200]}" for name, one in named.items()
+            f"{name} = {bytes(one).decode()[:200]}"
+            for name, one in held.items()
+            if _names(field.expression, name)
         )
         return field.name, f"{field.expression} does not fit where {values or 'the row is so'}"
 

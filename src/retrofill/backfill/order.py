@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
-from retrofill.backfill.spill import PLAIN_BYTES, Spill
+from retrofill.backfill.spill import PLAIN_BYTES, Spill, Whole
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
 ROW_GROUP_ROWS = 8192
-_PART_ROWS = 80_000  # taken, finished and written at once
+_PART_ROWS = (
+    2 * ROW_GROUP_ROWS
+)  # taken, finished and written at once; more would be fresh memory each time
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 
@@ -189,14 +191,15 @@ class Sorter:
                     one.add(rows.slice(at[number], at[number + 1] - at[number]))
         return buckets
 
-    def _bucket(self, table: pa.Table) -> None:
+    def _bucket(self, whole: Whole) -> None:
+        table = whole.table
         person = self.people.of(_ints(table, "device_node"), _ints(table, "user_node"))
-        if self.options.sample < 1:
-            kept = sampled(person, self.options.sample)
-            self.found.left_out += int(np.count_nonzero(~kept))
-            table, person = table.filter(pa.array(kept)), person[kept]
         time_ms = _ints(table, "time_ms")
         order = np.lexsort((_ints(table, "line"), _ints(table, "file"), time_ms, person))
+        if self.options.sample < 1:
+            kept = sampled(person[order], self.options.sample)
+            self.found.left_out += int(np.count_nonzero(~kept))
+            order = order[kept]
         person, time_ms = person[order], time_ms[order]
         # What shares person and time stays together, so that equal events are seen side by side.
         apart = np.flatnonzero((person[1:] != person[:-1]) | (time_ms[1:] != time_ms[:-1])) + 1
@@ -208,7 +211,7 @@ class Sorter:
         )
         for start, end in pairwise([0, *cuts.tolist(), len(order)]):
             if end > start:
-                self._part(table.take(pa.array(order[start:end])), person[start:end])
+                self._part(whole.take(order[start:end]), person[start:end])
 
     def _part(self, table: pa.Table, person: Ints) -> None:
         """Finish and write sorted rows."""
@@ -272,8 +275,10 @@ class Sorter:
             "file": table.column("file"),
             "line": table.column("line"),
         }
+        groups = max(1, round(len(person) / ROW_GROUP_ROWS))
         self._writer.write_table(
-            pa.table(list(made.values()), schema=SET_SCHEMA), row_group_size=ROW_GROUP_ROWS
+            pa.table(list(made.values()), schema=SET_SCHEMA),
+            row_group_size=-(-len(person) // groups),
         )
         self._count(time_ms, table.column("event_type"), int(pc.sum(size).as_py()))
         self._runs(person)

@@ -122,11 +122,11 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     told = asked.mapping.format
     pieces = source.pieces(origins, scratch=scratch, format_name=told, endpoint=asked.endpoint)
     letters = DeadLetters(work / DEAD_LETTERS)
-    spill = Spill(scratch / "spill.arrow", SPILLED)
+    spill = Spill(scratch / "spill.arrow", SPILLED, large="body")
     with letters:
         with connect(scratch) as connection:
             intake = Intake(pieces, asked.mapping, options, connection, letters)
-            taken = intake.run(spill, seen=lambda rows: progress("read", rows))
+            taken = intake.run(spill, scratch, seen=lambda rows: progress("read", rows))
         progress("sort", taken.rows)
         device, user, count = taken.pairs.compact()
         joined = people.join(device, user, kiosk_limit=options.kiosk_limit)
@@ -178,7 +178,7 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
 
 
 def _borders(taken: Taken, joined: People, spill: Spill) -> order.Borders:
-    if spill.in_memory:
+    if spill.plain:
         return order.borders(*taken.borders.rows()[1:], buckets=1)
     device, user, time_ms = taken.borders.rows()
     buckets = -(-taken.bytes // order.BUCKET_BYTES)

@@ -1,0 +1,206 @@
+"""The straight way is the query's, only shorter: whatever the rows, the stage is the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+from tests.backfill.staging import letters, rows, run
+
+from retrofill.backfill import intake, straight
+from retrofill.backfill.manifest import Manifest
+
+SAME = {
+    name: name
+    for name in (
+        *("user_id", "device_id", "event_type", "time", "insert_id", "platform", "session_id"),
+        *("event_properties", "user_properties", "groups", "group_properties", "plan"),
+    )
+}
+RENAMED = {
+    **SAME,
+    "event_type": "name",
+    "insert_id": "key",
+    "city": "platform",
+    "app_version": "key",
+}
+UNNAMED = {name: source for name, source in SAME.items() if name != "insert_id"}
+TYPES = {name: "JSON" for name in SAME if name.endswith("properties") or name in {"groups", "plan"}}
+DECLARED = {**TYPES, "session_id": "BIGINT", "time": "BIGINT", "name": "VARCHAR", "key": "VARCHAR"}
+
+# JSON of a field's values: what is good, and what is not quite.
+GOOD: dict[str, list[str]] = {
+    "user_id": ['"anna-1"', '"berta-2"', '"zoë-maria"', "null"],
+    "device_id": ['"device-1"', '"device-2"', '"device-3"'],
+    "event_type": ['"Open"', '"Close, then: open"'],
+    "name": ['"Open"', '"Close"'],
+    "time": ["1700000000000", "1700000000001", "1700000000002"],
+    "insert_id": [f'"id-{n}"' for n in range(40)] + ["null"],
+    "key": [f'"id-{n}"' for n in range(40)],
+    "platform": ['"Web"', '""', "null", '"like \\"Gecko\\", and {more}"'],
+    "session_id": ["-1", "1700000000000", "null"],
+    "event_properties": ['{"a":1,"b":[1,2,{"c":null}]}', "{}", "null", '{"say":"a, b: c\\nd"}'],
+    "user_properties": ['{"$set":{"plan":"pro"}}', '{"$add":{"n":1.5}}'],
+    "groups": ['{"team":"red"}', '{"team":["red","blue"]}', "{}"],
+    "group_properties": ['{"size":3}'],
+    "plan": ['{"branch":"main"}'],
+}
+ODD: dict[str, list[str]] = {
+    "user_id": [
+        "12345",
+        '"ab"',
+        '"none"',
+        '" anna-1"',
+        '""',
+        "true",
+        '"x\\u0041nna"',
+        f'"{"x" * 1500}"',
+    ],
+    "device_id": ["null", '""', '"NULL"', '"device\\/1"', "77777"],
+    "event_type": ['""', "null", "7", '"$exposure"', f'"{"é" * 600}"'],
+    "name": ["null", "7"],
+    "time": ['"1700000000000"', "1.5", "-1", "null", "1e12", "99999999999999999999", '"noon"'],
+    "insert_id": ['""', "17", '"q\\"uote"', '"back\\\\slash"'],
+    "key": ['""', "17"],
+    "platform": ["3", "true", '{"a":1}', f'"{"p" * 1100}"'],
+    "session_id": ['"12"', "1.5", "[]", "99999999999999999999"],
+    "event_properties": [
+        '{ "a" : [1, 2] , "b":3}',
+        "[]",
+        '"text"',
+        '{"n":1e400}',
+        '{"n":1000.0, "m":0.5}',
+    ],
+    "user_properties": ['{"n":12345678901234567890123}', "7", "{ }", '{"a":{"b":{"c":[{}]}}}'],
+    "groups": ['{"team":[]}', '{"team":{"a":1}}', '{"team":7}', '{"team":""}'],
+    "group_properties": [f'{{"a":{"[" * 60}{"]" * 60}}}', "{\t}"],
+    "plan": ['"text"', "null", '{"colour":"red"}'],
+}
+BROKEN = [
+    "{",
+    '{"user_id":"anna-1"',
+    "[]",
+    "17",
+    '{"time":1}x',
+    '{"a":"\t"}',
+    '{"a":tru}',
+    "   ",
+    "\ufeff{}",
+]
+
+
+@pytest.fixture
+def way_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of events that went straight."""
+    taken: list[int] = []
+    events = straight.Straight.events
+
+    def counted(self: straight.Straight, records: Any) -> Iterator[tuple[pa.RecordBatch, bool]]:
+        for batch, good in events(self, records):
+            taken.append(batch.num_rows)
+            yield batch, good
+
+    monkeypatch.setattr(straight.Straight, "events", counted)
+    return taken
+
+
+def source(path: Path, names: set[str], *, odd: float, seed: int, array: bool = False) -> Path:
+    draw = random.Random(seed)
+    texts = []
+    for _ in range(400):
+        if not array and draw.random() < odd:
+            texts.append(draw.choice(BROKEN))
+            continue
+        values = {
+            name: draw.choice(ODD[name] if draw.random() < odd else GOOD[name])
+            for name in draw.sample(sorted(names), len(names))
+            if draw.random() < (0.9 if name.endswith("properties") else 0.99)
+        }
+        colon, comma = draw.choice([(":", ","), (":", ","), (": ", ", ")])
+        texts.append("{" + comma.join(f'"{name}"{colon}{v}' for name, v in values.items()) + "}")
+    text = "[" + ",\n".join(texts) + "]" if array else "".join(f"{text}\n" for text in texts)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def both(
+    tmp_path: Path, path: Path, event: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Manifest, Manifest]:
+    """Stage by the straight way and by the query alone; rows and dead letters must be equal."""
+    document = {"event": event, "source": {"columns": DECLARED}}
+    found = run(tmp_path / "straight", path, document, bad_rows=1.0)
+    monkeypatch.setattr(intake, "straight", lambda *_: None)
+    meant = run(tmp_path / "query", path, document, bad_rows=1.0)
+    assert rows(tmp_path / "straight") == rows(tmp_path / "query")
+    refused = [sorted(map(str, letters(tmp_path / one))) for one in ("straight", "query")]
+    assert refused[0] == refused[1]
+    return found, meant
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
+@pytest.mark.parametrize("event", [SAME, RENAMED, UNNAMED], ids=["same", "renamed", "unnamed"])
+@pytest.mark.parametrize("odd", [0.0, 0.01, 0.2])
+def test_the_straight_way_stages_what_the_query_stages(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way_used: list[int],
+    event: dict[str, str],
+    odd: float,
+    *,
+    array: bool,
+) -> None:
+    names = {*event.values()}
+    path = source(
+        tmp_path / f"s.{'json' if array else 'ndjson'}", names, odd=odd, seed=5, array=array
+    )
+    found, meant = both(tmp_path, path, event, monkeypatch)
+    assert sum(way_used) > (250 if odd < 0.1 else 20)  # it was taken
+    assert found.events > 20
+    differing = {
+        name for name in Manifest.__struct_fields__ if getattr(found, name) != getattr(meant, name)
+    }
+    assert differing <= {"refused"}  # the same counts, in another order where they are equal
+    assert found.refused == meant.refused
+
+
+def test_a_mapping_with_an_expression_or_a_condition_goes_by_the_query(
+    tmp_path: Path, way_used: list[int]
+) -> None:
+    path = source(tmp_path / "s.ndjson", {*SAME}, odd=0.0, seed=1)
+    columns = {"columns": DECLARED}
+    run(tmp_path / "a", path, {"event": {**SAME, "platform": "upper(platform)"}, "source": columns})
+    run(tmp_path / "b", path, {"event": SAME, "where": "event_type = 'Open'", "source": columns})
+    run(
+        tmp_path / "c",
+        path,
+        {"event": {**SAME, "event_properties": {"a": "plan"}}, "source": columns},
+    )
+    assert way_used == []
+
+
+def test_numbers_in_properties_go_straight_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "s.ndjson"
+    path.write_text(
+        '{"device_id":"device-1","event_type":"Open","time":1,"event_properties":{"price":19.90}}\n'
+    )
+    names = ("device_id", "event_type", "time", "event_properties")
+    run(tmp_path / "work", path, {"event": {name: name for name in names}})
+    assert '"event_properties":{"price":19.90}' in rows(tmp_path / "work")[0]["json"]
+
+
+def test_what_a_row_becomes_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    row = {name: msgspec.Raw(GOOD[name][0].encode()) for name in SAME}
+    text = msgspec.json.encode(row).decode()
+    document = {"event": SAME, "source": {"columns": DECLARED}}
+    staged = []
+    for number, other in enumerate(["", "{", text.replace("anna", "\\u0061nna"), text + " "]):
+        path = tmp_path / f"{number}.ndjson"
+        path.write_text(f"{text}\n{other}\n", encoding="utf-8")
+        run(tmp_path / f"w{number}", path, document, bad_rows=1.0)
+        staged.append(rows(tmp_path / f"w{number}")[0]["json"])
+    assert len(set(staged)) == 1
