@@ -35,8 +35,8 @@ DECLARED = {**TYPES, "session_id": "BIGINT", "time": "BIGINT", "name": "VARCHAR"
 
 # JSON of a field's values: what is good, and what is not quite.
 GOOD: dict[str, list[str]] = {
-    "user_id": ['"anna-1"', '"berta-2"', '"zoë-maria"', "null"],
-    "device_id": ['"device-1"', '"device-2"', '"device-3"'],
+    "user_id": ['"anna-1@example.example"', '"berta-2"', '"zoë-maria"', "null"],
+    "device_id": [f'"0000000{n}-0000-0000-0000-000000000000"' for n in range(1, 4)],
     "event_type": ['"Open"', '"Close, then: open"'],
     "name": ['"Open"', '"Close"'],
     "time": ["1700000000000", "1700000000001", "1700000000002"],
@@ -61,7 +61,14 @@ ODD: dict[str, list[str]] = {
         '"x\\u0041nna"',
         f'"{"x" * 1500}"',
     ],
-    "device_id": ["null", '""', '"NULL"', '"device\\/1"', "77777"],
+    "device_id": [
+        "null",
+        '"00000000-0000-0000-0000-000000000000"',
+        '""',
+        '"NULL"',
+        '"device\\/1"',
+        "77777",
+    ],
     "event_type": ['""', "null", "7", '"$exposure"', f'"{"é" * 600}"'],
     "name": ["null", "7"],
     "time": ['"1700000000000"', "1.5", "-1", "null", "1e12", "99999999999999999999", '"noon"'],

@@ -31,12 +31,15 @@ from retrofill.backfill import check, compiled
 from retrofill.backfill.check import Checker
 from retrofill.backfill.columns import Columns
 from retrofill.backfill.compiled import Compiled
+from retrofill.backfill.people import Ints
 from retrofill.core import event, glance
 from retrofill.core.mapping import Field
 from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 
 _ROWS = 2048  # of the ids' query, at a time
 _CHARS_MAX = STRING_CHARS_MAX // 4  # characters that are surely no more bytes than an id may have
+_SURE_BYTES = 12  # no forbidden id is as long but for one
+_ZEROS: Final = glance.ZERO_DEVICE.encode()
 _FIRST: Final = (
     "event_type",
     "user_id",
@@ -45,7 +48,7 @@ _FIRST: Final = (
 )  # of an event's members, in this order
 _KEY: Final = "insert_id"
 _ABSENT = Raw()
-_BACKSLASH, _NEWLINE, _SPACE, _OPEN = 92, 10, 32, 0x7B
+_BACKSLASH, _NEWLINE, _SPACE, _OPEN, _ZERO = 92, 10, 32, 0x7B, 48
 _OPENING = np.zeros(256, np.bool_)
 _OPENING[list(b"{[,:")] = (
     True  # white space behind these, or before those of _CLOSING, could be left out
@@ -65,7 +68,6 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
 
 _encoder = msgspec.json.Encoder()
-Ints = NDArray[np.int64]
 
 
 class _Member(Struct, frozen=True):
@@ -80,10 +82,8 @@ class _Events(Struct):
     """Events of one batch, column by column. odd: which of them are not for the straight way."""
 
     event_type: list[str]
-    user: list[str | None]
-    device: list[str | None]
-    time_ms: list[int]
-    key: list[str | None]
+    ids: pa.RecordBatch
+    time_ms: Ints
     tables: dict[str, list[Raw]]
     odd: NDArray[np.bool_]
 
@@ -94,7 +94,6 @@ class _Made(Struct):
     batch: pa.RecordBatch
     events: _Events
     body: pa.StringArray
-    ids: pa.RecordBatch
     good: bool
 
 
@@ -153,7 +152,7 @@ class Straight:
                 made = self._make(batch)
                 if made is not None:
                     waiting.append(made)
-                    yield made.ids
+                    yield made.events.ids
 
         with duckdb.connect(config={"threads": "1"}) as connection:  # so that the order is kept
             connection.execute("SET enable_progress_bar = false")
@@ -172,22 +171,26 @@ class Straight:
         texts = batch.column("text")
         events, at = self._decoded(texts)
         found = self._columns(events)
+        lines = b""
+        good = False
+        if not found.odd.any():
+            lines = self._lines(events)
+            good = self._good(lines, found)
+        if not good:
+            for raws in found.tables.values():
+                found.odd |= _none(raws)
         if found.odd.any():
             kept = np.flatnonzero(~found.odd)
             events, at = [events[row] for row in kept.tolist()], at[kept]
             found = self._columns(events)
+            lines = self._lines(events)
+            good = self._good(lines, found)
         if len(at) < len(texts):
             left = np.ones(len(texts), np.bool_)
             left[at] = False
             self._odd(batch.filter(pa.array(left)))
             batch = batch.take(pa.array(at))
-        if not events:
-            return None
-        lines = self._lines(events)
-        found.key = [key or None for key in found.key]
-        sent = [pa.array(column, pa.string()) for column in (found.device, found.user, found.key)]
-        ids = pa.RecordBatch.from_arrays(sent, schema=_IDS)
-        return _Made(batch, found, _bodies(lines), ids, self._good(lines, found))
+        return _Made(batch, found, _bodies(lines), good) if events else None
 
     def _decoded(self, texts: pa.StringArray) -> tuple[list[Any], Ints]:
         """Return the rows that can be decoded, and where they stand."""
@@ -238,18 +241,46 @@ class Straight:
     def _columns(self, events: list[Any]) -> _Events:
         own = {name: list(map(attrgetter(at), events)) for name, at in self._own.items()}
         none: list[Any] = [None] * len(events)
-        user, device = own.get("user_id", none), own.get("device_id", none)
+        user, device, key = (own.get(name, none) for name in ("user_id", "device_id", _KEY))
+        if "" in key:
+            key = [one or None for one in key]
+        ids = [pa.array(column, pa.string()) for column in (device, user, key)]
         types, times = own["event_type"], own["time"]
         odd = np.zeros(len(events), np.bool_)
-        if not self._ids_good(user, device) or not _texts_good(types):
-            odd |= [
-                not self._ids_good([one], [other]) or not _texts_good([kind])
-                for one, other, kind in zip(user, device, types, strict=True)
-            ]
-        if None in times or (events and not 0 <= min(times) <= max(times) <= TIME_MS_MAX):
-            odd |= [time is None or not 0 <= time <= TIME_MS_MAX for time in times]
-        tables = {name: _table(events, at, odd) for name, at in self._tables.items()}
-        return _Events(types, user, device, times, own.get(_KEY, none), tables, odd)
+        if not (self._ids_surely_good(*ids[:2]) or self._ids_good(user, device)):
+            odd |= [not self._ids_good([one], [two]) for one, two in zip(user, device, strict=True)]
+        if not _texts_good(types):
+            odd |= [not _texts_good([kind]) for kind in types]
+        if None in times:
+            odd |= [time is None for time in times]
+            times = [time or 0 for time in times]
+        time_ms = np.asarray(times, np.int64)
+        odd |= (time_ms < 0) | (time_ms > TIME_MS_MAX)
+        tables = {name: _table(events, at) for name, at in self._tables.items()}
+        return _Events(types, pa.RecordBatch.from_arrays(ids, schema=_IDS), time_ms, tables, odd)
+
+    def _ids_surely_good(self, device: pa.StringArray, user: pa.StringArray) -> bool:
+        """Say whether all ids are so long and begin so that they need no second look, and no row is without."""
+        if np.any(~_there(device) & ~_there(user)):
+            return False
+        for column in (device, user):
+            data, ends = _flat(column)
+            sizes = np.diff(ends, prepend=0)
+            there = sizes > 0
+            if there.sum() < len(column) - column.null_count:
+                return False
+            sizes, starts = sizes[there], (ends - sizes)[there]
+            first = np.frombuffer(data, np.uint8)[starts]
+            if len(sizes) and (
+                sizes.min() < max(_SURE_BYTES, 4 * self._checker.id_length_min)
+                or sizes.max() > _CHARS_MAX
+                or first.min() <= _SPACE
+            ):
+                return False
+            zeros = starts[(first == _ZERO) & (sizes == len(_ZEROS))].tolist()
+            if any(data[start : start + len(_ZEROS)] == _ZEROS for start in zeros):
+                return False
+        return True
 
     def _ids_good(self, user: Sequence[str | None], device: Sequence[str | None]) -> bool:
         both = {*user, *device}
@@ -299,19 +330,31 @@ def _texts_good(types: Sequence[str | None]) -> bool:
     return None not in known and "" not in known and max(map(len, known), default=0) <= _CHARS_MAX  # type: ignore[arg-type]  # None is not in
 
 
-def _table(events: list[Any], name: str, odd: NDArray[np.bool_]) -> list[Raw]:
-    """Return one property object of each event, absent where it holds nothing; note which are none."""
+def _table(events: list[Any], name: str) -> list[Raw]:
+    """Return one property object of each event, absent where it holds nothing."""
     raws: list[Raw] = list(map(attrgetter(name), events))
     sizes = np.fromiter(map(len, raws), np.int64, len(raws))
     for at in np.flatnonzero((sizes == 2) | (sizes == 4)).tolist():  # {} and null
         if bytes(raws[at]) in {b"{}", b"null"}:
-            raws[at], sizes[at] = _ABSENT, 0
+            raws[at] = _ABSENT
             setattr(events[at], name, _ABSENT)
+    return raws
+
+
+def _none(raws: list[Raw]) -> NDArray[np.bool_]:
+    """Say which property objects are something else."""
+    sizes = np.fromiter(map(len, raws), np.int64, len(raws))
+    odd = np.zeros(len(raws), np.bool_)
     there = np.flatnonzero(sizes)
     if len(there):
         text = np.frombuffer(b"".join(raws), np.uint8)
-        odd[there] |= text[(np.cumsum(sizes) - sizes)[there]] != _OPEN
-    return raws
+        odd[there] = text[(np.cumsum(sizes) - sizes)[there]] != _OPEN
+    return odd
+
+
+def _there(column: pa.StringArray) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = column.is_valid().to_numpy(zero_copy_only=False)
+    return found
 
 
 def _flat(texts: pa.StringArray) -> tuple[bytes, Ints]:
@@ -338,14 +381,14 @@ def _finished(made: _Made, hashes: Ints) -> pa.RecordBatch:
     columns = {
         "file": place.column("file"),
         "line": place.column("line"),
-        "time_ms": pa.array(found.time_ms, pa.int64()),
+        "time_ms": pa.array(found.time_ms),
         "event_type": pa.array(found.event_type, pa.string()),
-        "user_id": made.ids.column("user_id"),
-        "device_id": made.ids.column("device_id"),
+        "user_id": found.ids.column("user_id"),
+        "device_id": found.ids.column("device_id"),
         "user_node": user_node,
         "device_node": device_node,
         "key": key,
-        "insert_id": _insert_ids(made.ids.column("insert_id_"), made.body),
+        "insert_id": _insert_ids(found.ids.column("insert_id_"), made.body),
         "body": made.body,
     }
     return pa.RecordBatch.from_pydict(columns)

@@ -27,7 +27,7 @@ BROKEN: tuple[type[Exception], ...] = (
 )
 
 _READ = 256 * 1024  # read from the file at once
-_PLAIN = 4 * 1024 * 1024  # the same of a file that is not packed: as much as is looked at together
+_PLAIN = 1024 * 1024  # the same of a file that is not packed: as much as is looked at together
 _PACKED = 16 * 1024  # given to Zstandard at once: it cannot be told how much to give back
 _GZIP = 31  # zlib's word for: with a gzip header, the largest window
 
