@@ -79,7 +79,10 @@ class Asked(Struct, forbid_unknown_fields=True):
 
 
 class Position(Struct, frozen=True, tag_field="kind", tag="position"):
-    """The first line. block: everything up to it is in the answer, nothing later. fresh: the next amplitude_id."""
+    """The first line. block: everything up to it is in the answer, nothing later. fresh: the next amplitude_id.
+
+    looks_up: whether the server looks places up by address.
+    """
 
     app: int
     block: int
@@ -89,6 +92,7 @@ class Position(Struct, frozen=True, tag_field="kind", tag="position"):
     window_from: int
     limits: dict[str, Any]
     settings: dict[str, Any]
+    looks_up: bool = False
 
 
 class Days(Struct, frozen=True, tag_field="kind", tag="days"):
@@ -257,6 +261,7 @@ def position(moment: Moment) -> Position:
         moment.window_from,
         msgspec.to_builtins(moment.limits),
         msgspec.to_builtins(moment.settings),
+        moment.looks_up,
     )
 
 

@@ -680,6 +680,7 @@ class Engine:
                 unsaved,
                 saved,
                 held.pop_all(),
+                self._settings.geoip is not None,
             )
 
     def refused(self, project: int, opened: Envelope) -> None:

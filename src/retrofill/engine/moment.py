@@ -26,7 +26,7 @@ from retrofill.limits import Limits
 class Moment(Struct):
     """One project after block `meta.block`. For one thread at a time; close it.
 
-    now_ms: the server's clock then. window_from: the first block whose keys count as duplicates of live events then.
+    looks_up: whether places are looked up by address. now_ms: the server's clock then. window_from: the first block whose keys count as duplicates of live events then.
     """
 
     project: int
@@ -39,6 +39,7 @@ class Moment(Struct):
     unsaved: Changed
     saved: Checkpoint
     held: ExitStack
+    looks_up: bool = False
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -19,12 +19,13 @@ _READ_ROWS = 100_000
 
 
 class Touched(Struct, frozen=True):
-    """Distinct ids of a stage. insert_ids: every one. group_insert_ids: of its group identifies."""
+    """Distinct ids of a stage. insert_ids: every one. group_insert_ids: of its group identifies. addressed: some events say `ip`."""
 
     device_ids: list[str]
     user_ids: list[str]
     insert_ids: pa.Array
     group_insert_ids: list[str]
+    addressed: bool
 
     def check(self) -> None:
         """Raise InputError if there are more ids than a server tells at a time."""
@@ -42,10 +43,14 @@ def touched(stage: Path, found: Manifest) -> Touched:
     devices, users = set[str](), set[str]()
     inserts: list[pa.Array] = []
     groups: list[str] = []
-    for batch in _batches(stage, found, ["device_id", "user_id", "insert_id", "event_type"]):
+    addressed = False
+    for batch in _batches(
+        stage, found, ["device_id", "user_id", "insert_id", "event_type", "json"]
+    ):
         devices.update(pc.unique(batch["device_id"]).to_pylist())
         users.update(pc.unique(batch["user_id"]).to_pylist())
         inserts.append(batch["insert_id"])
+        addressed = addressed or pc.any(pc.match_substring(batch["json"], '"ip":')).as_py() is True
         if found.types.get(_GROUP_IDENTIFY):
             mine = pc.equal(batch["event_type"], _GROUP_IDENTIFY)
             groups += batch.filter(mine)["insert_id"].to_pylist()
@@ -54,6 +59,7 @@ def touched(stage: Path, found: Manifest) -> Touched:
         sorted(one for one in users if one),
         pa.concat_arrays(inserts) if inserts else pa.array([], pa.string()),
         groups,
+        addressed,
     )
 
 

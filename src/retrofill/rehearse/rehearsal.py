@@ -44,6 +44,7 @@ from retrofill.rehearse.outcome import Outcome, Shared, Volume, Waiting
 from retrofill.rehearse.scratch import KEYS, Scratch, Sent, opened
 
 CHECKED_EVENTS = 50_000  # ours: of an import so small the rows are asked for whole and folded again
+PLACES = "country, region, city and dma that the server looks up by the address of an event"
 SEED_ROWS = 200_000  # ours: rows of each lake file that is seeded
 
 Step = Callable[[str], None]
@@ -65,6 +66,11 @@ class Order(Struct, frozen=True, kw_only=True):
     keys: Keys = Keys()
     now_ms: int
     step: Step = lambda _: None
+
+    @property
+    def path(self) -> str:
+        """The path that requests go to."""
+        return "/2/httpapi" if self.to and self.to.ingest.endswith("/2/httpapi") else "/batch"
 
     @property
     def kind(self) -> str:
@@ -99,7 +105,7 @@ def rehearse(order: Order) -> Outcome:
     manifest = staged(order.work)
     folder = order.work / "rehearsal.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             made, before = runner.run(_rehearse(order, manifest, folder))
@@ -169,7 +175,8 @@ def _seed_of_server(
             lambda: _stored_keys(order, to, manifest, touched, there),
         )
     imported = given.import_figures(to, order.keys, manifest.import_id)
-    return _There(there, [], checked.problems() if whole else [], imported)
+    unknown = [PLACES] if there.position.looks_up and touched.addressed else []
+    return _There(there, unknown, checked.problems() if whole else [], imported)
 
 
 def _stored_keys(
@@ -242,6 +249,7 @@ async def _send(
             order.work / "stage",
             manifest,
             order.profiles[skip],
+            path=order.path,
             folder=_made(folder / "first-run"),
             skip=skip,
         )
@@ -285,6 +293,7 @@ async def _send_other(
             order.work / "stage",
             manifest,
             order.profiles[skip],
+            path=order.path,
             folder=_made(folder / "second-run"),
             skip=skip,
         )
@@ -379,7 +388,7 @@ def _outcome(  # noqa: PLR0917 - everything that was found, once
         import_id=manifest.import_id,
         against=order.against,
         kind=order.kind,
-        exact=order.kind != "export" and not there.warnings,
+        exact=not there.unknown and not there.warnings,
         unknown=there.unknown,
         warnings=there.warnings,
         block=position.block,

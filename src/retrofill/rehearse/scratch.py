@@ -160,7 +160,7 @@ class Scratch:
         )
 
     async def send(
-        self, stage: Path, found: Manifest, profile: Profile, *, folder: Path, skip: bool
+        self, stage: Path, found: Manifest, profile: Profile, *, path: str, folder: Path, skip: bool
     ) -> Sent:
         """Send a stage, whole. folder: for the journal. Raises StoreError, FinalError."""
         journal = Journal(folder, threaded=False)
@@ -170,7 +170,7 @@ class Scratch:
             own = skip == found.options.skip_user_properties_sync
             engine: Any = self.engine if own else _Skipping(self.engine, skip=skip)
             ingest.engine = engine
-            wires = [_Wire(ingest, "/batch", self.clock) for _ in range(profile.connections)]
+            wires = [_Wire(ingest, path, self.clock) for _ in range(profile.connections)]
             sender = Sender(
                 feed=feed,
                 journal=journal,
