@@ -160,6 +160,11 @@ def ran(server: Process | Project, work: Path, given: list[str], *options: str) 
     call("run", *given, "--to", server.url, *keys, "--work", str(work), "--yes", *options)
 
 
+def verified(work: Path, keys: list[str]) -> str:
+    """Return what `verify` says. It ends with 1 where a live event had the key: that row is missing in the import."""
+    return CliRunner().invoke(app, ["verify", "--work", str(work), *keys]).stdout
+
+
 def halves(data: Path, folder: Path, name: str) -> tuple[list[str], list[str]]:
     """Cut a real history into overlapping parts: what is live already, and what an import brings."""
     packed = gzip.decompress((data / name).read_bytes()).decode()
@@ -198,7 +203,7 @@ def test_of_a_real_history_whose_other_part_is_there(
     assert len(server.export()) == len(before.rows)
     ran(server, tmp_path / "work", given, "--import", "new", skip)
     compare(made, before, Measured(server))
-    told = call("verify", "--work", str(tmp_path / "work"), *KEYS).stdout
+    told = verified(tmp_path / "work", KEYS)
     assert "rehearsal: 12 of 12 figures came as predicted" in told, told
 
 
@@ -329,7 +334,5 @@ def check(many: Many, seed: int, skip: str, time: str) -> None:
     made = rehearsed(one, one.folder / "work", source, "--import", "new", skip)
     ran(one, one.folder / "work", source, "--import", "new", skip)
     compare(made, before, Measured(one))
-    # It ends with 1 where a live event had the key: that row is missing in the import.
-    words = ["verify", "--work", str(one.folder / "work"), *one.keys]
-    told = CliRunner().invoke(app, words).stdout
+    told = verified(one.folder / "work", one.keys)
     assert "rehearsal: 12 of 12 figures came as predicted" in told, told

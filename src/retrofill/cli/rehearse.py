@@ -82,7 +82,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     live = None if archive is None or until != "live" else str(archive)
     seams = seam_of(until, live, work, where, keys, tell=tell)
     chosen = profiles.choose(where, profile, keys.api_key, keys.secret_key)
-    stage_of(
+    found = stage_of(
         sources,
         mapping=map_,
         query=query,
@@ -106,10 +106,11 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         Order(
             work=work,
             against=against,
-            profiles={
-                skip: profiles.adjust(chosen, events_per_request=events_per_request, skip_sync=skip)
-                for skip in (False, True)
-            },
+            profile=profiles.adjust(
+                chosen,
+                events_per_request=events_per_request,
+                skip_sync=found.options.skip_user_properties_sync,
+            ),
             to=to,
             archive=archive,
             keys=keys,

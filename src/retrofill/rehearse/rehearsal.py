@@ -2,8 +2,8 @@
 
 1. What the import touches is read from the stage. 2. What is there already is asked for, at one position, and a scratch
 directory is seeded with it as it comes. 3. The import is sent into that. 4. What is there then is compared with what
-was. Where both are possible the import is sent once more, into a second directory that has the state alone, with the
-other setting of `$skip_user_properties_sync`. The directories are removed, whatever happens.
+was. Where both are possible the state of a second directory follows with the other setting of
+`$skip_user_properties_sync`. The directories are removed, whatever happens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import uvloop
 from msgspec import Struct
+from msgspec.structs import replace
 
 from retrofill.backfill.drive import staged
 from retrofill.backfill.keys import Keys
@@ -31,7 +32,7 @@ from retrofill.core.person import Person
 from retrofill.engine import history
 from retrofill.engine.history import Alike, Asked, Days
 from retrofill.engine.query import View
-from retrofill.engine.seeding import known_key, seed
+from retrofill.engine.seeding import PROJECT, known_key, seed
 from retrofill.limits import HISTORY_IDS_MAX, HISTORY_KEYS_MAX, PROFILES
 from retrofill.rehearse import archive, difference, given, outcome
 from retrofill.rehearse import asked as stages
@@ -55,12 +56,12 @@ Device = tuple[str, list[str], int, int]  # id, its users, how many there are, h
 class Order(Struct, frozen=True, kw_only=True):
     """What to rehearse. against: as it was said. to: the server, archive: the export, if it is one; neither: nothing.
 
-    profiles: how it is sent with `$skip_user_properties_sync` off and on.
+    profile: how it is sent.
     """
 
     work: Path
     against: str
-    profiles: dict[bool, Profile]
+    profile: Profile
     to: Target | None = None
     archive: Path | None = None
     keys: Keys = Keys()
@@ -88,10 +89,11 @@ class _There(Struct):
 
 
 class _Done(Struct):
-    """What came of the import in the scratch directory. before, after: of the people that were looked at."""
+    """What came of the import. other: the people with the other setting. before, after: of those who were looked at."""
 
     sent: Sent
     people: dict[int, Person]
+    other: dict[int, Person] | None
     before: Days
     after: Days
     devices: list[Device]
@@ -106,6 +108,7 @@ def rehearse(order: Order) -> Outcome:
     folder = order.work / "rehearsal.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
+    (folder / "run").mkdir()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             made, before = runner.run(_rehearse(order, manifest, folder))
@@ -123,13 +126,9 @@ async def _rehearse(
     order.step("asking what is there")
     there = await asyncio.to_thread(_seed, order, manifest, touched, folder)
     order.step("sending the import into a scratch directory")
+    done = await _send(order, manifest, folder, there.given)
     skip = manifest.options.skip_user_properties_sync
-    done = await _send(order, manifest, folder, there, skip=skip)
-    other = None
-    if there.given.property_time == "arrival":
-        order.step("and once more, with the other setting of $skip_user_properties_sync")
-        other = await _send_other(order, manifest, folder, there, skip=not skip)
-    tables = {skip: done.people, not skip: other}
+    tables = {skip: done.people, not skip: done.other}
     order.step("comparing")
     alike = [*there.given.alike, *await asyncio.to_thread(_by_contact, order, there, tables[False])]
     return _outcome(order, manifest, touched, there, done, tables, alike), there.given.people
@@ -212,8 +211,6 @@ def _plant(
         contested=touched.insert_ids,
         more=more,
     )
-    if (folder / "first" / "keys").exists():  # before the import leaves its own there
-        shutil.copytree(folder / "first" / "keys", folder / "keys")
 
 
 def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -231,79 +228,60 @@ def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 # The import.
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
 def _clock(there: Given) -> VirtualClock:
     return VirtualClock(max(there.position.now_ms, there.position.server_upload_ms))
 
 
-async def _send(
-    order: Order, manifest: Manifest, folder: Path, there: _There, *, skip: bool
-) -> _Done:
-    async with opened(folder / "first", _clock(there.given), rows=True) as scratch:
+async def _send(order: Order, manifest: Manifest, folder: Path, there: Given) -> _Done:
+    beside = folder / "second" if there.property_time == "arrival" else None
+    if beside is not None:
+        await asyncio.to_thread(_plant_beside, folder, beside, there)
+    async with opened(folder / "first", beside, _clock(there)) as scratch:
         before = await _days(scratch)
         sent = await scratch.send(
             order.work / "stage",
             manifest,
-            order.profiles[skip],
+            order.profile,
             path=order.path,
-            folder=_made(folder / "first-run"),
-            skip=skip,
+            folder=folder / "run",
         )
-        await scratch.engine.seal()
-        moment = await scratch.engine.moment(1)
+        moment = await scratch.engine.moment(PROJECT)
 
-        def look() -> tuple[dict[int, Person], Days, list[Device]]:
-            with closing(moment), closing(scratch.reader.at(1, moment.snapshot)) as view:
+        def look() -> _Done:
+            with closing(moment), closing(scratch.reader.at(PROJECT, moment.snapshot)) as view:
                 people = {one.amplitude_id: one for one in moment.every_person()}
-                return people, history.days(view), _devices(view, manifest.import_id)
+                after, devices = history.days(view), _devices(view, manifest.import_id)
+            return _Done(sent, people, _beside(scratch, there), before, after, devices)
 
-        return _Done(sent, *await _ordered(look, before))
+        return await asyncio.to_thread(look)
 
 
-async def _ordered(
-    look: Callable[[], tuple[dict[int, Person], Days, list[Device]]], before: Days
-) -> tuple[dict[int, Person], Days, Days, list[Device]]:
-    people, after, devices = await asyncio.to_thread(look)
-    return people, before, after, devices
+def _plant_beside(folder: Path, second: Path, there: Given) -> None:
+    """Seed the second directory: the state alone, and the same keys.
+
+    A run keeps within the hourly property updates by itself, so none of them is dropped there.
+    """
+    limits = {**there.start.settings.limits, "property_updates_per_h": 0}
+    settings = replace(there.start.settings, limits=limits)
+    seed(second, KEYS, replace(there.start, settings=settings), ())
+    if (folder / "first" / "keys").exists():
+        shutil.rmtree(second / "keys")
+        shutil.copytree(folder / "first" / "keys", second / "keys")
+
+
+def _beside(scratch: Scratch, there: Given) -> dict[int, Person] | None:
+    """Return the people as they are with the other setting."""
+    if scratch.beside is None:
+        return None
+    return there.people | scratch.beside.state.project(PROJECT).people.unsaved()
 
 
 async def _days(scratch: Scratch) -> Days:
     def look() -> Days:
-        with scratch.reader.view(1) as view:
+        with scratch.reader.view(PROJECT) as view:
             return history.days(view)
 
     return await asyncio.to_thread(look)
-
-
-async def _send_other(
-    order: Order, manifest: Manifest, folder: Path, there: _There, *, skip: bool
-) -> dict[int, Person]:
-    """Send the import into a directory that has the state alone; return the people as they are then."""
-    second = folder / "second"
-    await asyncio.to_thread(seed, second, KEYS, there.given.start, ())
-    if (folder / "keys").exists():
-        shutil.rmtree(second / "keys")
-        shutil.copytree(folder / "keys", second / "keys")
-    async with opened(second, _clock(there.given), rows=False) as scratch:
-        await scratch.send(
-            order.work / "stage",
-            manifest,
-            order.profiles[skip],
-            path=order.path,
-            folder=_made(folder / "second-run"),
-            skip=skip,
-        )
-        moment = await scratch.engine.moment(1)
-
-        def look() -> dict[int, Person]:
-            with closing(moment):
-                return {one.amplitude_id: one for one in moment.every_person()}
-
-        return await asyncio.to_thread(look)
 
 
 def _devices(view: View, import_id: str) -> list[Device]:
@@ -367,7 +345,7 @@ def _outcome(  # noqa: PLR0917 - everything that was found, once
     before, after, sent = there.given.people, done.people, done.sent
     planned = plan(
         manifest,
-        order.profiles[manifest.options.skip_user_properties_sync],
+        order.profile,
         destination=order.against,
         stage=order.work / "stage",
         start_s=order.now_ms / 1000,

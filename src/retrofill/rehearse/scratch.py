@@ -24,7 +24,8 @@ from retrofill.backfill.send import Sender
 from retrofill.config import Project, Settings
 from retrofill.core.event import Batch
 from retrofill.core.schedule import HOUR_S
-from retrofill.engine.ingest import Engine
+from retrofill.core.throttle import Accepted
+from retrofill.engine.ingest import Engine, Outcome
 from retrofill.engine.query import Reader
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.errors import StoreError
@@ -67,33 +68,29 @@ class _Inside(Sealer):
         """Nothing."""
 
 
-class _StateAlone(Sealer):
-    """Lets the rows of blocks go: of them only the state is wanted."""
+class _Both:
+    """An engine that takes requests, and one beside it whose state alone follows, with the other setting.
 
-    async def seal(self, first: int, last: int) -> SealResult:
-        """Let blocks go."""
-        del first
-        self._lake.adopt(None, block=last, merges=[])
-        return SealResult()
+    What the first one takes is folded over the state of the second and never written: each request a block, in the
+    order in which the first one stored them.
+    """
 
-    async def compact(self) -> None:
-        """Nothing."""
-
-
-class _Skipping:
-    """An engine that takes every event with `$skip_user_properties_sync` on, or with it off."""
-
-    def __init__(self, engine: Engine, *, skip: bool) -> None:
+    def __init__(self, engine: Engine, beside: Engine, *, skip: bool) -> None:
         self._engine = engine
+        self._beside = beside
         self._skip = skip or None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def ingest(self, batch: Batch) -> Any:
-        for event in batch.events:
-            event.skip_user_properties_sync = self._skip
-        return await self._engine.ingest(batch)
+    async def ingest(self, batch: Batch) -> Outcome:
+        outcome = await self._engine.ingest(batch)
+        if isinstance(outcome, Accepted):
+            for event in batch.events:
+                event.skip_user_properties_sync = self._skip
+            folded, imports = self._beside.fold([batch], now_ms=outcome.server_upload_ms)
+            self._beside.applied(folded, [batch], imports)
+        return outcome
 
 
 class _Wire:
@@ -145,10 +142,11 @@ class _Wire:
 
 
 class Scratch:
-    """A seeded directory with its engine open. Use `opened`."""
+    """A seeded directory with its engine open, and perhaps one beside it. Use `opened`."""
 
-    def __init__(self, engine: Engine, clock: VirtualClock) -> None:
+    def __init__(self, engine: Engine, beside: Engine | None, clock: VirtualClock) -> None:
         self.engine = engine
+        self.beside = beside
         self.clock = clock
         self.reader = Reader(
             engine.lake,
@@ -160,15 +158,17 @@ class Scratch:
         )
 
     async def send(
-        self, stage: Path, found: Manifest, profile: Profile, *, path: str, folder: Path, skip: bool
+        self, stage: Path, found: Manifest, profile: Profile, *, path: str, folder: Path
     ) -> Sent:
         """Send a stage, whole. folder: for the journal. Raises StoreError, FinalError."""
         journal = Journal(folder, threaded=False)
         try:
             feed = Feed(stage, found, profile.rates, journal.done())
             ingest = Ingest(clock=self.clock, metrics=Metrics())
-            own = skip == found.options.skip_user_properties_sync
-            engine: Any = self.engine if own else _Skipping(self.engine, skip=skip)
+            engine: Any = self.engine
+            if self.beside is not None:
+                other = not found.options.skip_user_properties_sync
+                engine = _Both(self.engine, self.beside, skip=other)
             ingest.engine = engine
             wires = [_Wire(ingest, path, self.clock) for _ in range(profile.connections)]
             sender = Sender(
@@ -211,17 +211,23 @@ def _refused(folder: Path) -> dict[str, int]:
 
 
 @contextlib.asynccontextmanager
-async def opened(
-    root: Path, clock: VirtualClock, *, rows: bool, limits: str = "none"
-) -> AsyncIterator[Scratch]:
-    """Open a seeded directory. rows: whether the import's rows are wanted afterwards, or its state alone."""
-    engine = await asyncio.to_thread(
-        lambda: Engine.open(
-            Settings(data=root, limits=limits), clock=clock, sealer=_Inside if rows else _StateAlone
-        )
-    )
-    try:
+async def opened(root: Path, beside: Path | None, clock: VirtualClock) -> AsyncIterator[Scratch]:
+    """Open a seeded directory, and one beside it that is to follow with the other setting."""
+    async with _engine(root, clock) as engine:
         await engine.start()
-        yield Scratch(engine, clock)
+        if beside is None:
+            yield Scratch(engine, None, clock)
+            return
+        async with _engine(beside, clock) as other:
+            yield Scratch(engine, other, clock)
+
+
+@contextlib.asynccontextmanager
+async def _engine(root: Path, clock: VirtualClock) -> AsyncIterator[Engine]:
+    # The settings of the project name every limit.
+    settings = Settings(data=root, limits="none")
+    engine = await asyncio.to_thread(lambda: Engine.open(settings, clock=clock, sealer=_Inside))
+    try:
+        yield engine
     finally:
         await engine.abandon()
