@@ -122,6 +122,21 @@ def test_what_the_destination_refuses_shows_its_row(
         assert {letter["line"]: letter["row"] for letter in shown} == told
 
 
+def test_a_stop_between_the_table_and_the_file_is_mended_by_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    journal = Journal(tmp_path / "work", threaded=False)
+    journal.died(Dead(0, 0, "no", '{"row":"event"}'))
+    journal.kick()
+    file = tmp_path / "work" / "dead-letters-send.ndjson"
+    before = file.read_text()
+    journal.reword({(0, 0): '{"row":"as it was"}'})
+    assert file.read_text() == '{"row":"as it was"}\n'
+    journal.close()
+    file.write_text(before)  # as if the power had gone before the file was written
+    Journal(tmp_path / "work", threaded=False).close()
+    assert file.read_text() == '{"row":"as it was"}\n'
+
+
 def test_a_source_that_cannot_be_read_again_keeps_the_event(tmp_path: Path) -> None:
     path, _ = ndjson(tmp_path, history())
     work = tmp_path / "work"

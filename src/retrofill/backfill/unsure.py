@@ -33,10 +33,11 @@ def write(work: Path) -> Path | None:
     if not spans:
         path.unlink(missing_ok=True)
         return None
-    with path.open("wb") as file:
+    fresh = path.with_suffix(".new")
+    with fresh.open("wb") as file:
         for number in sorted({span.set for span in spans}):
             _write(file, work, manifest, [span for span in spans if span.set == number])
-    return path
+    return fresh.replace(path)
 
 
 def _write(file: IO[bytes], work: Path, manifest: Manifest, spans: list[Span]) -> None:

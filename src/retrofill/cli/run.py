@@ -396,7 +396,7 @@ def tell_plan(
     lines = [
         f"import {made.import_id}: {made.events:,} events of {made.people:,} people to {to.name}",
         (
-            f"{facts['from']} to {facts['until']}; {made.dead_letters:,} rows refused,"
+            f"{facts['from'] or '–'} to {facts['until'] or '–'}; {made.dead_letters:,} rows refused,"
             f" {made.duplicates:,} duplicates in the source"
         ),
         (
