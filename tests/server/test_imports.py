@@ -117,3 +117,21 @@ def test_verify_reads_back_the_import_alone(
         found = command("verify", "--work", str(tmp_path / "work-b"), *KEYS)
         assert asked[1] == "1/imports/b/export"
         assert found.exit_code == 0, found.output  # hour by hour: all of it is there
+
+        # Of a longer history a part is there already, under the other import and live: no part of it is missing.
+        longer = tmp_path / "longer"
+        longer.mkdir()
+        given = source(longer, 320)
+        last = json.loads((longer / "history.ndjson").read_text().splitlines()[319])
+        sent = {"user_id": last["user"], "device_id": last["device"], "event_type": last["event"]}
+        more = {"time": last["at"], "insert_id": last["id"], "event_properties": {"n": last["n"]}}
+        assert send(live, sent | more) == 200
+        work = ["--work", str(tmp_path / "work-c"), "--api-key", "KEY"]
+        line = ["run", *given, "--to", live.address, "--import", "c", *work, "--yes"]
+        assert command(*line).exit_code == 0
+        shown = call(live, "GET", "/api/1/imports/c")[1]
+        assert (shown["events"], shown["duplicates"]) == (119, 201)
+        found = command("verify", "--work", str(tmp_path / "work-c"), *KEYS)
+        assert found.exit_code == 0, found.output
+        assert "320 sent · 320 read back · 0 missing" in found.stdout
+        assert "0 out of order · 201 stored before, not by this import" in found.stdout

@@ -32,6 +32,7 @@ class Shown(Struct, frozen=True):
     people: int
     first_event_ms: int | None = None
     last_event_ms: int | None = None
+    duplicates: int = 0
 
     @property
     def undone(self) -> bool:

@@ -218,26 +218,27 @@ def _of_destination(
     try:
         while hours > 0:
             some = min(hours, _HOURS_MAX)
-            yield from _window(to, keys, path, first, some, step)
+            yield from window(to, keys, path, first, some, step)
             first, hours = first + some * _HOUR, hours - some
     finally:
         path.unlink(missing_ok=True)
 
 
-def _window(
+def window(
     to: Target, keys: Keys, path: Path, first: datetime, hours: int, step: Callable[[str], None]
 ) -> Iterator[bytes]:
+    """Yield the rows of some hours of arrival, in halves where they are too many. Raises FinalError."""
     last = first + (hours - 1) * _HOUR
     span = f"start={first:%Y%m%dT%H}&end={last:%Y%m%dT%H}"
-    step(f"reading what is live: {first:%Y-%m-%d %H}h to {last:%Y-%m-%d %H}h")
+    step(f"reading what others brought: {first:%Y-%m-%d %H}h to {last:%Y-%m-%d %H}h")
     url = f"{to.read}/api/2/export?{span}"
     fetched = readback.fetch(url, keys, path, divisible=hours > 1)
     if fetched.status == 200:
         yield from readback.lines(path)
     elif fetched.status == 400 and hours > 1:
         half = hours // 2
-        yield from _window(to, keys, path, first, half, step)
-        yield from _window(to, keys, path, first + half * _HOUR, hours - half, step)
+        yield from window(to, keys, path, first, half, step)
+        yield from window(to, keys, path, first + half * _HOUR, hours - half, step)
     elif fetched.status == 400:
         raise FinalError(
             f"The destination does not let us read: 400 {fetched.said}",

@@ -7,6 +7,8 @@ history is. Only fields that were sent are compared: what a destination adds of 
 insert_id was never staged are live and ignored.
 
 - missing: staged, not a dead letter, not found. doubled: found more than once.
+- stored before: our server answered 200 and stored nothing, since live data or another import had brought the event
+  already. If its import counts duplicates, the rows of that time are read too, and what is found there is not missing.
 - different: found with another value. extra: a staged insert_id found under another device, user or event type.
 
 Identify and group identify calls are in no export: they are counted as unreadable, not as missing.
@@ -31,7 +33,7 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill import readback
+from retrofill.backfill import imports, readback, seam
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Journal, Ledger, Rows
 from retrofill.backfill.keys import Keys
@@ -47,6 +49,7 @@ PARALLEL = 4  # contract, read 1: 5 requests of a project at a time
 PART_ROWS = 20_000  # ours: rows compared in memory at a time
 PARTS_MAX = 400  # ours: files open at once
 DEAL_ROWS = 20_000  # ours: rows dealt at a time
+MEMORY_HOURS = 7 * 24 + 1  # contract, events 6: for how long an insert_id is known again
 HIDDEN = frozenset({"$identify", "$groupidentify"})
 
 
@@ -61,7 +64,10 @@ class Finding(NamedTuple):
 
 
 class Result(Struct, frozen=True):
-    """What verification found. Events; out_of_order only where the export keeps the order of arrival, else None."""
+    """What verification found. Events; out_of_order only where the export keeps the order of arrival, else None.
+
+    stored_before: of those read back, not by this import.
+    """
 
     sent: int
     read_back: int
@@ -71,6 +77,7 @@ class Result(Struct, frozen=True):
     extra: int
     unreadable: int
     out_of_order: int | None
+    stored_before: int = 0
 
     @property
     def clean(self) -> bool:
@@ -89,6 +96,8 @@ class Result(Struct, frozen=True):
         ]
         if self.out_of_order is not None:
             parts.append(f"{self.out_of_order:,} out of order")
+        if self.stored_before:
+            parts.append(f"{self.stored_before:,} stored before, not by this import")
         if self.unreadable:
             parts.append(f"{self.unreadable:,} identify calls that no export shows")
         return " · ".join(parts)
@@ -116,11 +125,15 @@ def verify(
         back = Deal(folder, "back", BACK, parts)
         _read_back(back, work, folder, to, keys, manifest.import_id if ours else None, step)
         back.close()
+        others = Deal(folder, "others", BACK, parts)
+        if ours:
+            _read_others(others, work, folder, to, keys, manifest.import_id, step)
+        others.close()
         step("compare")
         sent = Deal(folder, "sent", SENT, parts)
         places = _deal_staged(sent, work, manifest)
         sent.close()
-        result, gone = _compare(sent, back, places, found)
+        result, gone = _compare(sent, back, others, places, found)
         if ours:
             disorder = sum(map(_disorder, _people(work, manifest), places))
             result = msgspec.structs.replace(result, out_of_order=disorder)
@@ -251,6 +264,40 @@ def _read_back(  # noqa: PLR0917 - called once, by position of the same names
                     place = _take_in(deal, path, place)
 
 
+def _read_others(  # noqa: PLR0917 - as `_read_back`
+    deal: Deal,
+    work: Path,
+    folder: Path,
+    to: Target,
+    keys: Keys,
+    import_id: str,
+    step: Callable[[str], None],
+) -> None:
+    """Deal what may have made duplicates of this import's events: rows of others, as long before as they are known."""
+    shown = imports.show(to, keys, import_id)
+    ledger = Ledger(work)
+    try:
+        spans = ledger.stored_between()
+    finally:
+        ledger.close()
+    if shown is None or not shown.duplicates or not spans:
+        return
+    first = min(span[0] for span in spans) // HOUR_MS - MEMORY_HOURS
+    hours = max(span[1] for span in spans) // HOUR_MS + 1 - first
+    decode = msgspec.json.Decoder(_Other).decode
+    rows: list[tuple[str, int, str]] = []
+    begin = datetime.fromtimestamp(first * 3600, UTC)
+    for line in seam.window(to, keys, folder / "read-others", begin, hours, step):
+        row = decode(line)
+        mine = row.ingestion_metadata is not None and row.ingestion_metadata.mine(import_id)
+        if row.insert_id is not None and not mine:
+            rows.append((row.insert_id, 0, line.decode()))
+        if len(rows) >= DEAL_ROWS:
+            _deal(deal, rows)
+            rows = []
+    _deal(deal, rows)
+
+
 def _hours(work: Path) -> list[str]:
     """Every hour in which something may have been stored, as the Export API names it."""
     ledger = Ledger(work)
@@ -280,6 +327,23 @@ class _Back(Struct):
     insert_id: str | None = msgspec.field(default=None, name="$insert_id")
 
 
+class _Origin(Struct):
+    """Which import brought a row."""
+
+    source_name: str | None = None
+    source_version: str | None = None
+
+    def mine(self, import_id: str) -> bool:
+        """Whether it was this one."""
+        return self.source_name == seam.IMPORTER and self.source_version == import_id
+
+
+class _Other(_Back):
+    """A row that may be of any import, or live."""
+
+    ingestion_metadata: _Origin | None = None
+
+
 def _take_in(deal: Deal, path: Path, place: int) -> int:
     """Deal the rows of an archive, and remove it. Returns the place of its last row."""
     decode = msgspec.json.Decoder(_Back).decode
@@ -306,11 +370,16 @@ def _deal(deal: Deal, rows: list[tuple[str, int, str]]) -> None:
 
 
 def _compare(
-    sent: Deal, back: Deal, places: list[NDArray[np.int64]], found: Callable[[Finding], None]
+    sent: Deal,
+    back: Deal,
+    others: Deal,
+    places: list[NDArray[np.int64]],
+    found: Callable[[Finding], None],
 ) -> tuple[Result, Rows]:
     counts = dict.fromkeys(
         ("sent", "read_back", "missing", "doubled", "different", "extra", "unreadable"), 0
     )
+    before = 0
     gone: list[tuple[int, int]] = []
     for part in range(sent.parts):
         lines: dict[str, dict[int, str]] = {}
@@ -318,6 +387,12 @@ def _compare(
         ids, where, texts = (table.column(name).to_pylist() for name in BACK.names)
         for insert_id, place, line in zip(ids, where, texts, strict=True):
             lines.setdefault(insert_id, {})[place] = line
+        spare: dict[str, list[str]] = {}
+        table = others.part(part)
+        for insert_id, line in zip(
+            *(table.column(n).to_pylist() for n in ("insert_id", "line")), strict=True
+        ):
+            spare.setdefault(insert_id, []).append(line)
         for insert_id, events in _grouped(sent.part(part)):
             hidden = [key for key, event in events.items() if event["event_type"] in HIDDEN]
             for key in hidden:
@@ -326,10 +401,14 @@ def _compare(
             counts["sent"] += len(events)
             mine = lines.get(insert_id, {})
             counts["read_back"] += len(mine)
-            for finding in _of_one(insert_id, events, mine, gone, places):
+            left = [_decode(line) for line in spare.get(insert_id, ())]
+            there = len(left)
+            for finding in _of_one(insert_id, events, mine, left, gone, places):
                 counts[finding.kind] += 1
                 found(finding)
-    return Result(**counts, out_of_order=None), Rows([], gone)
+            before += there - len(left)
+    counts["read_back"] += before
+    return Result(**counts, out_of_order=None, stored_before=before), Rows([], gone)
 
 
 def _grouped(table: pa.Table) -> Iterator[tuple[str, dict[tuple[int, int], Json]]]:
@@ -353,21 +432,29 @@ def _of_one(
     insert_id: str,
     sent: dict[tuple[int, int], Json],
     back: dict[int, str],
+    others: list[Json],
     gone: list[tuple[int, int]],
     places: list[NDArray[np.int64]],
 ) -> Iterator[Finding]:
-    """Everything wrong with the events of one insert_id. Appends missing rows to `gone`, notes the places of others."""
+    """Everything wrong with the events of one insert_id. Appends missing rows to `gone`, notes the places of others.
+
+    others: rows that this import did not bring; those that are its events are taken out.
+    """
     left = {place: _decode(line) for place, line in back.items()}
     for key, event in sent.items():
         mine = [place for place, row in left.items() if _same_event(event, row)]
-        if not mine:
+        before = next((at for at, row in enumerate(others) if _same_event(event, row)), None)
+        if mine:
+            places[key[0]][key[1]] = mine[0]
+            row = left[mine[0]]
+            for place in mine:
+                del left[place]
+        elif before is not None:
+            row = others.pop(before)
+        else:
             gone.append(key)
             yield Finding("missing", insert_id, "", None, None)
             continue
-        places[key[0]][key[1]] = mine[0]
-        row = left[mine[0]]
-        for place in mine:
-            del left[place]
         if len(mine) > 1:
             yield Finding("doubled", insert_id, "", 1, len(mine))
         difference = next(differences(event, row), None)
