@@ -237,6 +237,22 @@ def test_verify_says_how_the_rehearsal_did_and_the_report_shows_both(
     assert "rehearsal:" not in call("verify", "--work", work, *KEYS).stdout
 
 
+def test_after_a_rehearsal_against_an_export_charts_are_compared(
+    tmp_path: Path, server: Process
+) -> None:
+    events = [live(n, f"user-{n}", f"device-{n}") for n in range(3)]
+    server.send(events)
+    shown = [export_row(n, 900 + n, f"user-{n}", "2023-11-16 00:00:00.000000") for n in range(3)]
+    given = history(tmp_path, [row(n, f"user-{n}") for n in range(2, 5)])
+    zipped = archive(tmp_path / "export.zip", shown)
+    against(tmp_path, given, zipped)
+    work = str(tmp_path / "work")
+    call("run", *given, "--to", server.url, *KEYS, "--work", work, "--yes")
+    said = call("verify", "--work", work, *KEYS).stdout
+    assert "rehearsal: 2 of 2 figures came as predicted" in said
+    assert "as predicted new users by day: predicted 5 in 2" in said
+
+
 def failing(folder: Path, name: str, *keys: str) -> Error:
     given = history(folder, [row(1, "user-1")])
     with pytest.raises(Error) as failed:

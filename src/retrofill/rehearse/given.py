@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import date, timedelta
 from typing import IO, Any
 
 import msgspec
@@ -34,7 +35,7 @@ from retrofill.engine.seeding import PROJECT, Start
 from retrofill.errors import FinalError, InputError, RetryError
 from retrofill.hot.checkpoint import FIRST_AMPLITUDE_ID, Changed, Meta
 from retrofill.lake.arrow import MergeRow
-from retrofill.limits import Limits
+from retrofill.limits import CHART_DAYS_MAX, Limits
 
 ANSWER_S = 600.0  # ours: how long a server may take to begin, or to send the next piece
 _PIECE_BYTES = 8 * 1024 * 1024
@@ -265,6 +266,29 @@ def import_figures(to: Target, keys: Keys, name: str) -> Imported:
     with _open(to, keys, "/api/1/imports", None) as answer:
         found = msgspec.json.decode(answer.read(), type=_Imports).imports
     return next((one for one in found if one.name == name), Imported())
+
+
+def chart(to: Target, keys: Keys, metric: str, first: date, last: date) -> dict[str, int]:
+    """Ask any destination's charts for its `new` or `active` users by day. Raises FinalError, RetryError."""
+    found: dict[str, int] = {}
+    while first <= last:
+        end = min(last, first + timedelta(CHART_DAYS_MAX - 1))
+        path = f"/api/2/users?m={metric}&i=1&start={first:%Y%m%d}&end={end:%Y%m%d}"
+        with _open(to, keys, path, None) as answer:
+            data = msgspec.json.decode(answer.read(), type=_Chart).data
+        values = data.series[0] if data.series else []
+        found |= {day: int(value) for day, value in zip(data.xValues, values, strict=False)}
+        first = end + timedelta(1)
+    return {day: value for day, value in found.items() if value}
+
+
+class _Series(Struct, frozen=True):
+    series: list[list[float]]
+    xValues: list[str]  # noqa: N815 - as on the wire
+
+
+class _Chart(Struct, frozen=True):
+    data: _Series
 
 
 def _open(to: Target, keys: Keys, path: str, body: bytes | None) -> http.client.HTTPResponse:

@@ -1,8 +1,9 @@
-"""How a rehearsal did: each of its figures as it was predicted, and as the server shows it after the run."""
+"""How a rehearsal did: each of its figures as it was predicted, and as the destination shows it after the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import msgspec
@@ -49,21 +50,48 @@ def _said(value: float | dict[str, int]) -> str:
 def applies(work: Path, to: Target) -> Outcome | None:
     """Return the rehearsal that a verification of this work directory can look at; None if there is none.
 
-    It must have been made of the same import, for this server or for an empty project, and the server be ours.
+    It must have been made of the same import, and not against another server than the one that was sent to.
     """
     made = outcome.read(work)
-    if made is None or made.import_id != staged(work).import_id or made.kind == "export":
+    if made is None or made.import_id != staged(work).import_id:
         return None
     if made.kind == "server" and target(made.against).read != to.read:
         return None
-    return made if to.ours and names_retrofill(to.read) else None
+    return made
 
 
 def verdict(work: Path, to: Target, keys: Keys, made: Outcome) -> list[Figure]:
-    """Ask the server what is there now, and compare. The figures are kept in the work directory.
+    """Ask the destination what is there now, and compare. The figures are kept in the work directory.
 
-    Raises FinalError if the server refuses, RetryError if it cannot be reached.
+    Of a destination that is not ours, and where the rehearsal knew an export alone, these are what charts show.
+    Raises FinalError if it refuses, RetryError if it cannot be reached.
     """
+    ours = to.ours and names_retrofill(to.read)
+    found = (
+        _of_server(work, to, keys, made)
+        if ours and made.kind != "export"
+        else _of_charts(to, keys, made)
+    )
+    (work / VERDICT).write_bytes(
+        msgspec.json.encode([{**msgspec.to_builtins(one), "same": one.same} for one in found])
+    )
+    return found
+
+
+def _of_charts(to: Target, keys: Keys, made: Outcome) -> list[Figure]:
+    """Compare the days between the first and the last that the rehearsal speaks of."""
+    days = sorted({*made.new_users.after, *made.active_users.after})
+    if not days:
+        return []
+    first, last = date.fromisoformat(days[0]), date.fromisoformat(days[-1])
+    return [
+        _days(f"{name} users by day", told.after, given.chart(to, keys, name, first, last))
+        for name, told in (("new", made.new_users), ("active", made.active_users))
+    ]
+
+
+def _of_server(work: Path, to: Target, keys: Keys, made: Outcome) -> list[Figure]:
+    """Ask a server of ours for the same people, as they are now."""
     manifest = staged(work)
     touched = stages.touched(work / "stage", manifest)
     wanted = Asked(device_ids=touched.device_ids, user_ids=touched.user_ids, rows="none")
@@ -71,7 +99,7 @@ def verdict(work: Path, to: Target, keys: Keys, made: Outcome) -> list[Figure]:
         now = answer.given
     before, after = outcome.read_before(work), now.people
     imported = given.import_figures(to, keys, manifest.import_id)
-    found = [
+    return [
         _days("new users by day", made.new_users.after, now.days.new),
         _days("active users by day", made.active_users.after, now.days.active),
         Figure("new people", made.new_people, difference.new_people(before, after)),
@@ -82,10 +110,6 @@ def verdict(work: Path, to: Target, keys: Keys, made: Outcome) -> list[Figure]:
         Figure("duplicates", made.duplicates, imported.duplicates - made.imported_duplicates),
         Figure("refused by the destination", sum(made.refused.values()), _refused(work)),
     ]
-    (work / VERDICT).write_bytes(
-        msgspec.json.encode([{**msgspec.to_builtins(one), "same": one.same} for one in found])
-    )
-    return found
 
 
 def _days(name: str, predicted: dict[str, int], found: dict[str, int]) -> Figure:
