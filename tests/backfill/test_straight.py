@@ -205,7 +205,9 @@ def test_what_a_row_becomes_does_not_depend_on_its_neighbours(tmp_path: Path) ->
     text = msgspec.json.encode(row).decode()
     document = {"event": SAME, "source": {"columns": DECLARED}}
     staged = []
-    for number, other in enumerate(["", "{", text.replace("anna", "\\u0061nna"), text + " "]):
+    none = text.replace('{"a":1,"b":[1,2,{"c":null}]}', "[]")
+    escaped = text.replace("anna", "\\u0061nna")
+    for number, other in enumerate(["", "{", escaped, text + " ", none]):
         path = tmp_path / f"{number}.ndjson"
         path.write_text(f"{text}\n{other}\n", encoding="utf-8")
         run(tmp_path / f"w{number}", path, document, bad_rows=1.0)

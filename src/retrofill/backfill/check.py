@@ -129,9 +129,7 @@ def _good(body: bytes) -> bool:
         shapes = _decode(body).events
     except (ValueError, RecursionError):
         return False
-    return good(
-        body,
-        spare=glance.openings(body) - 2 - len(shapes),
+    return glance.strings(body) and good(
         raws=[shape.event_properties for shape in shapes if shape.event_properties],
         tables=[
             raw
@@ -145,27 +143,22 @@ def _good(body: bytes) -> bool:
 
 
 def good(
-    text: bytes,
     *,
-    spare: int,
     raws: Sequence[Raw],
     tables: Sequence[Raw],
     groups: Sequence[dict[str, Any]],
     plans: Sequence[dict[str, Any]],
 ) -> bool:
-    """Say the same of events of which the parts are known.
+    """Say the same of the parts of events that have no string too long.
 
-    spare: how many objects and arrays the text holds beside the events. raws: their event properties; tables: other
-    property objects.
+    raws: their event properties; tables: other property objects.
     """
     objects = [*raws, *tables]
-    deep = spare - len(objects) - len(groups)
     return (
-        glance.strings(text)
-        and glance.groups(groups)
+        glance.groups(groups)
         and all(plan.keys() <= mend.PLAN for plan in plans)
         and not _huge(b"".join(tables))
-        and (not objects or glance.raws(objects, spare=deep))
+        and (not objects or glance.raws(objects))
     )
 
 

@@ -195,7 +195,8 @@ class Sorter:
         table = whole.table
         person = self.people.of(_ints(table, "device_node"), _ints(table, "user_node"))
         time_ms = _ints(table, "time_ms")
-        order = np.lexsort((_ints(table, "line"), _ints(table, "file"), time_ms, person))
+        place = (_ints(table, "line"), _ints(table, "file"))
+        order = np.lexsort((time_ms, person) if _ascending(*place) else (*place, time_ms, person))
         if self.options.sample < 1:
             kept = sampled(person[order], self.options.sample)
             self.found.left_out += int(np.count_nonzero(~kept))
@@ -414,6 +415,12 @@ def _plain(json: pa.ChunkedArray) -> pa.ChunkedArray:
             [[msgspec.json.decode(one) for one in json.to_pylist()]], pa.string()
         )
     return pc.utf8_slice_codeunits(json, 1, -1)
+
+
+def _ascending(line: Ints, file: Ints) -> bool:
+    """Say whether rows stand in the order of the source, which a stable sort keeps."""
+    same = file[1:] == file[:-1]
+    return bool(np.all((file[1:] > file[:-1]) | (same & (line[1:] > line[:-1]))))
 
 
 def _ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:

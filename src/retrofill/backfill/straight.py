@@ -170,27 +170,31 @@ class Straight:
     def _make(self, batch: pa.RecordBatch) -> _Made | None:
         texts = batch.column("text")
         events, at = self._decoded(texts)
+        if not events:
+            self._odd(batch)
+            return None
         found = self._columns(events)
-        lines = b""
         good = False
         if not found.odd.any():
-            lines = self._lines(events)
-            good = self._good(lines, found)
+            lines, ends = self._lines(events)
+            good = self._good(lines, ends, found)
         if not good:
             for raws in found.tables.values():
                 found.odd |= _none(raws)
         if found.odd.any():
             kept = np.flatnonzero(~found.odd)
-            events, at = [events[row] for row in kept.tolist()], at[kept]
-            found = self._columns(events)
-            lines = self._lines(events)
-            good = self._good(lines, found)
+            if len(kept) == 0:
+                self._odd(batch)
+                return None
+            events, at, found = [events[row] for row in kept.tolist()], at[kept], _some(found, kept)
+            lines, ends = self._lines(events)
+            good = self._good(lines, ends, found)
         if len(at) < len(texts):
             left = np.ones(len(texts), np.bool_)
             left[at] = False
             self._odd(batch.filter(pa.array(left)))
             batch = batch.take(pa.array(at))
-        return _Made(batch, found, _bodies(lines), good) if events else None
+        return _Made(batch, found, _bodies(lines, ends), good)
 
     def _decoded(self, texts: pa.StringArray) -> tuple[list[Any], Ints]:
         """Return the rows that can be decoded, and where they stand."""
@@ -292,23 +296,22 @@ class Straight:
         long = max(map(len, known)) > _CHARS_MAX
         return not long and glance.ids(known, length_min=self._checker.id_length_min)
 
-    def _lines(self, events: list[Any]) -> bytes:
-        """Return the events as JSON, a line each."""
+    def _lines(self, events: list[Any]) -> tuple[bytes, Ints]:
+        """Return the events as JSON, a line each, and where the lines end."""
         if self._write is not None:
-            return _encoder.encode_lines(list(starmap(self._write, map(self._parts, events))))
-        if _KEY in self._own:
+            events = list(starmap(self._write, map(self._parts, events)))
+        elif _KEY in self._own:
             name = self._own[_KEY]
             for one in events:
                 setattr(one, name, None)  # it stands elsewhere
-        return _encoder.encode_lines(events)
+        lines = _encoder.encode_lines(events)
+        return lines, np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)
 
-    def _good(self, lines: bytes, found: _Events) -> bool:
+    def _good(self, lines: bytes, ends: Ints, found: _Events) -> bool:
         tables = {name: [raw for raw in raws if raw] for name, raws in found.tables.items()}
         events, groups = tables.pop("event_properties", []), tables.pop("groups", [])
         plans = tables.pop("plan", [])
-        return check.good(
-            lines,
-            spare=glance.openings(lines) - len(found.time_ms),
+        return _strings_good(lines, ends) and check.good(
             raws=events,
             tables=[raw for raws in tables.values() for raw in raws],
             groups=[msgspec.json.decode(raw) for raw in groups],
@@ -328,6 +331,23 @@ def _texts_good(types: Sequence[str | None]) -> bool:
     if event.EXPOSURE in known:  # which is stored as something else
         return False
     return None not in known and "" not in known and max(map(len, known), default=0) <= _CHARS_MAX  # type: ignore[arg-type]  # None is not in
+
+
+def _some(found: _Events, rows: Ints) -> _Events:
+    """Return some of the events."""
+    at = rows.tolist()
+    return _Events(
+        [found.event_type[row] for row in at],
+        found.ids.take(pa.array(rows)),
+        found.time_ms[rows],
+        {name: [raws[row] for row in at] for name, raws in found.tables.items()},
+        found.odd[rows],
+    )
+
+
+def _strings_good(lines: bytes, ends: Ints) -> bool:
+    """Say whether no string is too long: none in a line that is no longer than a string may be."""
+    return int(np.diff(ends, prepend=-1).max()) <= STRING_CHARS_MAX or glance.strings(lines)
 
 
 def _table(events: list[Any], name: str) -> list[Raw]:
@@ -365,9 +385,8 @@ def _flat(texts: pa.StringArray) -> tuple[bytes, Ints]:
     return whole, ends[1:].astype(np.int64) - int(ends[0])
 
 
-def _bodies(lines: bytes) -> pa.StringArray:
+def _bodies(lines: bytes, ends: Ints) -> pa.StringArray:
     """Return each line less its opening brace: see `mapping.assemble`."""
-    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)
     offsets = np.empty(2 * len(ends), np.int32)
     offsets[1::2] = ends
     offsets[0], offsets[2::2] = 1, ends[:-1] + 2

@@ -102,13 +102,13 @@ def openings(body: bytes) -> int:
     return int(np.count_nonzero(np.frombuffer(body, np.uint8) | 0x20 == _OPEN))
 
 
-def raws(sent: Sequence[Raw], *, spare: int) -> bool:
+def raws(sent: Sequence[Raw], *, spare: int | None = None) -> bool:
     """Say whether event properties, as text, are objects neither too deep nor with a number that no decoder holds.
 
-    spare: how many objects and arrays the body holds beyond those every event must have.
+    spare: how many objects and arrays the body holds beyond those every event must have; if not known, they are counted.
     """
     if len(sent) <= _FEW:
-        read = mend.object_ if spare >= DEPTH_MAX else mend.value
+        read = mend.object_ if spare is None or spare >= DEPTH_MAX else mend.value
         return all(type(mend.optional(read, raw)) is dict for raw in sent)
     text = np.frombuffer(b"".join(sent), np.uint8)
     sizes = np.fromiter(map(len, sent), np.int64, len(sent))
@@ -116,6 +116,8 @@ def raws(sent: Sequence[Raw], *, spare: int) -> bool:
     if (text[ends - sizes] != _OPEN).any():
         return False
     low = text | 0x20
+    if spare is None:
+        spare = int(np.count_nonzero(low == _OPEN)) - len(sent)
     if spare >= DEPTH_MAX:
         openings = np.add.reduceat(low == _OPEN, ends - sizes, dtype=np.int32)
         deep = np.flatnonzero(openings > DEPTH_MAX).tolist()
