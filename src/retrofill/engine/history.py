@@ -236,7 +236,7 @@ def lines(moment: Moment, view: View, duplicates: Duplicates, asked: Asked) -> I
     yield _encode([position(moment), days(view)])
     yield _encode(_known(moment, duplicates, asked.insert_keys))
     closure = touched(moment, asked)
-    for some in _pieces(_tables(moment, closure)):
+    for some in _pieces(_tables(moment, closure, asked)):
         yield _encode(some)
     yield _encode(list(_alike(moment, closure, asked)))
     yield _encode([RowsBegin()])
@@ -310,9 +310,10 @@ def _mapped(moment: Moment, users: set[str]) -> set[str]:
     return {*roots, *(user for user, to in aliases.items() if to in roots)} if aliases else set()
 
 
-def _tables(moment: Moment, closure: Closure) -> Iterator[Any]:
-    yield from (Device(*one) for one in moment.devices(closure.devices).items())
-    yield from (User(*one) for one in moment.users(closure.users).items())
+def _tables(moment: Moment, closure: Closure, asked: Asked) -> Iterator[Any]:
+    devices, users = closure.devices.union(asked.device_ids), closure.users.union(asked.user_ids)
+    yield from (Device(*one) for one in moment.devices(devices).items())
+    yield from (User(*one) for one in moment.users(users).items())
     yield from (Someone.of(one) for one in moment.people(closure.people).values())
     yield from (GroupOf(*key, value) for key, value in moment.every_group())
     yield from (Alias(*one) for one in moment.aliases.items())
