@@ -204,6 +204,7 @@ class Duplicates:
         runs = self._files.runs(max(memory_from, oldest_block))
         if runs:
             self._fingerprints = Fingerprints.bulk(runs, newest=sealed, memory_from=memory_from)
+            self._files.rest()
         self._fingerprints.filed = sealed
 
     def split(self, keyed: Keyed, oldest_block: NDArray[np.int64]) -> bytearray:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import structlog
 from msgspec import Struct
 
@@ -329,4 +330,5 @@ def merge_files(task: MergeTask) -> Done:
     sources = [parquet.read(source.path, source.deleted) for source in task.sources]
     group_rows = parquet.group_rows_of(sum(source.rows for source in task.sources))
     written = parquet.write(task.file, compact.merge(sources), Files(), group_rows=group_rows)
+    pa.default_memory_pool().release_unused()  # until the next merge, which may be hours away
     return Done(written.rows, written.file_bytes)

@@ -82,6 +82,12 @@ class KeyFile:
         self.high: U64s = np.frombuffer(data, "<u8", count, _START)
         self.low: U64s = np.frombuffer(data, "<u8", count, _START + 8 * count)
         self.values: U32s = np.frombuffer(data, "<u4", count, _START + 16 * count)
+        self._data = data
+        self.rest()
+
+    def rest(self) -> None:
+        """Let the pages go that were read from end to end: few of them are asked for again, and those come back."""
+        self._data.madvise(mmap.MADV_DONTNEED)
 
     def blocks(self, index: Ints | slice = slice(None)) -> Ints:
         """Return the block numbers at these places."""
@@ -286,6 +292,11 @@ class KeyFiles:
             for file in self._files
             if file.last >= from_block or file.forever
         ]
+
+    def rest(self) -> None:
+        """Let the memory go into which the files were read, see `KeyFile.rest`."""
+        for file in self._files:
+            file.rest()
 
     def memory_from(self, most: int) -> int:
         """Return the first block from which on the keys of all files are at most `most`."""
