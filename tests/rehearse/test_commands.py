@@ -197,6 +197,18 @@ def test_each_figure_against_a_server(tmp_path: Path, server: Process) -> None:
     }
 
 
+def test_keys_that_rows_of_other_people_hold_are_asked_for(tmp_path: Path, server: Process) -> None:
+    limits = {"limits": {"dedupe_scope": "project"}}
+    assert server.ask("PUT", "/api/1/project", limits)[0] == 200
+    server.send([live(1, "far-away-1", "phone-1", insert_id="i-1")])
+    rows = [row(n, f"user-{n}", device=f"device-{n}") for n in range(1, 4)]
+    given = history(tmp_path, rows)
+    made = rehearsed(server, tmp_path / "work", given)
+    assert (made["duplicates"], made["volume"]["stored"], made["new_people"]) == (1, 2, 2)
+    call("run", *given, "--to", server.url, *KEYS, "--work", str(tmp_path / "work"), "--yes")
+    assert len(server.export()) == 3
+
+
 def test_verify_says_how_the_rehearsal_did_and_the_report_shows_both(
     tmp_path: Path, server: Process
 ) -> None:
