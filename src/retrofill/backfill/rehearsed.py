@@ -101,10 +101,13 @@ def _by_day(title: str, days: Json) -> str:
             x_labels_major_count=12,
         )
     )
+    labels: list[str] = []
     for name in ("before", "after"):
-        chart.x_labels, values = grouped({**every, **days[name]})
+        labels, values = grouped({**every, **days[name]})
         chart.add(name, values)
-    return f"<h3>{title}</h3>{figure(chart)}"
+    chart.x_labels = labels
+    summed = "" if set(every) <= set(labels) else "<p>Each bar is the sum of its days.</p>"
+    return f"<h3>{title}</h3>{summed}{figure(chart)}"
 
 
 def _first_seen(seen: Json) -> str:

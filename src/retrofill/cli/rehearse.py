@@ -209,8 +209,10 @@ def _head(made: Outcome) -> Sequence[tuple[str, str]]:
 
 def _tables(made: Outcome) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[object]]]]:
     days = ("", "before", "after", "change")
-    yield "New users by day (UTC)", days, _days(made.new_users)
-    yield "Active users by day (UTC)", days, _days(made.active_users)
+    for title, found in (("New users", made.new_users), ("Active users", made.active_users)):
+        changed, shown = _days(found)
+        most = f", the {len(shown)} of {changed:,} that change most" if changed > len(shown) else ""
+        yield f"{title} by day (UTC){most}", days, shown
     spread = list(made.first_seen.spread.items())
     yield "First seen earlier or later by", ("", "people"), spread
     names = ("property", "people, synced", "people, skipped")
@@ -278,15 +280,12 @@ def _names(made: Outcome) -> list[tuple[str, int, int]]:
     return [(one, sides[0].get(one, 0), sides[1].get(one, 0)) for one in names[: 2 * _SHOWN]]
 
 
-def _days(found: ByDay) -> list[tuple[str, int, int, str]]:
-    """Return the days that change, by month or year if they are many. Active people of several days cannot be added up."""
-    changed = sorted(
-        day
+def _days(found: ByDay) -> tuple[int, list[tuple[str, int, int, str]]]:
+    """Return how many days change, and those that change most, in order."""
+    rows = [
+        (day, found.before.get(day, 0), found.after.get(day, 0))
         for day in {*found.before, *found.after}
         if found.before.get(day, 0) != found.after.get(day, 0)
-    )
-    rows = [(day, found.before.get(day, 0), found.after.get(day, 0)) for day in changed]
-    if len(rows) > _DAYS_SHOWN:
-        far = sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:_DAYS_SHOWN]
-        rows = sorted(far)
-    return [(day, before, after, f"{after - before:+,}") for day, before, after in rows]
+    ]
+    most = sorted(sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:_DAYS_SHOWN])
+    return len(rows), [(day, then, now, f"{now - then:+,}") for day, then, now in most]

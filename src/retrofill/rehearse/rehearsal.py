@@ -46,6 +46,7 @@ from retrofill.rehearse.scratch import KEYS, Scratch, Sent, opened
 
 CHECKED_EVENTS = 50_000  # ours: of an import so small the rows are asked for whole and folded again
 PLACES = "country, region, city and dma that the server looks up by the address of an event"
+REQUEST_EVENTS = 1000  # ours: of a request where there is no server that would see it
 SEED_ROWS = 200_000  # ours: rows of each lake file that is seeded
 
 Step = Callable[[str], None]
@@ -241,7 +242,7 @@ async def _send(order: Order, manifest: Manifest, folder: Path, there: Given) ->
         sent = await scratch.send(
             order.work / "stage",
             manifest,
-            order.profile,
+            order.profile if order.to is not None else _larger(order.profile),
             path=order.path,
             folder=folder / "run",
         )
@@ -254,6 +255,13 @@ async def _send(order: Order, manifest: Manifest, folder: Path, there: Given) ->
             return _Done(sent, people, _beside(scratch, there), before, after, devices)
 
         return await asyncio.to_thread(look)
+
+
+def _larger(profile: Profile) -> Profile:
+    """Return the profile with larger requests. What they come to does not depend on their size, what they cost does."""
+    rates = profile.rates
+    size = max(rates.events_per_request, REQUEST_EVENTS)
+    return replace(profile, rates=replace(rates, events_per_request=size), connections=16)
 
 
 def _plant_beside(folder: Path, second: Path, there: Given) -> None:
@@ -378,7 +386,7 @@ def _outcome(  # noqa: PLR0917 - everything that was found, once
             sent.events,
             sent.events - sent.duplicates,
             planned.billed - sum(sent.refused.values()),
-            sent.requests,
+            sent.requests if order.to is not None else planned.requests,
             sent.bytes,
             manifest.people,
         ),
