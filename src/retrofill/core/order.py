@@ -77,45 +77,48 @@ class Walk:
     ) -> None:
         """Look at the next events. people, times, kinds: what the fold decided of each."""
         last, new, late = self._last, self._new, self._late
-        devices, owners = self._devices, self._owners
+        devices, owners, groups, known = self._devices, self._owners, self._groups, self._people
+        now: Key
         for event, one, time, kind in zip(events, people, times, kinds, strict=True):
             if kind > _GROUP_IDENTIFY:
                 continue
             number = event.event_id
             now = (time, -1 if number is None else number, event.insert_id or "")
-            theirs: set[tuple[str, str]] = set()
             if one:
-                if now <= (new.get(one) or last.get(one, FIRST)):
+                before = new.get(one)
+                if before is None:
+                    before = last.get(one, FIRST)
+                    who = known.get(one)
+                    if who is not None and who.groups and one not in groups:
+                        groups[one] = set(named(who.groups))
+                if now <= before:
                     late.add(one)
                 else:
                     new[one] = now
                 device = event.device_id or ""
                 owner = owners.get(device) or devices[device]
-                theirs = self._stays_in(one)
                 if owner != one:
                     owners[device] = one
                     if owner:
-                        if now <= (new.get(owner) or last.get(owner, FIRST)):
-                            late.add(one)
-                        theirs |= self._stays_in(owner)
-            if theirs or event.groups:
-                self._show(event, one, kind, now, theirs)
+                        self._take_over(one, owner, now)
+            if event.groups or (groups and one in groups):
+                self._show(event, one, kind, now)
 
-    def _stays_in(self, one: int) -> set[tuple[str, str]]:
-        """Return the groups of a person, to be added to in place."""
-        groups = self._groups.get(one)
-        if groups is None:
-            found = self._people.get(one)
-            groups = self._groups[one] = set() if found is None else set(named(found.groups))
-        return groups
+    def _take_over(self, one: int, owner: int, now: Key) -> None:
+        """A device is another person's from now on, who may be the same person's survivor."""
+        if now <= (self._new.get(owner) or self._last.get(owner, FIRST)):
+            self._late.add(one)
+        groups, who = self._groups, self._people.get(owner)
+        theirs = groups.get(owner, set()) | set(named(who.groups if who is not None else {}))
+        if theirs:
+            groups[one] = groups.get(one, set()) | theirs
 
-    def _show(
-        self, event: Event, one: int, kind: int, now: Key, theirs: set[tuple[str, str]]
-    ) -> None:
+    def _show(self, event: Event, one: int, kind: int, now: Key) -> None:
         last, new, late = self._last, self._new, self._late
         own = set(named(event.groups or {}))
-        if kind == _IDENTIFY:
-            theirs |= own
+        theirs = self._groups.get(one, set())
+        if kind == _IDENTIFY and not own <= theirs:
+            theirs = self._groups[one] = theirs | own
         for group in theirs | own:
             shown, changed = (SHOWN, *group), (CHANGED, *group)
             was_shown = new.get(shown) or last.get(shown, FIRST)
