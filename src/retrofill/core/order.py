@@ -52,7 +52,8 @@ SQL = (
 class Walk:
     """Looks at the events of one project in one block, after the fold, in order of arrival.
 
-    devices, people, last: what was known before the block, as in `fold.Known`. new, late: keys and marks, added to.
+    devices, people, last: what was known before the block, as in `fold.Known`: every person there has a key. new, late:
+    keys and marks, added to.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class Walk:
             if one:
                 before = new.get(one)
                 if before is None:
-                    before = last.get(one, FIRST)
                     who = known.get(one)
+                    before = FIRST if who is None else last[one]
                     if who is not None and who.groups and one not in groups:
                         groups[one] = set(named(who.groups))
                 if now <= before:
@@ -106,9 +107,10 @@ class Walk:
 
     def _take_over(self, one: int, owner: int, now: Key) -> None:
         """A device is another person's from now on, who may be the same person's survivor."""
-        if now <= (self._new.get(owner) or self._last.get(owner, FIRST)):
-            self._late.add(one)
         groups, who = self._groups, self._people.get(owner)
+        before = self._new.get(owner) or (FIRST if who is None else self._last[owner])
+        if now <= before:
+            self._late.add(one)
         theirs = groups.get(owner, set()) | set(named(who.groups if who is not None else {}))
         if theirs:
             groups[one] = groups.get(one, set()) | theirs

@@ -150,9 +150,10 @@ class ProjectState:
         A fold over it raises KeyError where it is not: nothing there stands for what has to be looked up first.
         """
         self.rest()
-        if not self._settled or self.by_time or any(batch.path == "/usermap" for batch in batches):
+        if not self._settled or any(batch.path == "/usermap" for batch in batches):
             return None
-        return Known(self.devices.young, self.users.young, self.people.young, _NO_GROUPS)
+        last = self.last.young if self.by_time else None
+        return Known(self.devices.young, self.users.young, self.people.young, _NO_GROUPS, last)
 
     def known(self, batches: Iterable[Batch]) -> Known:
         """Bring everything that these batches name into memory, complete for the fold."""
@@ -185,13 +186,14 @@ class ProjectState:
                     for value in values
                 )
         self.groups.want(groups)
-        self._settled = settled and not groups and not self.by_time
-        if not self.by_time:
-            return Known(device_of, user_of, people, self.groups.young)
-        self.last.want(named)
-        self.last.want(one for one in survivors if one > 0)
-        self.last.want((what, *group) for group in groups for what in (SHOWN, CHANGED))
-        return Known(device_of, user_of, people, self.groups.young, self.last.young)
+        last = None
+        if self.by_time:
+            settled &= self.last.want(named)
+            settled &= self.last.want(one for one in survivors if one > 0)
+            self.last.want((what, *group) for group in groups for what in (SHOWN, CHANGED))
+            last = self.last.young
+        self._settled = settled and not groups
+        return Known(device_of, user_of, people, self.groups.young, last)
 
     def rest(self) -> None:
         """Keep what is clean within its bounds."""

@@ -30,8 +30,8 @@ CREATE TABLE IF NOT EXISTS users (project INTEGER, id TEXT, amplitude_id INTEGER
 CREATE TABLE IF NOT EXISTS people (amplitude_id INTEGER PRIMARY KEY, project INTEGER NOT NULL, person BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS groups (project INTEGER, type TEXT, value TEXT, properties BLOB, PRIMARY KEY (project, type, value)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS aliases (project INTEGER, user_id TEXT, global_user_id TEXT, PRIMARY KEY (project, user_id)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS last (project INTEGER, place TEXT, event_time INTEGER, event_id INTEGER, insert_id TEXT, PRIMARY KEY (project, place)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS late (project INTEGER, place TEXT, block INTEGER, PRIMARY KEY (project, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS last (project INTEGER, place, event_time INTEGER, event_id INTEGER, insert_id TEXT, PRIMARY KEY (project, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS late (project INTEGER, place, block INTEGER, PRIMARY KEY (project, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS block_times (block INTEGER PRIMARY KEY, server_upload_ms INTEGER NOT NULL);
 """
 
@@ -62,12 +62,16 @@ class Changed(Struct):
     late: dict[Place, int] | None = None
 
 
-_place = msgspec.json.Decoder(Place).decode
-_encode = msgspec.json.Encoder().encode
+_group_place = msgspec.json.Decoder(tuple[str, str, str]).decode
 
 
-def _text(place: Place) -> str:
-    return _encode(place).decode()
+def _stored(place: Place) -> int | str:
+    """A place as it stands in a column: an amplitude_id as it is, a group as JSON."""
+    return place if isinstance(place, int) else msgspec.json.encode(place).decode()
+
+
+def _place(stored: int | str) -> Place:
+    return stored if isinstance(stored, int) else _group_place(stored)
 
 
 class Checkpoint:
@@ -152,7 +156,7 @@ class Checkpoint:
             for place, *key in self._reader.execute(
                 "SELECT place, event_time, event_id, insert_id FROM json_each(?) "
                 "CROSS JOIN last ON project = ? AND place = value",
-                (json.dumps([_text(place) for place in places]), project),
+                (json.dumps([_stored(place) for place in places]), project),
             )
         }
 
@@ -236,13 +240,13 @@ class Checkpoint:
                 )
                 write.executemany(
                     "INSERT OR REPLACE INTO last VALUES (?, ?, ?, ?, ?)",
-                    ((project, _text(place), *key) for place, key in new.last.items()),
+                    ((project, _stored(place), *key) for place, key in new.last.items()),
                 )
                 if new.late is not None:
                     write.execute("DELETE FROM late WHERE project = ?", (project,))
                     write.executemany(
                         "INSERT INTO late VALUES (?, ?, ?)",
-                        ((project, _text(place), block) for place, block in new.late.items()),
+                        ((project, _stored(place), block) for place, block in new.late.items()),
                     )
             write.executemany("INSERT OR REPLACE INTO block_times VALUES (?, ?)", block_times)
             write.execute("DELETE FROM block_times WHERE server_upload_ms < ?", (times_after_ms,))
