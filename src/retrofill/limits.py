@@ -107,6 +107,7 @@ LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from 
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows
+MERGES_LISTED_MAX = 1000  # merges in one answer, the newest first
 WHY_ROWS_MAX = 2_000_000  # rows folded for one answer of `why`; beyond it 413
 WHY_FOLDED_ROWS_MAX = 60_000  # rows folded to try which of them are needed, all trials of an answer
 WHY_CAUSES_MAX = 100  # events of an answer that changed the value, the newest

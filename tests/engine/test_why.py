@@ -43,7 +43,12 @@ def ask(server: Server, **question: Any) -> Answer:
         pin=engine.pin,
     )
     with reader.view(1) as view:
-        return why(view, Question(**question))
+        return why(
+            view,
+            Question(**question),
+            by_time=engine.settings(1).property_time == "event",
+            barred=engine.state.project(1).barred,
+        )
 
 
 def rules(answer: Answer) -> list[tuple[str, bool | None]]:

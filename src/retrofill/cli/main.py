@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from retrofill import __version__
 from retrofill.cli import (
     check,
+    merges,
     plan,
     rehearse,
     report,
@@ -90,5 +91,7 @@ app.command("report", epilog=report.EXAMPLE)(report.command)
 app.command("resend", epilog=resend.EXAMPLE)(resend.command)
 app.command("undo", epilog=undo.EXAMPLE)(undo.command)
 app.command("why", epilog=why.EXAMPLE)(why.command)
+app.command("merges", epilog=merges.EXAMPLE)(merges.command)
+app.command("unmerge", epilog=merges.EXAMPLE_BACK)(merges.unmerge)
 app.command("check", epilog=check.EXAMPLE)(check.command)
 app.command("undo-recipe", epilog=undo_recipe.EXAMPLE)(undo_recipe.command)

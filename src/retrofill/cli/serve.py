@@ -109,7 +109,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     from retrofill.engine.deletion import Deletions
     from retrofill.engine.ingest import Engine
     from retrofill.engine.query import Reader
-    from retrofill.server import project, why
+    from retrofill.server import merges, project, why
     from retrofill.server.history import HistoryRoutes
     from retrofill.server.imports import ImportRoutes
     from retrofill.server.read import Reads
@@ -148,7 +148,8 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         [
             *reads.routes(),
             *project.routes(engine),
-            *why.routes(reader, reads),
+            *why.routes(engine, reader, reads),
+            *merges.routes(engine, reader, reads),
             *ImportRoutes(engine, reader, reads, clock).routes(),
             *HistoryRoutes(engine, reader, reads).routes(),
         ],

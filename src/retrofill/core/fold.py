@@ -78,6 +78,7 @@ class Known(Struct):
     devices, users: id → amplitude_id, 0 if never seen. people: every amplitude_id named there and its survivor.
     groups: (type, value) → properties, for every group an event or a person names.
     last: the keys kept with these people and groups if properties go by event time, else None: see `core.order`.
+    barred: (device, user) whose merge was taken back: whoever was anonymous on the device is not this user.
     """
 
     devices: Mapping[str, int]
@@ -85,6 +86,7 @@ class Known(Struct):
     people: Mapping[int, Person]
     groups: Mapping[Group, dict[str, Any]]
     last: Mapping[order.Place, order.Key] | None = None
+    barred: frozenset[tuple[str, str]] = frozenset()
 
 
 class Changes(Struct):
@@ -313,6 +315,13 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                 if user is not None and user_person and user_person != amplitude_id:
                     owner = new_people.get(user_person) or people[user_person]
                     user_person = 0 if owner.merged_into == FORGOTTEN else user_person
+                if (
+                    known.barred
+                    and (device, user) in known.barred
+                    and found is not None
+                    and found.user_id is None
+                ):
+                    amplitude_id, found = 0, None
                 resolution = identity.resolve(
                     device_person=amplitude_id,
                     device_owner=found.user_id if found else None,

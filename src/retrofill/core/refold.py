@@ -94,9 +94,17 @@ class Refold:
     """The state of some people of one project after the rows given so far.
 
     new_id: draws an amplitude_id that nobody ever had. by_time: whether rows come, and properties go, in event time.
+    barred: see `fold.Known`.
     """
 
-    def __init__(self, project: int, new_id: Callable[[], int], *, by_time: bool = False) -> None:
+    def __init__(
+        self,
+        project: int,
+        new_id: Callable[[], int],
+        *,
+        by_time: bool = False,
+        barred: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
         self._project = project
         self._new_id = new_id
         self._next = _PROVISIONAL
@@ -111,7 +119,12 @@ class Refold:
         self.last: dict[order.Place, order.Key] = {}
         self._by_time = by_time
         self._known = Known(
-            self.devices, self.users, self.people, self.groups, self.last if by_time else None
+            self.devices,
+            self.users,
+            self.people,
+            self.groups,
+            self.last if by_time else None,
+            barred,
         )
 
     def fold(self, rows: Rows) -> Outcome:

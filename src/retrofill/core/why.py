@@ -54,6 +54,7 @@ class Asked(Struct, frozen=True):
 
     Of whom: one of user, device and amplitude_id; of a merge the amplitude_id that was absorbed.
     event: as the last row shows it, not as it stands in the end.
+    by_time, barred: how the project is folded, as `Refold` takes it.
     """
 
     what: str
@@ -63,6 +64,8 @@ class Asked(Struct, frozen=True):
     device: str | None = None
     amplitude_id: int = 0
     event: bool = False
+    by_time: bool = False
+    barred: frozenset[tuple[str, str]] = frozenset()
 
 
 class Fact(Struct):
@@ -110,7 +113,7 @@ class Trace:
         self.rows = 0
         self._asked = asked
         self._own = frozenset(own)
-        self._refold = _new_refold()
+        self._refold = _new_refold(asked)
         self._says = _says(asked)
         self._values: dict[int, Json] = {}
         self._changed: deque[Fact] = deque(maxlen=WHY_CAUSES_MAX)
@@ -326,13 +329,14 @@ class Trace:
             )
         else:
             left = _cut(rows, 0, place, place + 1)
-        refold = _new_refold()
+        refold = _new_refold(self._asked)
         return self._read(refold, refold.fold(left) if left.block else None)
 
 
-def _new_refold() -> Refold:
+def _new_refold(asked: Asked) -> Refold:
     # Ids for those whose own is taken: nobody keeps them.
-    return Refold(0, itertools.count(1 << 61).__next__)
+    new_id = itertools.count(1 << 61).__next__
+    return Refold(0, new_id, by_time=asked.by_time, barred=asked.barred)
 
 
 def _found(refold: Refold, asked: Asked) -> Person | None:

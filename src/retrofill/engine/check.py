@@ -287,7 +287,12 @@ class _Project:
         # Ids for people whose own is taken by somebody else: a difference, and nobody will keep them.
         fresh = itertools.count(engine.state.fresh).__next__
         self._by_time = engine.settings(project).property_time == "event"
-        self._refold = Refold(project, fresh, by_time=self._by_time)
+        self._refold = Refold(
+            project,
+            fresh,
+            by_time=self._by_time,
+            barred=engine.state.project(project).barred,
+        )
         self._appeared: set[int] = set()
         self.mends = Mends()
         self.mending = False

@@ -47,12 +47,13 @@ from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
 from retrofill.engine.undo import Undoing
+from retrofill.engine.unmerge import Unmerging, pairs
 from retrofill.errors import BusyError, CorruptError, Error, StoreError
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
 from retrofill.hot.imports import Import, Imports
 from retrofill.hot.intents import Intents
-from retrofill.hot.sqlite import Blocks
+from retrofill.hot.sqlite import Bar, Blocks
 from retrofill.lake import Lake
 from retrofill.limits import (
     BACKGROUND_S,
@@ -146,6 +147,7 @@ class Engine:
         self.rewriting = Rewriting(self, self._intents)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
+        self._unmerging = Unmerging(self.rewriting, self, clock)
 
     @classmethod
     def open(
@@ -237,7 +239,9 @@ class Engine:
         self._admissions[project.number] = Admission(
             project.number, settings, profile=self._settings.limits, state=self.state
         )
-        self.state.project(project.number).by_time = settings.property_time == "event"
+        state = self.state.project(project.number)
+        state.by_time = settings.property_time == "event"
+        state.barred = pairs(self.projects_store.barred(project.number))
 
     def project(self, api_key: str) -> Project | None:
         """Return the project of an API key, which is a name and no secret; None if there is none."""
@@ -708,6 +712,14 @@ class Engine:
         """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
         self._may_change()
         return await self.rewriting.whole(self._undoing.restore(project, name))
+
+    async def unmerge(self, project: int, block: int, row: int) -> Bar:
+        """Take the merge back that the event at a position proved; it is when this returns. Again it changes nothing.
+
+        Raises MissingError if there is none, StoreError.
+        """
+        self._may_change()
+        return await self.rewriting.whole(self._unmerging.unmerge(project, block, row))
 
     def _may_change(self) -> None:
         if self._problem is not None or self._closing:

@@ -301,6 +301,15 @@ class View:
             one.absorbed: one.surviving for one in fresh if one.project == self.project
         }
 
+    def placed_merges(self) -> list[tuple[int, int, int, int]]:
+        """Return (block, row, absorbed, surviving) of each unsealed merge of the project, in order of position."""
+        fresh = self._unsealed.placed_merges(self.first_unsealed, self.last)
+        return [
+            (block, one.row, one.absorbed, one.surviving)
+            for block, one in fresh
+            if one.project == self.project
+        ]
+
     def _counted_as(self) -> pa.Table:
         now = self.merges()
         same = self._same_users(now)
@@ -437,6 +446,10 @@ class Unsealed:
     def merges(self, first: int, last: int) -> list[Any]:
         """Return every merge of blocks first … last."""
         return [merge for _, seen in self._look(first, last) for merge in seen.merges]
+
+    def placed_merges(self, first: int, last: int) -> list[tuple[int, Any]]:
+        """Return (block, merge) of every merge of blocks first … last."""
+        return [(number, one) for number, seen in self._look(first, last) for one in seen.merges]
 
     def rows_of(self, people: Sequence[int], first: int, last: int) -> pa.Table:
         """Return the rows of these amplitude_ids in blocks first … last, in order of position."""

@@ -61,12 +61,13 @@ class Seed(Struct, frozen=True):
 class Rule(Struct, frozen=True):
     """What the fold does otherwise than on arrival. hide, show: rows that become hidden ones, or visible again.
 
-    by_time: rows are folded in event time, see `core.order`.
+    by_time: rows are folded in event time, see `core.order`. barred: (device, user) whose merge is taken back.
     """
 
     hide: Which | None = None
     show: Which | None = None
     by_time: bool = False
+    barred: list[tuple[str, str]] = []
 
 
 class Closure(Struct):
@@ -284,7 +285,7 @@ class _Fold:
         self._rule = rule
         self._limits = limits
         self._again = again
-        self._refold = Refold(project, new_id, by_time=rule.by_time)
+        self._refold = Refold(project, new_id, by_time=rule.by_time, barred=frozenset(rule.barred))
         self.contested: set[tuple[str | None, str]] = set()
         self._held: dict[tuple[Any, ...], int] = {}  # key → server time of the row that holds it
         self._judged: set[tuple[int, int]] | None = (

@@ -136,6 +136,7 @@ class ProjectState:
         self.aliases: dict[str, str] = checkpoint.aliases(project)
         self._aliases_changed: dict[str, str] = {}
         self.by_time = False
+        self.barred: frozenset[tuple[str, str]] = frozenset()
         self.last: Shelf[Place, Key] = Shelf(
             lambda places: checkpoint.last(project, places), absent=FIRST, bound=PEOPLE_IN_MEMORY
         )
@@ -153,7 +154,8 @@ class ProjectState:
         if not self._settled or any(batch.path == "/usermap" for batch in batches):
             return None
         last = self.last.young if self.by_time else None
-        return Known(self.devices.young, self.users.young, self.people.young, _NO_GROUPS, last)
+        young = (self.devices.young, self.users.young, self.people.young)
+        return Known(*young, _NO_GROUPS, last, self.barred)
 
     def known(self, batches: Iterable[Batch]) -> Known:
         """Bring everything that these batches name into memory, complete for the fold."""
@@ -193,7 +195,7 @@ class ProjectState:
             self.last.want((what, *group) for group in groups for what in (SHOWN, CHANGED))
             last = self.last.young
         self._settled = settled and not groups
-        return Known(device_of, user_of, people, self.groups.young, last)
+        return Known(device_of, user_of, people, self.groups.young, last, self.barred)
 
     def rest(self) -> None:
         """Keep what is clean within its bounds."""

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec import Struct
+from msgspec.structs import replace
 
+from retrofill.core import order
 from retrofill.core import row as row_of
 from retrofill.core import why as core
 from retrofill.core.block import COLUMNS, Kind
@@ -134,9 +137,19 @@ class _Whose(Struct, frozen=True):
     group: Group | None = None
 
 
-def why(view: View, question: Question) -> Answer:
-    """Say what made a value. Raises InputError for half a question, MissingError if nobody is meant, SizeError."""
+def why(
+    view: View,
+    question: Question,
+    *,
+    by_time: bool = False,
+    barred: frozenset[tuple[str, str]] = frozenset(),
+) -> Answer:
+    """Say what made a value. by_time, barred: how the project is folded, as `core.refold.Refold` takes it.
+
+    Raises InputError for half a question, MissingError if nobody is meant, SizeError.
+    """
     whose = _whose(view, question)
+    whose = replace(whose, asked=replace(whose.asked, by_time=by_time, barred=barred))
     others, devices = _others(view, whose) if whose.own else ([], [])
     trace = _traced(view, whose, others, devices)
     if not trace.exact and others:
@@ -358,6 +371,7 @@ def _rows(view: View, whose: _Whose, others: list[int], devices: list[str]) -> I
     before = "true"
     if whose.until:
         block, row = whose.until
+    if whose.until and not whose.asked.by_time:
         before = f'("block" < {block} OR ("block" = {block} AND "row" <= {row}))'
     sources = []
     if whose.own:
@@ -372,15 +386,30 @@ def _rows(view: View, whose: _Whose, others: list[int], devices: list[str]) -> I
         sources.append(view.source(SCHEMA.names, where=where, kinds=(Kind.GROUP_IDENTIFY,)))
     columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
     every = " UNION ALL ".join(f"SELECT {columns} FROM {source}" for source in sources)
-    reader = view.ask(
-        f'SELECT {columns} FROM ({every}) ORDER BY "block", "row"', statement
-    ).to_arrow_reader(REFOLD_ROWS)
-    for batch in reader:
-        rows = pa.Table.from_batches([batch]).cast(SCHEMA)
+    by = order.SQL if whose.asked.by_time else '"block", "row"'
+    reader = view.ask(f"SELECT {columns} FROM ({every}) ORDER BY {by}", statement).to_arrow_reader(
+        REFOLD_ROWS
+    )
+    for batch in _until(whose, reader):
+        rows = batch.cast(SCHEMA)
         if whose.group:
             rows = rows.filter(_of_group(rows, whose))
         if rows.num_rows:
             yield rows
+
+
+def _until(whose: _Whose, reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Yield rows up to the event that is asked about, if one is."""
+    for batch in reader:
+        rows = pa.Table.from_batches([batch])
+        if whose.until:
+            block, row = whose.until
+            here = pc.and_(pc.equal(rows["block"], block), pc.equal(rows["row"], row))
+            places = np.flatnonzero(here.to_numpy(zero_copy_only=False))
+            if len(places):
+                yield rows.slice(0, int(places[0]) + 1)
+                return
+        yield rows
 
 
 def _of_group(rows: pa.Table, whose: _Whose) -> pa.Array:

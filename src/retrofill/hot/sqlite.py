@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import xxhash
+from msgspec import Struct
+from msgspec.structs import astuple
 
 from retrofill.config import Project
 from retrofill.core import block as block_module
@@ -30,6 +32,11 @@ CREATE TABLE IF NOT EXISTS projects (
     number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, api_key TEXT NOT NULL UNIQUE, secret_key TEXT NOT NULL,
     settings BLOB
 );
+CREATE TABLE IF NOT EXISTS barred (
+    project INTEGER NOT NULL, block INTEGER NOT NULL, row INTEGER NOT NULL, absorbed INTEGER NOT NULL,
+    surviving INTEGER NOT NULL, device_id TEXT NOT NULL, user_id TEXT NOT NULL, unmerged_ms INTEGER NOT NULL,
+    PRIMARY KEY (project, block, row)
+) WITHOUT ROWID;
 """
 
 # Before a packed block: a mark, and the size that it unpacks to. A block as it is begins otherwise: with an array's byte.
@@ -156,6 +163,18 @@ def faults(path: Path) -> list[str]:
     return [] if found == ["ok"] else found
 
 
+class Bar(Struct, frozen=True):
+    """A merge that was taken back: by the event at (block, row) the user of a device had absorbed who was on it."""
+
+    block: int
+    row: int
+    absorbed: int
+    surviving: int
+    device_id: str
+    user_id: str
+    unmerged_ms: int
+
+
 class Projects:
     """The projects of one installation."""
 
@@ -192,6 +211,25 @@ class Projects:
         except sqlite3.Error as problem:
             raise store_error(problem, self._path) from problem
         return Project(number, name, api_key, secret_key)
+
+    def barred(self, number: int) -> list[Bar]:
+        """Return the merges of a project that were taken back."""
+        rows = self._connection.execute(
+            "SELECT block, row, absorbed, surviving, device_id, user_id, unmerged_ms FROM barred "
+            "WHERE project = ? ORDER BY block, row",
+            (number,),
+        )
+        return [Bar(*row) for row in rows]
+
+    def bar(self, number: int, one: Bar) -> None:
+        """Keep a merge taken back, synced when this returns; again changes nothing. Raises StoreError."""
+        try:
+            self._connection.execute(
+                "INSERT OR IGNORE INTO barred VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (number, *astuple(one)),
+            )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
 
     def settings(self, number: int) -> bytes | None:
         """Return what `set_settings` stored, or None."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from retrofill import __version__
 from retrofill.core.why import RULES
+from retrofill.limits import MERGES_LISTED_MAX
 
 Json = dict[str, Any]
 
@@ -535,6 +536,41 @@ _CAUSE = _object(
         row=_INT,
     ),
 )
+_MERGE = _object(
+    ("id", "state", "absorbed", "surviving", "uuid"),
+    id={"type": "string", "pattern": "^[0-9]+-[0-9]+$"},
+    state={"enum": ["merged", "unmerged"]},
+    absorbed=_INT,
+    surviving=_INT,
+    user_id=_NULLABLE_TEXT,
+    device_id=_NULLABLE_TEXT,
+    uuid=_TEXT,
+    event_type=_NULLABLE_TEXT,
+    insert_id=_NULLABLE_TEXT,
+    event_time_ms=_NULLABLE_INT,
+    server_upload_time_ms=_NULLABLE_INT,
+    imported_by=_NULLABLE_TEXT,
+    unmerged_ms=_NULLABLE_INT,
+)
+_MERGES: Json = {
+    "/api/1/merges": _read(
+        "Merges, the newest first",
+        _json(_object(("merges",), merges=_list(_MERGE)), "merges"),
+        _query("state", {"enum": ["merged", "unmerged"]}),
+        _query("amplitude_id", _TEXT, text="that was absorbed, or that survived"),
+        _query("user_id", _TEXT),
+        _query("before", _TEXT, text="the id of a merge: those before it"),
+        _query("limit", {"type": "integer", "minimum": 1, "maximum": MERGES_LISTED_MAX}),
+        _404=_EITHER,
+    ),
+    "/api/1/merges/{id}": {
+        "delete": {
+            "summary": "Take a merge back; again changes nothing",
+            "parameters": [{"name": "id", "in": "path", "required": True, "schema": _TEXT}],
+            "responses": {"200": _json(_MERGE, "the merge"), "404": _EITHER, **_READ_ANSWERS},
+        }
+    },
+}
 _WHY: Json = {
     "/api/1/why": _read(
         "The events, imports, requests and rules that made a value",
@@ -607,7 +643,16 @@ def description() -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "security": [{"keys": []}],
-        "paths": {**_INGEST, **_READ, **_DELETIONS, **_PROJECT, **_IMPORTS, **_WHY, **_ADMIN},
+        "paths": {
+            **_INGEST,
+            **_READ,
+            **_DELETIONS,
+            **_PROJECT,
+            **_IMPORTS,
+            **_MERGES,
+            **_WHY,
+            **_ADMIN,
+        },
         "components": {
             "schemas": _SCHEMAS,
             "securitySchemes": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.requests import Request
@@ -14,20 +14,25 @@ from retrofill.engine.why import Answer, Question, why
 from retrofill.limits import PERSON_READS_PER_PROJECT
 from retrofill.server.read import Given, Reads
 
+if TYPE_CHECKING:
+    from retrofill.engine.ingest import Engine
+
 _INT_MAX = 2**63 - 1
 _NUMBERS = ("merge", "amplitude_id")
 
 
-def routes(reader: Reader, reads: Reads) -> list[Route]:
+def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
     """Return the routes of this module."""
 
     async def ask(request: Request) -> Response:
         question = _question(request)
         number = request.state.project.number
+        by_time = engine.settings(number).property_time == "event"
+        barred = engine.state.project(number).barred
 
         def answer() -> Answer:
             with reader.view(number) as view:
-                return why(view, question)
+                return why(view, question, by_time=by_time, barred=barred)
 
         return await reads.answer(request, "people", PERSON_READS_PER_PROJECT, answer)
 

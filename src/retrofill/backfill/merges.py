@@ -1,0 +1,53 @@
+"""Asking our own server about merges: which there are, and that one be taken back."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, urlencode
+
+from msgspec import Struct
+
+from retrofill.backfill import ours
+from retrofill.backfill.imports import CHANGE_S
+from retrofill.backfill.keys import Keys
+from retrofill.backfill.profile import Target
+from retrofill.backfill.readback import READ_S
+from retrofill.errors import FinalError
+
+
+class Merge(Struct, frozen=True):
+    """A merge as the server lists it."""
+
+    id: str
+    state: str
+    absorbed: int
+    surviving: int
+    user_id: str | None
+    device_id: str | None
+    uuid: str
+    event_type: str | None
+    server_upload_time_ms: int | None
+    imported_by: str | None
+    unmerged_ms: int | None
+
+
+class _Merges(Struct):
+    merges: list[Merge]
+
+
+def merges(to: Target, keys: Keys, asked: dict[str, str]) -> list[Merge]:
+    """Return merges, the newest first. asked: parameters of `GET /api/1/merges`. Raises FinalError, RetryError."""
+    given = urlencode({name: value for name, value in asked.items() if value})
+    found = ours.ask(to, keys, "GET", f"/api/1/merges?{given}", _Merges, seconds=READ_S)
+    if found is None:
+        raise FinalError(
+            "The destination lists no merges", mend="Its version is older than this one"
+        )
+    return found.merges
+
+
+def unmerge(to: Target, keys: Keys, one: str) -> Merge:
+    """Take a merge back; it is when this returns. Raises FinalError, RetryError."""
+    path = f"/api/1/merges/{quote(one, safe='')}"
+    found = ours.ask(to, keys, "DELETE", path, Merge, seconds=CHANGE_S)
+    assert found is not None, "only a GET finds nothing"
+    return found

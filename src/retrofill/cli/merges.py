@@ -1,0 +1,103 @@
+"""`retrofill merges` and `retrofill unmerge`: who was shown to be one person, and that taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retrofill.cli.run import emit, say
+from retrofill.cli.undo import asked_at_terminal
+from retrofill.errors import InputError
+
+if TYPE_CHECKING:
+    from retrofill.backfill.keys import Keys
+    from retrofill.backfill.merges import Merge
+    from retrofill.backfill.profile import Target
+
+EXAMPLE = "Example: retrofill merges --user ann --to http://localhost:8090"
+EXAMPLE_BACK = "Example: retrofill unmerge 1204-3 --to http://localhost:8090"
+
+
+def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by position
+    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
+    user: Annotated[str, typer.Option(help="Of this user alone.")] = "",
+    amplitude_id: Annotated[int, typer.Option(help="Of this person alone.")] = 0,
+    unmerged: Annotated[bool, typer.Option("--unmerged", help="Those taken back.")] = False,
+    before: Annotated[str, typer.Option(metavar="ID", help="Those before this one.")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 100,
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List merges, the newest first: who was absorbed by whom, and the event that proved it."""
+    from retrofill.backfill import merges
+
+    where, keys = _server(to, api_key, secret_key, key_file, "list merges")
+    asked = {
+        "state": "unmerged" if unmerged else "",
+        "user_id": user,
+        "amplitude_id": str(amplitude_id or ""),
+        "before": before,
+        "limit": str(limit),
+    }
+    found = merges.merges(where, keys, asked)
+    for one in found:
+        _tell(one, as_json=as_json)
+    if not found and not as_json:
+        say("no merges")
+
+
+def unmerge(  # noqa: PLR0917 - as above
+    id_: Annotated[str, typer.Argument(metavar="ID", help="Of a merge, as `merges` lists it.")],
+    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
+    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
+    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Take a merge back: both people are folded again, and these two ids join nobody any more."""
+    from retrofill.backfill import merges
+
+    where, keys = _server(to, api_key, secret_key, key_file, "take a merge back")
+    if not yes:
+        if not asked_at_terminal():
+            raise InputError(
+                "Nobody is here to be asked", mend="Give --yes to do it without asking"
+            )
+        if not typer.confirm(f"Take back merge {id_} at {where.name}?", err=True):
+            raise InputError("Nothing was changed")
+    _tell(merges.unmerge(where, keys, id_), as_json=as_json)
+
+
+def _server(
+    to: str, api_key: str | None, secret_key: str | None, key_file: Path | None, what: str
+) -> tuple[Target, Keys]:
+    from retrofill.backfill import keys as key_ring
+    from retrofill.backfill import ours
+    from retrofill.backfill import profile as profiles
+
+    keys = key_ring.find(api_key, secret_key, key_file)
+    key_ring.need_both(keys)
+    where = profiles.target(to)
+    ours.need(where, what)
+    return where, keys
+
+
+def _tell(one: Merge, *, as_json: bool) -> None:
+    if as_json:
+        import msgspec
+
+        emit({"event": "merge", **msgspec.structs.asdict(one)})
+        return
+    from retrofill.backfill.status import moment
+
+    by = f" of import {one.imported_by}" if one.imported_by else ""
+    at = one.unmerged_ms or one.server_upload_time_ms
+    typer.echo(
+        f"{one.id} · {one.state} {moment(at)} · {one.absorbed} into {one.surviving} · "
+        f"user {one.user_id} on device {one.device_id} · {one.event_type} {one.uuid}{by}"
+    )
