@@ -144,7 +144,7 @@ class Sorter:
     ) -> None:
         self.folder, self.people, self.options = folder, people, options
         self.doubles = Doubles(keys)
-        self._wanted = wanted
+        self._wanted = np.unique(wanted)
         self.refused = refused
         self.found = Sorted()
         self._set = -1
@@ -247,9 +247,12 @@ class Sorter:
 
     def _name(self, table: pa.Table) -> None:
         """Note how the wanted nodes are spelled."""
+        if len(self._wanted) == 0:
+            return
         for node, name in (("device_node", "device_id"), ("user_node", "user_id")):
             nodes = _ints(table, node)
-            rows = np.flatnonzero(np.isin(nodes, self._wanted))
+            at = np.minimum(np.searchsorted(self._wanted, nodes), len(self._wanted) - 1)
+            rows = np.flatnonzero(self._wanted[at] == nodes)
             found, first = np.unique(nodes[rows], return_index=True)
             for number, row in zip(found.tolist(), rows[first].tolist(), strict=True):
                 if number not in self.found.names:
