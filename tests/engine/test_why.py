@@ -17,6 +17,7 @@ from retrofill.core.block import COLUMNS
 from retrofill.core.person import FORGOTTEN
 from retrofill.core.row import uuid_of
 from retrofill.engine import why as engine_why
+from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.query import Reader
 from retrofill.engine.why import Answer, Question, why
 from retrofill.errors import CorruptError, InputError, MissingError, SizeError
@@ -218,3 +219,19 @@ def test_a_person_who_came_back_after_deletion_is_somebody_new(server: Server) -
     person = server.engine.person(1, gone)
     assert person is not None
     assert person.merged_into == FORGOTTEN
+
+
+def test_where_properties_go_by_event_time_causes_come_in_that_order(server: Server) -> None:
+    settings = ProjectSettings(property_time="event")
+    server.run(server.engine.change_settings(1, settings))
+    for at, (ms, plan) in enumerate([(2000, "pro"), (1000, "free"), (3000, "gold")]):
+        server.clock.ms += 10
+        event = {**VIEW, **ANN, "insert_id": str(at), "time": 1_600_000_000_000 + ms}
+        server.send([{**event, "user_properties": {"plan": plan}}])
+    server.run(server.engine.event_time.settle(1))
+    answer = ask(server, property="plan", user_id="ann-111")
+    assert answer.value == "gold"
+    assert [one.after for one in answer.causes] == ["free", "pro", "gold"]
+    assert rules(answer)[-1] == ("changed", True)
+    shown = ask(server, property="plan", insert_id="0")
+    assert (shown.value, shown.rows) == ("pro", 2)
