@@ -26,6 +26,7 @@ from retrofill.config import Settings
 from retrofill.core import block as block_codec
 from retrofill.core import person
 from retrofill.engine import repair as repairing
+from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.check import Report, check
 from retrofill.engine.ingest import Engine
 from retrofill.engine.repair import Repaired, repair
@@ -189,6 +190,29 @@ def test_a_checkpoint_that_is_lost_is_made_again(name: str, tmp_path: Path) -> N
             again = {"event_type": "View", "device_id": one["device_id"]}
             server.send([{**again, "insert_id": one["insert_id"]}])
     assert server.engine.figures.duplicates > 0
+    server.close()
+
+
+def test_a_checkpoint_made_again_knows_what_comes_too_late(server: Server) -> None:
+    """Where properties go by event time, the time of each person's last event is part of the state."""
+    settings = ProjectSettings(property_time="event")
+    server.run(server.engine.change_settings(1, settings))
+    eve = {"device_id": "phone-7", "user_id": "eve-333", "event_type": "open"}
+    plan = {**eve, "time": server.clock.ms, "insert_id": "e", "user_properties": {"plan": "pro"}}
+    server.send([plan])
+    server.close()
+    (server.folder / "checkpoint.sqlite").unlink()
+    with closing(sqlite3.connect(server.folder / "hot.sqlite")) as db, db:
+        db.execute("DELETE FROM blocks")
+    assert _repair(server).left.differences == []
+    _open(server)
+    late = {**plan, "time": server.clock.ms - 5000, "insert_id": "f"}
+    server.send([{**late, "user_properties": {"plan": "free"}}])
+    server.run(server.engine.event_time.settle(1))
+    state = server.engine.state.project(1)
+    found = state.people.get(state.users.get("eve-333") or 0)
+    assert found is not None
+    assert found.properties == {"plan": "pro"}
     server.close()
 
 

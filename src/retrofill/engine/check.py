@@ -467,6 +467,7 @@ class _Project:
 
     def _states(self, made: Changes) -> None:
         mend = self.mends.changes
+        mend.last = made.last  # not compared: a checkpoint begun anew has none
         for table, ids in (("devices", made.devices), ("users", made.users)):
             self._ids(table, ids)
         for one in sorted({*self._people, *made.people}):
