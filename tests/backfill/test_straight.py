@@ -14,6 +14,7 @@ from tests.backfill.staging import letters, rows, run
 
 from retrofill.backfill import intake, straight
 from retrofill.backfill.manifest import Manifest
+from retrofill.errors import InputError
 
 SAME = {
     name: name
@@ -187,6 +188,10 @@ def test_a_mapping_with_an_expression_or_a_condition_goes_by_the_query(
         path,
         {"event": {**SAME, "event_properties": {"a": "plan"}}, "source": columns},
     )
+    row = msgspec.json.encode({'d"d': "device-1", "e": "Open", "t": 1}).decode()
+    (tmp_path / "d.ndjson").write_text(f"{row}\n", encoding="utf-8")
+    odd = {"device_id": '"d""d"', "event_type": "e", "time": "t"}
+    assert run(tmp_path / "d", tmp_path / "d.ndjson", {"event": odd}).devices == 1
     assert way_used == []
 
 
@@ -213,3 +218,17 @@ def test_what_a_row_becomes_does_not_depend_on_its_neighbours(tmp_path: Path) ->
         run(tmp_path / f"w{number}", path, document, bad_rows=1.0)
         staged.append(rows(tmp_path / f"w{number}")[0]["json"])
     assert len(set(staged)) == 1
+
+
+@pytest.mark.parametrize("problem", [InputError("The query broke off"), KeyboardInterrupt()])
+def test_what_goes_wrong_while_rows_are_read_is_raised_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: BaseException
+) -> None:
+    path = source(tmp_path / "s.ndjson", {*SAME}, odd=0.0, seed=1)
+
+    def broken(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(straight.Straight, "_make", broken)
+    with pytest.raises(type(problem)):
+        run(tmp_path / "work", path, {"event": SAME, "source": {"columns": DECLARED}})

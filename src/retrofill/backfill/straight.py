@@ -113,7 +113,10 @@ def straight(
         kinds = _KINDS[field.kind][2] if field.kind in _KINDS else frozenset({"none"})
         if kinds and columns.kind(number) not in kinds:
             return None
-        members.append(_Member(field, columns.used[number][0], f"f{number}"))
+        source = columns.used[number][0]
+        if _encoder.encode(source) != f'"{source}"'.encode():  # a struct's keys are plain
+            return None
+        members.append(_Member(field, source, f"f{number}"))
     kinds_by_source = {(one.source, one.field.kind) for one in members}
     if len(kinds_by_source) > len({one.source for one in members}):
         return None
@@ -146,18 +149,31 @@ class Straight:
     def events(self, records: Iterable[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """Yield finished events, less the columns for bad rows, and whether the core would take them as they are."""
         waiting: deque[_Made] = deque()
+        failed: list[BaseException] = []
 
         def ids() -> Iterator[pa.RecordBatch]:
-            for batch in records:
-                made = self._make(batch)
-                if made is not None:
-                    waiting.append(made)
-                    yield made.events.ids
+            try:
+                for batch in records:
+                    made = self._make(batch)
+                    if made is not None:
+                        waiting.append(made)
+                        yield made.events.ids
+            except (Exception, KeyboardInterrupt) as error:
+                failed.append(error)
+                raise
 
+        try:
+            yield from self._hashed(ids(), waiting)
+        except (duckdb.Error, pa.ArrowException) as error:  # whose words about it are worth little
+            raise failed[0] if failed else error from error
+
+    def _hashed(
+        self, ids: Iterator[pa.RecordBatch], waiting: deque[_Made]
+    ) -> Iterator[tuple[pa.RecordBatch, bool]]:
         with duckdb.connect(config={"threads": "1"}) as connection:  # so that the order is kept
             connection.execute("SET enable_progress_bar = false")
             connection.execute("SET streaming_buffer_size = '64KB'")  # few events wait
-            connection.register("ids", pa.RecordBatchReader.from_batches(_IDS, ids()))
+            connection.register("ids", pa.RecordBatchReader.from_batches(_IDS, ids))
             hashes = np.zeros((3, 0), np.int64)
             for part in connection.execute(compiled.HASHES).to_arrow_reader(_ROWS):
                 hashes = np.concatenate((hashes, [one.to_numpy() for one in part]), axis=1)
