@@ -209,6 +209,26 @@ def test_keys_that_rows_of_other_people_hold_are_asked_for(tmp_path: Path, serve
     assert len(server.export()) == 3
 
 
+def test_a_merge_that_was_taken_back_stays_so(tmp_path: Path, server: Process) -> None:
+    server.send(
+        [live(1, "user-1", "phone-9"), live(2, None, "phone-1"), live(3, "user-1", "phone-1")]
+    )
+    merges = json.loads(server.ask("GET", "/api/1/merges")[1])["merges"]
+    assert server.ask("DELETE", f"/api/1/merges/{merges[0]['id']}")[0] == 200
+    rows = [
+        {**row(1, "", 1, device="phone-5"), "user": None},
+        row(2, "user-1", 2, device="phone-5"),
+        row(3, "user-1", 3, device="phone-1"),
+    ]
+    given, work = history(tmp_path, rows), tmp_path / "work"
+    made = rehearsed(server, work, given)
+    assert made["exact"], made["warnings"]
+    assert made["merged"] == 1
+    call("run", *given, "--to", server.url, *KEYS, "--work", str(work), "--yes")
+    told = call("verify", "--work", str(work), *KEYS).stdout
+    assert "rehearsal: 12 of 12 figures came as predicted" in told
+
+
 def test_verify_says_how_the_rehearsal_did_and_the_report_shows_both(
     tmp_path: Path, server: Process
 ) -> None:

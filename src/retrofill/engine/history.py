@@ -186,6 +186,13 @@ class Merged(Struct, frozen=True, tag_field="kind", tag="merge"):
     server_upload_time: int
 
 
+class Barred(Struct, frozen=True, tag_field="kind", tag="barred"):
+    """A merge that was taken back: whoever was anonymous on the device is not this user."""
+
+    device_id: str
+    user_id: str
+
+
 class Known(Struct, frozen=True, tag_field="kind", tag="known"):
     """An asked key that is stored. index: its place in `insert_keys`. block: with the last event that has it."""
 
@@ -221,6 +228,7 @@ Line = (
     | GroupOf
     | Alias
     | Merged
+    | Barred
     | Known
     | Alike
     | RowsBegin
@@ -318,6 +326,7 @@ def _tables(moment: Moment, closure: Closure, asked: Asked) -> Iterator[Any]:
     yield from (GroupOf(*key, value) for key, value in moment.every_group())
     yield from (Alias(*one) for one in moment.aliases.items())
     yield from _merges(moment, closure.people)
+    yield from (Barred(*pair) for pair in sorted(moment.barred))
 
 
 def _merges(moment: Moment, people: set[int]) -> Iterator[Merged]:

@@ -685,6 +685,7 @@ class Engine:
                 saved,
                 held.pop_all(),
                 self._settings.geoip is not None,
+                self.state.project(project).barred,
             )
 
     def refused(self, project: int, opened: Envelope) -> None:

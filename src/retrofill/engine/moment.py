@@ -26,7 +26,7 @@ from retrofill.limits import Limits
 class Moment(Struct):
     """One project after block `meta.block`. For one thread at a time; close it.
 
-    looks_up: whether places are looked up by address. now_ms: the server's clock then. window_from: the first block whose keys count as duplicates of live events then.
+    looks_up: whether places are looked up by address. barred: (device, user) of merges taken back. now_ms: the server's clock then. window_from: the first block whose keys count as duplicates of live events then.
     """
 
     project: int
@@ -40,6 +40,7 @@ class Moment(Struct):
     saved: Checkpoint
     held: ExitStack
     looks_up: bool = False
+    barred: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.duplicates import file_keys
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
-from retrofill.hot.sqlite import Blocks
+from retrofill.hot.sqlite import Bar, Blocks
 from retrofill.lake import Lake, parquet
 from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
 from retrofill.lake.files import Files
@@ -37,7 +37,8 @@ class Start(Struct, frozen=True):
     """Where the directory begins.
 
     meta: the block that was the last, its time, and the next amplitude_id. window_from: the first block whose keys
-    make a live event a duplicate at now_ms. settings: of the project, every limit named.
+    make a live event a duplicate at now_ms. settings: of the project, every limit named. barred: (device, user) of merges
+    that were taken back.
     """
 
     meta: Meta
@@ -47,6 +48,7 @@ class Start(Struct, frozen=True):
     limits: Limits
     state: Changed
     merges: list[MergeRow]
+    barred: list[tuple[str, str]] = []
 
 
 def seed(
@@ -70,6 +72,8 @@ def seed(
         made = blocks.projects().add(project.name, project.api_key, project.secret_key)
         assert made.number == PROJECT
         blocks.projects().set_settings(PROJECT, msgspec.json.encode(start.settings))
+        for place, pair in enumerate(start.barred):
+            blocks.projects().bar(PROJECT, Bar(0, place, 0, 0, *pair, start.now_ms))
         blocks.close()
         checkpoint = Checkpoint(directory.checkpoint)
         # One time is enough: whatever is older than now is either in the window or before it.

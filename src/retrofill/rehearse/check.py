@@ -29,7 +29,7 @@ class Checked:
     def __init__(self, given: Given) -> None:
         self._given = given
         self._numbers = count(_NUMBERS_FROM)
-        self._refold = Refold(PROJECT, lambda: next(self._numbers))
+        self._refold = Refold(PROJECT, lambda: next(self._numbers), barred=frozenset(given.barred))
         self._known = np.fromiter(given.people, np.int64)
         self._left: pa.Table | None = None  # the rows of the last block: more of it may follow
         self._rows = 0

@@ -59,6 +59,7 @@ class Given(Struct):
     groups: dict[Group, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
     merges: list[history.Merged] = []
+    barred: list[tuple[str, str]] = []
     known: list[tuple[int, int]] = []
     alike: list[Alike] = []
 
@@ -97,6 +98,7 @@ class Given(Struct):
                 late=self._late(),
             ),
             [self._merge_row(one) for one in self.merges],
+            self.barred,
         )
 
     def _late(self) -> dict[Place, int] | None:
@@ -214,6 +216,8 @@ def _take(given: Given, one: Any) -> None:
             given.aliases[one.user_id] = one.global_user_id
         case history.Merged():
             given.merges.append(one)
+        case history.Barred():
+            given.barred.append((one.device_id, one.user_id))
         case history.Known():
             given.known.append((one.index, one.block))
         case Alike():
