@@ -172,7 +172,12 @@ def fold(
         theirs = known[project]
         if theirs.last is not None and project not in walks:
             walks[project] = order.Walk(
-                theirs.devices, theirs.people, theirs.last, change.last, change.late
+                theirs.devices,
+                change.devices,
+                theirs.people,
+                theirs.last,
+                change.last,
+                change.late,
             )
         client_upload_ms = batch.client_upload_ms
         if client_upload_ms is None:

@@ -52,24 +52,25 @@ SQL = (
 class Walk:
     """Looks at the events of one project in one block, after the fold, in order of arrival.
 
-    devices, people, last: what was known before the block, as in `fold.Known`: every person there has a key. new, late:
-    keys and marks, added to.
+    devices, people, last: what was known before the block, as in `fold.Known`: every person there has a key. moved: devices that
+    the block has given to somebody so far. new, late: keys and marks, added to.
     """
 
     def __init__(
         self,
         devices: Mapping[str, int],
+        moved: Mapping[str, int],
         people: Mapping[int, Person],
         last: Mapping[Place, Key],
         new: dict[Place, Key],
         late: set[Place],
     ) -> None:
-        self._devices, self._people, self._last = devices, people, last
+        self._devices, self._moved, self._people, self._last = devices, moved, people, last
         self._new, self._late = new, late
         self._owners: dict[str, int] = {}  # of devices, as the block has changed them so far
         self._groups: dict[int, set[tuple[str, str]]] = {}  # that a person may show
 
-    def add(
+    def add(  # noqa: C901 - every event comes by here: no calls that can be spared
         self,
         events: Sequence[Event],
         people: Sequence[int],
@@ -78,7 +79,8 @@ class Walk:
     ) -> None:
         """Look at the next events. people, times, kinds: what the fold decided of each."""
         last, new, late = self._last, self._new, self._late
-        devices, owners, groups, known = self._devices, self._owners, self._groups, self._people
+        devices, moved, owners = self._devices, self._moved, self._owners
+        groups, known = self._groups, self._people
         now: Key
         for event, one, time, kind in zip(events, people, times, kinds, strict=True):
             if kind > _GROUP_IDENTIFY:
@@ -97,11 +99,12 @@ class Walk:
                 else:
                     new[one] = now
                 device = event.device_id or ""
-                owner = owners.get(device) or devices[device]
-                if owner != one:
-                    owners[device] = one
-                    if owner:
-                        self._take_over(one, owner, now)
+                if moved and device in moved:  # the others stay with the person whom they lead to
+                    owner = owners.get(device) or devices[device]
+                    if owner != one:
+                        owners[device] = one
+                        if owner:
+                            self._take_over(one, owner, now)
             if event.groups or (groups and one in groups):
                 self._show(event, one, kind, now)
 
