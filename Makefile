@@ -50,11 +50,13 @@ bench: $(DEV) ## measure, ten minutes at most; QUICK=1 under three
 	@$(MAKE) -s $(RIVAL) || echo "npm gives no mixpanel-import: its row is not run"
 	@$(RUN) bench/backfill.py $(if $(QUICK),--quick)
 	@$(RUN) bench/run.py $(if $(QUICK),--quick)
+	@$(RUN) bench/imports.py $(if $(QUICK),--quick)
 
 bench-long: $(DEV) ## measure with 10 M events stored and 20 M sent, three hours at most
 	@$(MAKE) -s $(RIVAL) || echo "npm gives no mixpanel-import: its row is not run"
 	@$(RUN) bench/backfill.py --long
 	@$(RUN) bench/run.py --long
+	@$(RUN) bench/imports.py --long
 
 serve: $(RUNTIME) ## serve on 127.0.0.1:8090; DATA=folder
 	@$(BIN)/retrofill serve --data $(DATA)

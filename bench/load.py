@@ -30,7 +30,7 @@ GIVE_UP_S = 20  # without a 200
 
 @dataclass(frozen=True)
 class Order:
-    """What to send. rate: requests a second, 0 for as fast as answers come."""
+    """What to send. rate: requests a second, 0 for as fast as answers come. stop: a file that ends it when it is there."""
 
     port: int
     cache: str
@@ -40,6 +40,7 @@ class Order:
     requests: int = 1000
     connections: int = 4
     rate: float = 0
+    stop: str = ""
 
 
 @dataclass
@@ -133,7 +134,10 @@ class Load:
             f"POST {self._order.path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
             "Content-Type: application/json\r\nContent-Length: "
         ).encode()
+        stop = Path(self._order.stop) if self._order.stop else None
         for body in made:
+            if stop is not None and stop.exists():
+                return
             self._bytes += len(body)
             yield head + str(len(body)).encode() + b"\r\n\r\n" + body
 

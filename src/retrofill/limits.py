@@ -105,6 +105,13 @@ QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
 LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
+REFOLD_PASSES_MAX = 6  # over what came meanwhile, before commits pause for the rest
+REFOLD_TAIL_ROWS = (
+    6_000  # rows that may be left for the pause; folding them takes some hundredths of a second
+)
+HISTORY_MEMORY_BYTES = (
+    768 * 1024 * 1024
+)  # what DuckDB may hold in the child that folds history again
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows
 MERGES_LISTED_MAX = 1000  # merges in one answer, the newest first
@@ -120,6 +127,7 @@ SEAL_LAG_EVENTS_MAX = 1_500_000  # unsealed events; beyond it 503 until sealing 
 CHECKPOINT_EVENTS = 300_000
 CHECKPOINT_AGE_MS = 120_000
 BACKGROUND_S = 1  # how often it is looked whether sealing or a checkpoint is due by age
+CHILD_ANSWER_BYTES_MAX = 256 * 1024 * 1024  # a line of merges, about 100 bytes each
 DELETE_BLOCKS_STEP = 8  # sealed blocks removed in one small transaction
 PEOPLE_IN_MEMORY = 200_000  # clean people kept beside those not yet checkpointed
 IDS_IN_MEMORY = 500_000  # device and user ids kept, of each kind

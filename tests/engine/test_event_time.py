@@ -21,6 +21,7 @@ from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings, PropertyTime
 from retrofill.engine.check import check
 from retrofill.engine.query import Reader
+from retrofill.lake import Swap
 
 # What depends on when and in which request an event arrived.
 _ARRIVAL = ("block", "row", "client_upload_time", "server_received_time", "server_upload_time")
@@ -304,7 +305,7 @@ class _CutError(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nothing", "rewrite", "change", "checkpoint", "set_settings"])
+@pytest.mark.parametrize("name", ["nothing", "commit", "adopt", "checkpoint", "set_settings"])
 def test_a_switch_there_and_back_ends_where_it_began(
     name: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +321,7 @@ def test_a_switch_there_and_back_ends_where_it_began(
     for to in ways:
         if name != "nothing":
             engine: Any = server.engine
-            owners = {"rewrite": engine.lake, "change": engine.duplicates}
+            owners = {"commit": Swap, "adopt": engine.duplicates}
             owner = owners.get(name, engine)
             real = getattr(owner, name)
 
@@ -328,7 +329,7 @@ def test_a_switch_there_and_back_ends_where_it_began(
                 raise _CutError
 
             with monkeypatch.context() as patched:
-                after = name == "rewrite"
+                after = name == "commit"
                 cutting = lambda *a, **k: (after and real(*a, **k), cut())  # noqa: E731, B023
                 patched.setattr(owner, name, cutting)
                 with pytest.raises(_CutError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,31 @@ from retrofill.core import person as people
 from retrofill.core.block import Kind
 from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted
+from retrofill.engine import rewriting
 from retrofill.engine.ingest import Engine
-from retrofill.errors import ConflictError
+from retrofill.engine.refolder import Done, Task, ThreadRefolder
+from retrofill.errors import ConflictError, MissingError
+from retrofill.lake import Swap
 
 SEEN = f"({int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
 Wire = list[dict[str, Any]]
+
+
+class _CutError(BaseException):
+    """The machine stops here."""
+
+
+class Meddled(ThreadRefolder):
+    """Folds history again while something else happens before each of its tasks, unless commits pause."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+
+    async def ask(self, task: Task) -> Done:
+        if self.server.meddle is not None and not self.server.engine.committing.locked():
+            await self.server.meddle()
+        return await super().ask(task)
 
 
 class Server:
@@ -30,6 +51,7 @@ class Server:
 
     def __init__(self, folder: Path, clock: FakeClock, limits: str = "none") -> None:
         self.folder, self.clock, self.limits = folder, clock, limits
+        self.meddle: Callable[[], Awaitable[None]] | None = None
         self.loop = asyncio.new_event_loop()
         self.open()
 
@@ -39,12 +61,16 @@ class Server:
         )
         if not self.engine.all_projects():
             self.engine.add_project(self.engine.projects_store.add("one", "key", "secret"))
+        self.engine.rewriting._refolder = lambda: Meddled(self)
         self.run(self.engine.start())
 
     def run(self, coroutine: Any) -> Any:
         return self.loop.run_until_complete(coroutine)
 
     def send(self, wire: Wire, path: str = "/2/httpapi") -> None:
+        self.run(self.post(wire, path))
+
+    async def post(self, wire: Wire, path: str = "/2/httpapi") -> None:
         body = msgspec.json.encode({"api_key": "key", "events": wire})
         envelope = events.open_envelope(body)
         assert isinstance(envelope, events.Envelope)
@@ -58,7 +84,7 @@ class Server:
             limits=self.engine.limits(1),
         )
         assert isinstance(batch, Batch)
-        assert isinstance(self.run(self.engine.ingest(batch)), Accepted)
+        assert isinstance(await self.engine.ingest(batch), Accepted)
 
     def crash(self) -> None:
         self.run(self.engine.abandon())
@@ -258,6 +284,88 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
     control.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(30, 500))]
+)
+def test_traffic_and_crashes_while_an_import_is_undone_leave_no_trace_of_it(
+    seed: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with requests answered between any two steps of undo and restore, and stops there."""
+    monkeypatch.setattr(rewriting, "REFOLD_TAIL_ROWS", seed % 4)
+    story = Story(1000 + seed, Server(tmp_path / "subject", clock))
+    control = Server(tmp_path / "control", clock)
+    subject = story.subject
+    for _ in range(story.seeded.randint(2, 4)):
+        story.chapter()
+    subject.meddle = None
+    subject.run(subject.engine.undo(1, "old-shop"))
+    assert story.during
+    now_ms = clock.ms
+    for ms, wire, path in story.told:
+        clock.ms = ms
+        control.send(wire, path)
+    clock.ms = now_ms
+    same(subject, control)
+    subject.crash()
+    same(subject, control)
+    for _ in range(3):  # and goes on as the other does
+        clock.ms += 1000
+        wire, path = _request(story.seeded, story.number + 5, clock.ms)
+        subject.send(wire, path)
+        control.send(wire, path)
+    same(subject, control)
+    subject.close()
+    control.close()
+
+
+class Story:
+    """What happens to a server. told: what a control has to hear. during: requests answered inside a change."""
+
+    def __init__(self, seed: int, subject: Server) -> None:
+        self.seeded = random.Random(seed)
+        self.subject = subject
+        self.told: list[tuple[int, Wire, str]] = []
+        self.number = self.during = 0
+        subject.meddle = self.meddle
+
+    def chapter(self) -> None:
+        seeded, subject = self.seeded, self.subject
+        # What a start takes up again has its own requests: two at a time would share a block and its time.
+        subject.run(subject.engine.rewriting.ended())
+        for _ in range(seeded.randint(2, 8)):
+            subject.run(self.request())
+            if seeded.random() < 0.2:
+                subject.run(subject.engine.seal())
+        change = seeded.choice([subject.engine.undo, subject.engine.restore])
+        change = change if self.during else subject.engine.undo
+        try:
+            with contextlib.suppress(ConflictError, MissingError):
+                subject.run(change(1, "old-shop"))
+        except _CutError:
+            subject.crash()
+        if seeded.random() < 0.2:
+            subject.run(subject.engine.rewriting.ended())  # else nobody knows what was answered
+            subject.crash()
+
+    async def request(self) -> None:
+        seeded, clock = self.seeded, self.subject.clock
+        clock.ms += seeded.choice([10, 1000, 3_600_000])
+        self.number += 5
+        name = seeded.choice(["", "", "", "old-shop", "old-crm"])
+        wire, path = _request(seeded, self.number, clock.ms, name=name)
+        if name != "old-shop":  # before it is awaited: others may be sent meanwhile
+            self.told.append((clock.ms, wire, path))
+        await self.subject.post(wire, path)
+
+    async def meddle(self) -> None:
+        for _ in range(self.seeded.choice([0, 0, 1, 1, 2, 4]) if self.during else 1):
+            await self.request()
+            self.during += 1
+        if self.seeded.random() < 0.05:
+            raise _CutError
+
+
 def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> None:
     seeded = random.Random(5)
     subject = Server(tmp_path / "subject", clock)
@@ -283,13 +391,38 @@ def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> Non
     subject.close()
 
 
-class _CutError(BaseException):
-    """The machine stops here."""
+# Where an undo is cut off, in order: (what, its method, whether the method was done before).
+CUTS = [
+    ("_intents", "add", True),
+    ("lake", "swap_history", True),
+    ("swap", "take_out", True),
+    ("swap", "put_in", True),
+    ("swap", "merge", True),
+    ("swap", "commit", False),
+    ("swap", "commit", True),
+    ("duplicates", "adopt", False),
+    ("duplicates", "adopt", True),
+    ("duplicates", "mend", True),
+    ("duplicates", "sealed", False),
+    ("duplicates", "sealed", True),
+    ("counting", "save", True),
+    ("engine", "checkpoint", False),
+    ("engine", "checkpoint", True),
+    ("imports", "put", False),
+    ("imports", "put", True),
+    ("_intents", "remove", False),
+    ("_intents", "remove", True),
+]
 
 
-@pytest.mark.parametrize("name", ["rewrite", "change", "checkpoint", "put"])
+@pytest.mark.parametrize(("what", "name", "after"), CUTS)
 def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
-    name: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    name: str,
+    after: bool,  # noqa: FBT001 - a parameter
+    tmp_path: Path,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     subject = Server(tmp_path / "subject", clock)
     control = Server(tmp_path / "control", clock)
@@ -310,16 +443,20 @@ def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
             control.send(wire)
         subject.send(wire)
     engine: Any = subject.engine
-    owner = {"rewrite": engine.lake, "change": engine.duplicates, "put": engine.imports}.get(
-        name, engine
-    )
+    owner = {"swap": Swap, "engine": engine}.get(what) or getattr(engine, what)
+    real = getattr(owner, name)
 
-    def cut(*_: Any, **__: Any) -> None:
+    def cut(*values: Any, **named: Any) -> None:
+        if after:
+            real(*values, **named)
         raise _CutError
 
-    real = getattr(owner, name)
-    after = name == "rewrite"
-    monkeypatch.setattr(owner, name, lambda *a, **k: (after and real(*a, **k), cut()))
+    async def cut_off(*values: Any, **named: Any) -> None:
+        if after:
+            await real(*values, **named)
+        raise _CutError
+
+    monkeypatch.setattr(owner, name, cut_off if asyncio.iscoroutinefunction(real) else cut)
     with pytest.raises(_CutError):
         subject.run(engine._undoing.undo(1, "old-shop"))
     monkeypatch.undo()

@@ -18,6 +18,7 @@ from retrofill.engine.check import check
 from retrofill.engine.query import Reader
 from retrofill.engine.unmerge import Asked, Listed, listed
 from retrofill.errors import MissingError
+from retrofill.lake import Swap
 
 VIEW = {"event_type": "View"}
 KIOSK = {**VIEW, "device_id": "kiosk-9"}
@@ -148,7 +149,7 @@ def test_nobody_else_owns_the_device_that_a_barred_user_was_first_seen_on(server
     assert server.engine.person(1, merge.absorbed) == one
 
 
-@pytest.mark.parametrize("name", ["rewrite", "checkpoint", "bar", "refold"])
+@pytest.mark.parametrize("name", ["commit", "checkpoint", "bar", "read_changes"])
 def test_an_unmerge_cut_off_is_ended_by_the_next_start(
     name: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,15 +157,15 @@ def test_an_unmerge_cut_off_is_ended_by_the_next_start(
 
     (merge,) = merges(server)
     owner: Any = {
-        "rewrite": server.engine.lake,
+        "commit": Swap,
         "checkpoint": server.engine,
         "bar": server.engine.projects_store,
-        "refold": rewriting,
+        "read_changes": rewriting,
     }[name]
     real = getattr(owner, name)
 
     def cut(*args: Any, **kwargs: Any) -> None:
-        if name in {"rewrite", "bar"}:
+        if name in {"commit", "bar"}:
             real(*args, **kwargs)
         raise _CutError
 

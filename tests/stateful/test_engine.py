@@ -33,6 +33,7 @@ from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine, Outcome
 from retrofill.engine.query import Reader
 from retrofill.engine.recover import batches_of, refold
+from retrofill.engine.refolder import Refolder, ThreadRefolder
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.engine.state import State
 from retrofill.hot.checkpoint import Checkpoint
@@ -92,6 +93,9 @@ class SealerInside(Sealer):
         done = seal_blocks(SealTask(self._blocks, first, last, file))
         self._lake.adopt(file if done.rows else None, block=done.last, merges=done.merges)
         return SealResult(bool(done.rows), done.rows, done.file_bytes)
+
+    def refolder(self) -> Refolder:
+        return ThreadRefolder()
 
 
 class EngineBesideModel(RuleBasedStateMachine):

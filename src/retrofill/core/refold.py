@@ -117,6 +117,7 @@ class Refold:
         self.merges: list[Merged] = []
         self.aliases: dict[str, str] = {}
         self.last: dict[order.Place, order.Key] = {}
+        self._touched = Changes({}, {}, {}, {}, {}, {})  # since `changes` was last asked
         self._by_time = by_time
         self._known = Known(
             self.devices,
@@ -172,9 +173,11 @@ class Refold:
         )
 
     def changes(self, was: Changes) -> Changes:
-        """Return what must be laid over the state `was`, which names everyone here as they were, to end in this one."""
-        final = self._final
-        gone = [one for one in was.people if one not in self._taken]
+        """Return what must be laid over the state `was`, which names people as they were, to end in this one.
+
+        A second time: what has changed since, and those that `was` names.
+        """
+        final, touched = self._final, self._touched
         people = {
             final[number]: msgspec.structs.replace(
                 one,
@@ -182,18 +185,20 @@ class Refold:
                 merged_into=final.get(one.merged_into, one.merged_into),
                 shown=b"",
             )
-            for number, one in self.people.items()
+            for number, one in touched.people.items()
         }
+        gone = [one for one in was.people if one not in self._taken]
         people |= {one: Person(one, merged_into=-1) for one in gone}
+        self._touched = Changes({}, {}, {}, {}, {}, {})
         return Changes(
-            {**dict.fromkeys(was.devices, 0), **_renamed(self.devices, final)},
-            {**dict.fromkeys(was.users, 0), **_renamed(self.users, final)},
+            {**_absent(was.devices, self.devices), **_renamed(touched.devices, final)},
+            {**_absent(was.users, self.users), **_renamed(touched.users, final)},
             people,
-            {**{key: {} for key in was.groups}, **self.groups},
+            {**{key: {} for key in was.groups if key not in self.groups}, **touched.groups},
             {},
             {
                 final[place] if isinstance(place, int) else place: key
-                for place, key in self.last.items()
+                for place, key in touched.last.items()
             },
         )
 
@@ -230,11 +235,16 @@ class Refold:
         self._taken[number] = provisional
 
     def _apply(self, changes: Changes) -> None:
-        self.devices.update(changes.devices)
-        self.users.update(changes.users)
-        self.people.update(changes.people)
-        self.groups.update(changes.groups)
-        self.last.update(changes.last)
+        touched = self._touched
+        for mine, since, new in (
+            (self.devices, touched.devices, changes.devices),
+            (self.users, touched.users, changes.users),
+            (self.people, touched.people, changes.people),
+            (self.groups, touched.groups, changes.groups),
+            (self.last, touched.last, changes.last),
+        ):
+            mine.update(new)  # type: ignore[arg-type] # of the same side of both
+            since.update(new)  # type: ignore[arg-type]
 
     def _merge(self, merges: list[Merge], rows: Rows, first: int) -> None:
         final = self._final
@@ -250,6 +260,11 @@ class Refold:
                     rows.server_upload_time[at],
                 )
             )
+
+
+def _absent(were: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """The ids that nobody has any more."""
+    return {one: 0 for one in were if one not in now}
 
 
 def _renamed(ids: dict[str, int], final: dict[int, int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ A `$groupidentify` needs no id, so none counts in its key. Source: contract, eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -116,8 +116,8 @@ class _Recent(Struct, frozen=True):
 class Duplicates:
     """The keys of one data directory. Belongs to the loop, but for `sealed`, whose files are written by a thread."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = KeyFiles(folder)
+    def __init__(self, folder: Path, adopted: Collection[str] = ()) -> None:
+        self._files = KeyFiles(folder, adopted)
         self._fingerprints = Fingerprints()
         self._recent: dict[int, _Recent] = {}
 
@@ -145,6 +145,64 @@ class Duplicates:
             self._files.write(first, last, keys, blocks, forever=forever, imported=imported)
         self._load(sealed=filed, oldest_block=oldest_block)
         return filed
+
+    @property
+    def folder(self) -> Path:
+        """The folder of key files."""
+        return self._files.folder
+
+    def files(self) -> list[Path]:
+        """Return the key files, which hold the keys of blocks that the lake has."""
+        return [file.path for file in self._files.files]
+
+    def adopt(self, written: Sequence[Path]) -> None:
+        """Use key files written anew in place of the old ones.
+
+        Fingerprints of keys that are gone stay: a hit is looked up in the files, and not found there.
+        """
+        self._files.adopt(written)
+
+    def expect(self, packed: bytes | dedupe.Keys, block: int, *, forever: Bools | bool) -> None:
+        """Have the fingerprints of keys that key files will hold again; before they do, it only costs a look."""
+        self._fingerprints.add(packed, block, forever=forever)
+
+    def mend(
+        self, gone: Iterable[tuple[int, bytes]], added: Iterable[tuple[int, bytes, bytes]]
+    ) -> None:
+        """Take keys out of blocks that are in no key file yet, and put others in. added: with marks, as in a key file.
+
+        marks: 1 for the ordinary key of an import's row, 2 for one that never expires.
+        """
+        lost: dict[int, set[bytes]] = {}
+        won: dict[int, list[tuple[bytes, int]]] = {}
+        for block, key in gone:
+            lost.setdefault(block, set()).add(key)
+        for block, key, mark in added:
+            won.setdefault(block, []).append((key, mark[0]))
+        for block in lost.keys() | won.keys():
+            recent = self._recent[block]
+            last = len(recent.imported) - recent.forever
+            ordinary: list[tuple[bytes, bool]] = []
+            own: list[bytes] = []
+            for at, imported in enumerate(recent.imported):
+                key = recent.keys[dedupe.KEY_BYTES * at : dedupe.KEY_BYTES * (at + 1)]
+                if key in lost.get(block, ()):
+                    continue
+                if at < last:
+                    ordinary.append((key, bool(imported)))
+                else:
+                    own.append(key)
+            for key, marks in won.get(block, ()):
+                if marks & 2:
+                    own.append(key)
+                else:
+                    ordinary.append((key, bool(marks & 1)))
+                self.expect(key, block, forever=bool(marks & 2))
+            self._recent[block] = _Recent(
+                b"".join([key for key, _ in ordinary] + own),
+                bytes([marked for _, marked in ordinary]) + bytes(len(own)),
+                len(own),
+            )
 
     def change(
         self,
@@ -355,6 +413,38 @@ def _keys_of_rows(
         np.array(forever, bool),
         np.array(imported, bool),
     )
+
+
+def packed_of_rows(rows: pa.Table, limits: Limits, *, own: bool = False) -> bytes:
+    """Return the key of each lake row of one project, NO_KEY where it has none. own: those within their imports."""
+    if not rows.num_rows:
+        return b""
+    project = rows["project"][0].as_py()
+    whole = limits.dedupe_scope == "project"
+    devices = [
+        "" if whole or event_type == "$groupidentify" else device or ""
+        for device, event_type in zip(
+            rows["device_id"].to_pylist(), rows["event_type"].to_pylist(), strict=True
+        )
+    ]
+    inserts = rows["insert_id"].to_pylist()
+    names = set(rows["import_id"].to_pylist()) if own else {""}
+    if len(names) == 1:
+        packed = dedupe.keys(project, devices, inserts, import_id=names.pop() or "")
+    else:
+        sides = zip(devices, inserts, rows["import_id"].to_pylist(), strict=True)
+        packed = b"".join(
+            dedupe.key(project, device, insert, import_id=name) if insert else NO_KEY
+            for device, insert, name in sides
+        )
+    if all(inserts) or not limits.dedupe_triple:
+        return packed
+    without = [at for at, insert in enumerate(inserts) if not insert]
+    keys = dedupe.table_of(packed).copy()
+    for at, row in zip(without, rows.take(pa.array(without)).to_pylist(), strict=True):
+        name = str(row["import_id"] or "") if own else ""
+        keys[at] = dedupe.table_of(_key_of_row(row, limits, name))[0]
+    return keys.tobytes()
 
 
 def _key_of_row(row: dict[str, object], rules: Limits, import_id: str = "") -> bytes:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
@@ -23,10 +24,10 @@ from msgspec import Struct
 from retrofill.core import dedupe, likeness
 from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.person import Person
+from retrofill.engine import closure as closures
 from retrofill.engine.duplicates import Duplicates
 from retrofill.engine.moment import Moment
 from retrofill.engine.query import View
-from retrofill.engine.refold import Closure, Rule, Seed, closure_of
 from retrofill.errors import InputError
 from retrofill.lake.arrow import SCHEMA
 from retrofill.limits import (
@@ -297,13 +298,24 @@ def days(view: View) -> Days:
     )
 
 
+class Closure(Struct, frozen=True):
+    """Everyone whom some ids touch, by all their ids."""
+
+    people: set[int] = set()
+    devices: set[str] = set()
+    users: set[str] = set()
+
+
 def touched(moment: Moment, asked: Asked) -> Closure:
     """Return everyone whom the asked ids touch."""
-    ask = moment.snapshot.cursor.execute
+    every = closures.of_lake(moment.snapshot.cursor, moment.project)
     seeds = {*moment.devices(asked.device_ids).values(), *moment.users(asked.user_ids).values()}
     closure = Closure()
     while seeds:
-        closure = closure_of(ask, moment.project, Seed(people=sorted(seeds)), Rule()) or Closure()
+        found = every.begin(every.nobody, np.array(sorted(seeds), np.int64))
+        closure = Closure(
+            set(found.people.tolist()), set(found.devices.to_pylist()), set(found.users.to_pylist())
+        )
         counted_with = _mapped(moment, closure.users | set(asked.user_ids))
         seeds = set(moment.users(counted_with).values()) - closure.people
         if seeds:

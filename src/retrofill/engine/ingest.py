@@ -33,7 +33,7 @@ from retrofill.core import block as block_codec
 from retrofill.core import fold
 from retrofill.core.block import Block, Kind
 from retrofill.core.event import Batch, Envelope, Refusal
-from retrofill.core.fold import Folded
+from retrofill.core.fold import Changes, Folded
 from retrofill.core.person import Person
 from retrofill.core.throttle import Accepted, Silenced, Throttled
 from retrofill.engine.admission import Admission, ProjectSettings
@@ -53,6 +53,7 @@ from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
 from retrofill.hot.imports import Import, Imports
 from retrofill.hot.intents import Intents
+from retrofill.hot.keys import ENDING
 from retrofill.hot.sqlite import Bar, Blocks
 from retrofill.lake import Lake
 from retrofill.limits import (
@@ -120,7 +121,15 @@ class Engine:
         self._checkpoint = Checkpoint(directory.checkpoint)
         self.lake = Lake.open(directory.lake)
         self.state = State(self._checkpoint)
-        self.duplicates = Duplicates(directory.keys)
+        self._intents = Intents(directory.intents)
+        self.duplicates = Duplicates(
+            directory.keys,
+            {
+                f"{ENDING}{number}"
+                for number, _ in self._intents.all()
+                if self.lake.rewritten(number) is not None
+            },
+        )
         self.imports = Imports(directory.imports)
         self.counting = Counting(self.imports)
         self._figures = Figures()
@@ -138,13 +147,12 @@ class Engine:
         self._problem: str | None = None
         self._closing = False
         self._wake, self._due = asyncio.Event(), asyncio.Event()
-        self._sealing, self.saving = asyncio.Lock(), asyncio.Lock()
+        self.sealing, self.saving = asyncio.Lock(), asyncio.Lock()
         self.committing = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
-        self._intents = Intents(directory.intents)
-        self.rewriting = Rewriting(self, self._intents)
+        self.rewriting = Rewriting(self, self._intents, directory.rewriting, self._sealer.refolder)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
         self._unmerging = Unmerging(self.rewriting, self, clock)
@@ -188,10 +196,12 @@ class Engine:
         numbers = self.blocks.numbers()
         for project in self.projects_store.all():
             self.add_project(project)
+        redo = self.rewriting.redo()
         filed = self.duplicates.open(
             sealed=sealed,
             oldest_block=self.oldest_block(),
-            held=numbers[0][0] if numbers else sealed + 1,
+            # Of blocks whose rows have changed since, the lake alone knows the keys.
+            held=numbers[0][0] if numbers and not redo else sealed + 1,
             rows=self.lake.dedupe_rows,
             limits=self.limits,
         )
@@ -200,11 +210,14 @@ class Engine:
             if admission.limits.daily_quota:
                 admission.load_quota(*self.lake.quota_rows(number, self._clock.now_ms()))
         last = numbers[-1][0] if numbers else max(sealed, checkpointed)
+        reserved = self._intents.reserved()
+        self._follow(redo, reserved)
         for block in self.blocks.read(min(filed, checkpointed, self.counting.block) + 1, last):
             batches = batches_of(block)
             self.counting.committed(block, batches)
             if block.number > checkpointed:
                 refold(self.state, block, batches)
+                self._follow(redo, reserved)
             if block.number > filed:
                 self._add_keys(block, batches)
             if block.number > sealed:
@@ -220,6 +233,16 @@ class Engine:
                 mend="Blocks are missing from hot.sqlite: restore it from a copy",
             )
         self._deleted_to = (numbers[0][0] - 1) if numbers else self.state.block
+
+    def _follow(
+        self, redo: dict[int, list[tuple[int, Changes]]], reserved: list[tuple[int, int]]
+    ) -> None:
+        """Take what changed between the last block and the next, as it was then."""
+        block = self.state.block
+        for project, changes in redo.get(block, ()):
+            self.state.replace(project, changes)
+            self.state.in_time(project)
+        self.state.fresh = max([self.state.fresh, *(to for at, to in reserved if at <= block)])
 
     def _dedupe_window_ms(self) -> int:
         windows = [admission.limits.dedupe_window_ms for admission in self._admissions.values()]
@@ -573,13 +596,24 @@ class Engine:
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
-        async with self._sealing:
+        async with self.sealing:
             if self.unsealed:
                 await self._seal()
 
     async def _seal(self) -> None:
         first, last = self.unsealed[0].number, self.unsealed[-1].number
         await self._sealer.seal(first, last)
+        await self.sealed(first, last)
+        await self._sealer.compact()
+
+    async def compacted(self) -> None:
+        """Wait until no compaction is under way."""
+        await self._sealer.compacted()
+
+    async def sealed(self, first: int, last: int) -> None:
+        """Let go of blocks that the lake has now; the caller holds `sealing`."""
+        if first > last:
+            return
         await asyncio.to_thread(
             self.duplicates.sealed, first, last, oldest_block=self.oldest_block()
         )
@@ -593,7 +627,6 @@ class Engine:
         self._figures.sealed_events += sealed_events
         self._figures.last_seal_ms = self._clock.now_ms()
         log.info("sealed", first=first, last=last, events=sealed_events)
-        await self._sealer.compact()
 
     async def checkpoint(self) -> None:
         """Save the state exactly as of the last applied block."""
@@ -610,6 +643,7 @@ class Engine:
             self._checkpoint.save, meta, changed, block_times=times, times_after_ms=after_ms
         )
         self.state.saved(meta, times_after_ms=after_ms)
+        await asyncio.to_thread(self._intents.checkpointed, meta.block)
         self._figures.checkpoints += 1
         self._figures.last_checkpoint_ms = self._checkpoint_ms
 
@@ -693,6 +727,16 @@ class Engine:
         self.counting.refused(project, names_in(opened))
 
     # Stored history changed.
+
+    @property
+    def blocks_path(self) -> Path:
+        """The hot store, whose blocks others may read."""
+        return self.blocks.path
+
+    @property
+    def unsealed_rows(self) -> int:
+        """How many rows are in no lake file."""
+        return self._unsealed_events
 
     def count_quota(self, project: int) -> None:
         """Count the daily quota of a project anew, from the lake: every block is in it."""

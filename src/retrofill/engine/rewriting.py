@@ -1,15 +1,19 @@
 """Changing stored history: one operation behind undo, restore and whatever else folds part of it again.
 
 An `Intent` says what shall change: where the closure starts (`Seed`), what the fold does otherwise than on arrival
-(`Rule`), and a kind with an argument, for whoever asked. The steps of `run`, in order:
+(`Rule`), and a kind with an argument, for whoever asked. The steps, with the numbers of docs/storage.md:
 
 1. the intent is stored: from here on it will be done, by the next start if not by this one;
-2. the closure is found and folded again from a pinned snapshot, its rows written as new lake files (`refold`);
-3. one lake transaction puts them in the place of the old rows, and memory follows: state, dedupe keys, quotas;
-4. the checkpoint is written, the kind's `ended` is told, and the intent is removed.
+2. beside the traffic: a child process (`engine.refolder`) finds the closure and folds it again from a pinned snapshot,
+   then what was sealed since, and so on until little is left; it writes lake files, key files and the values of state.
+   Then sealing rests, and a lake transaction is opened that takes the old rows out and puts the new files in;
+3. commits pause: the blocks that no lake file has yet are folded, few by now, and the transaction commits;
+4. memory follows: state before any reader can begin, dedupe keys and quotas before the next commit. Commits go on.
+   The checkpoint is written, the kind's `ended` is told, and the intent is removed.
 
-Commits wait from before 2 until after 4. Readers see what was before, or what is after, never between: lake and memory
-change while no reader may begin. `resume` does again at a start what a crash cut off, before anything is committed.
+Until 3 readers keep the old rows and the old state. The transaction holds a row `rewritten(intent, block)`: an intent
+that has one is ended by a start from the files of values, which are on disk before (`redo`); one that has none begins
+again at 2.
 
 **To build on it.** A kind is registered once, before `resume`: `rewriting.kinds["undo"] = ended`, where `ended(intent,
 block)` is awaited when rows of blocks up to `block` are changed and memory and checkpoint have followed. It may be
@@ -19,34 +23,63 @@ told twice of one intent, after a crash. Then, holding `alone` (looking and deci
         ... look, raise ConflictError, or make an intent ...
         await rewriting.run(Intent(project, "undo", name, Seed(rows=which), Rule(hide=which)))
 
-Seed and Rule are data, stored with the intent: whatever the fold needs must be in them, nothing may be looked up
-anew after a crash. A fold that shall differ in another way (an order other than that of arrival, merges that are
-barred) gets a field in `Rule` and a place in `refold`. What shall hold for every later fold of the project as well must
-be put into the rule of every intent: that is for `Rewriting.told` to add.
+Seed and Rule are data, stored with the intent and sent to the child: whatever the fold needs must be in them, nothing
+may be looked up anew after a crash. A fold that shall differ in another way (an order other than that of arrival, merges
+that are barred) gets a field in `Rule` and a place in `refold.Folding`. What shall hold for every later fold of the
+project as well must be put into the rule of every intent: that is for `Rewriting.told` to add.
+
+Where properties go by event time, a row that comes later may belong between others: commits wait for all of such a
+change, from 2 until the intent is removed, and a thread of this process folds, which begins sooner than a child. A
+switch between the orders and an unmerge are such changes as well: the next block is folded by another rule.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
+import pyarrow.parquet as pq
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from retrofill.core.fold import Changes
 from retrofill.engine.duplicates import Duplicates
-from retrofill.engine.refold import Refolded, Rule, Seed, refold
+from retrofill.engine.refold import Rule, Seed
+from retrofill.engine.refolder import (
+    Begin,
+    Done,
+    Export,
+    Laid,
+    Pass,
+    Refolder,
+    Rekey,
+    Sources,
+    Tail,
+    ThreadRefolder,
+    read_changes,
+)
 from retrofill.engine.state import State
 from retrofill.hot.intents import Intents
-from retrofill.lake import Lake
-from retrofill.limits import Limits
+from retrofill.hot.keys import ENDING
+from retrofill.lake import Lake, Swap
+from retrofill.lake.files import Files
+from retrofill.limits import REFOLD_PASSES_MAX, REFOLD_TAIL_ROWS, Limits
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+# What the next block is folded by changes with these, in `ended`: no block may come before it.
+_WAITED_FOR = ("property_time", "unmerge")
 
 
 class Intent(Struct, frozen=True):
@@ -64,25 +97,37 @@ _decode = msgspec.json.Decoder(Intent).decode
 
 
 class Host(Protocol):
-    """What is needed of the engine."""
+    """What is needed of the engine. sealing, saving, committing: taken in this order."""
 
     lake: Lake
     state: State
     duplicates: Duplicates
-    committing: asyncio.Lock
+    sealing: asyncio.Lock
     saving: asyncio.Lock
+    committing: asyncio.Lock
+
+    @property
+    def blocks_path(self) -> Path:
+        """The hot store, whose blocks others may read."""
+
+    @property
+    def unsealed_rows(self) -> int:
+        """How many rows are in no lake file."""
 
     def limits(self, number: int) -> Limits:
         """Return the limits of a project."""
 
-    def oldest_block(self) -> int:
-        """Return the first block that a dedupe window still reaches."""
-
     def count_quota(self, project: int) -> None:
-        """Count the daily quota of a project anew, from the lake."""
+        """Count the daily quota of a project anew, from the lake: every block is in it."""
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
+
+    async def compacted(self) -> None:
+        """Wait until no compaction is under way."""
+
+    async def sealed(self, first: int, last: int) -> None:
+        """Let go of blocks that the lake has now; the caller holds `sealing`."""
 
     async def checkpoint(self) -> None:
         """Save the state as of the last block."""
@@ -92,11 +137,18 @@ class Host(Protocol):
 
 
 class Rewriting:
-    """Changes of the stored history of one engine, one at a time. Belongs to its loop."""
+    """Changes of the stored history of one engine, one at a time. Belongs to its loop.
 
-    def __init__(self, host: Host, intents: Intents) -> None:
+    folder: where each has a folder while it is under way. refolder: makes who folds for one.
+    """
+
+    def __init__(
+        self, host: Host, intents: Intents, folder: Path, refolder: Callable[[], Refolder]
+    ) -> None:
         self._host = host
         self._intents = intents
+        self._folder = folder
+        self._refolder = refolder
         self._one = asyncio.Lock()
         self.kinds: dict[str, Ended] = {}
         self._asked: set[asyncio.Task[Any]] = set()
@@ -139,65 +191,339 @@ class Rewriting:
         return seed, rule
 
     async def run(self, intent: Intent, *, begun: Callable[[], None] = lambda: None) -> None:
-        """Do what an intent says, whole; the caller is `alone`.
+        """Do what an intent says, whole, after those that broke off; the caller is `alone`.
 
         begun: called in a thread once the intent is stored; a crash may leave it out.
         Raises StoreError: it was never begun, or the next start ends it.
         """
         assert self._one.locked()
         assert intent.kind in self.kinds
-        number = await asyncio.to_thread(self._intents.add, msgspec.json.encode(intent))
-        await asyncio.to_thread(begun)
-        await self._do(number, intent, again=False)
+        stored = msgspec.json.encode(intent)
+        done = False
+        for number, one in await asyncio.to_thread(self._intents.all):
+            await self._do(
+                number, _decode(one)
+            )  # that broke off: later it would undo what is done now
+            done |= one == stored
+        if not done:
+            number = await asyncio.to_thread(self._intents.add, stored)
+            await asyncio.to_thread(begun)
+            await self._do(number, intent)
+
+    # A start.
+
+    def redo(self) -> dict[int, list[tuple[int, Changes]]]:
+        """Return what memory must take of changes that are in the lake already: by block, project and values.
+
+        To be laid over the state as of that block, if it is no later than that.
+        """
+        found: dict[int, list[tuple[int, Changes]]] = {}
+        for number, stored in self._intents.all():
+            block = self._host.lake.rewritten(number)
+            if block is None:
+                continue
+            paths = sorted(self._scratch(number).glob("changes-*.msgpack"), key=_count_of)
+            for path in paths:
+                found.setdefault(block, []).append((_decode(stored).project, read_changes(path)[0]))
+        return found
 
     async def resume(self) -> None:
-        """End what a crash cut off. Nothing is committed meanwhile, and nothing is asked."""
-        async with self.alone():
-            for number, stored in await asyncio.to_thread(self._intents.all):
-                await self._do(number, _decode(stored), again=True)
+        """End what a crash cut off: at once what the lake has, and the rest beside the traffic."""
+        left = []
+        for number, stored in await asyncio.to_thread(self._intents.all):
+            block = await asyncio.to_thread(self._host.lake.rewritten, number)
+            intent = _decode(stored)
+            if block is not None:
+                await self._end(number, intent, block)
+            elif self._waited_for(intent):
+                await self._do(number, intent)
+            else:
+                left.append((number, intent))
+        if left:
+            await self._one.acquire()  # before anybody who may ask for the same
+            task = asyncio.create_task(self._resume(left))
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
 
-    async def _do(self, number: int, intent: Intent, *, again: bool) -> None:
-        host = self._host
+    async def _resume(self, left: list[tuple[int, Intent]]) -> None:
         try:
-            async with host.committing:
-                await host.seal()
-                seed, rule = self.told(intent)
-                made = await asyncio.to_thread(
-                    refold,
-                    host.lake,
-                    intent.project,
-                    seed,
-                    rule,
-                    limits=host.limits(intent.project),
-                    new_id=host.state.draw,
-                    again=again,
-                )
-                if made is not None:
-                    async with host.saving:
-                        await asyncio.to_thread(self._adopt, intent.project, made)
-                host.state.in_time(intent.project)
-                block = host.state.block
-                await host.checkpoint()
-                await self.kinds[intent.kind](intent, block)
-                await asyncio.to_thread(self._intents.remove, number)
-        except BaseException as problem:
-            host.fail(problem)  # memory may be behind the lake: the next start ends it
-            raise
-        log.info("history_changed", kind=intent.kind, rows=made.rows if made else 0)
+            for number, intent in left:
+                await self._do(number, intent)
+        except Exception as problem:  # noqa: BLE001 - told; it is begun again by the next start
+            log.warning("history_change_failed", reason=str(problem))
+        finally:
+            self._one.release()
 
-    def _adopt(self, project: int, made: Refolded) -> None:
-        """Let the lake, and memory with it, be as the fold made them."""
+    # One change.
+
+    def _scratch(self, number: int) -> Path:
+        return self._folder / str(number)
+
+    async def _do(self, number: int, intent: Intent) -> None:
         host = self._host
-        with host.lake.held():
-            host.lake.rewrite(
-                project, made.files, places=made.places, people=made.people, merges=made.merges
+        await asyncio.to_thread(_made_anew, self._scratch(number))
+        if self._waited_for(intent):
+            async with host.committing:
+                await self._change(number, intent, ThreadRefolder(), paused=True)
+        else:
+            await self._change(number, intent, self._refolder(), paused=False)
+
+    def _waited_for(self, intent: Intent) -> bool:
+        """Say whether commits wait for all of a change."""
+        by_time = self._host.state.project(intent.project).by_time
+        return by_time or intent.kind in _WAITED_FOR
+
+    async def _change(
+        self, number: int, intent: Intent, refolder: Refolder, *, paused: bool
+    ) -> None:
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="swap") as thread:
+                change = _Change(
+                    self._host, self._intents, number, intent, self._scratch(number), refolder
+                )
+                change.thread, change.paused = thread, paused
+                block = await change.run(*self.told(intent))
+        finally:
+            await refolder.stop()
+        await self._end(number, intent, block)
+        log.info("history_changed", kind=intent.kind, rows=change.rows)
+
+    async def _end(self, number: int, intent: Intent, block: int) -> None:
+        try:
+            await self._host.checkpoint()
+            await self.kinds[intent.kind](intent, block)
+            await asyncio.to_thread(self._intents.remove, number)
+        except BaseException as problem:
+            self._host.fail(problem)  # the next start ends it
+            raise
+        await asyncio.to_thread(shutil.rmtree, self._scratch(number), ignore_errors=True)
+
+
+class _Change:
+    """One change, from the closure to the swap."""
+
+    def __init__(
+        self,
+        host: Host,
+        intents: Intents,
+        number: int,
+        intent: Intent,
+        scratch: Path,
+        refolder: Refolder,
+    ) -> None:
+        self._host = host
+        self._intents = intents
+        self._number = number
+        self._intent = intent
+        self._scratch = scratch
+        self._refolder = refolder
+        self.thread = ThreadPoolExecutor(1)
+        self.paused = False
+        self._pins = contextlib.ExitStack()
+        self._pinned = 0
+        self._until = 0  # everything up to this block is folded
+        self._ids_left = 0
+        self._nodes = 0
+        self._files: list[Path] = []
+        self._places: list[Path] = []
+        self.rows = 0
+
+    async def run(self, seed: Seed, rule: Rule) -> int:
+        """Do all of it; return the last block whose rows are changed, memory and lake alike."""
+        host = self._host
+        with self._pins:
+            await host.seal()
+            await self._fold(await self._begin(seed, rule))
+            for _ in range(REFOLD_PASSES_MAX):
+                if host.unsealed_rows <= REFOLD_TAIL_ROWS:
+                    break
+                await host.seal()
+                await self._pass()
+            # A compaction would change the files under the swap; none begins while sealing rests.
+            await host.compacted()
+            async with host.sealing:
+                await host.compacted()
+                return await self._swap()
+
+    # Beside the traffic.
+
+    async def _begin(self, seed: Seed, rule: Rule) -> Sources:
+        sources = await asyncio.to_thread(self._pin)
+        begun = await self._refolder.ask(
+            Begin(
+                self._intent.project,
+                seed,
+                rule,
+                self._host.limits(self._intent.project),
+                sources,
+                self._host.lake.events,
+                self._scratch,
             )
-            host.state.replace(project, made.changes)
-        host.duplicates.change(
-            made.gone,
-            made.added,
-            host.limits(project),
-            sealed=host.state.block,
-            oldest_block=host.oldest_block(),
         )
-        host.count_quota(project)
+        self._nodes = begun.nodes
+        return sources
+
+    def _pin(self) -> Sources:
+        """Pin the lake as it is now, and let go of the pin before."""
+        with contextlib.ExitStack() as pins:
+            snapshot = pins.enter_context(self._host.lake.snapshot())
+            merges = self._scratch / f"known-{snapshot.sealed}.parquet"
+            snapshot.cursor.execute(
+                f"COPY (SELECT absorbed, surviving FROM lake.merges WHERE project = {self._intent.project}) "
+                f"TO '{_quoted(merges)}' (FORMAT parquet)"
+            )
+            sources = Sources(snapshot.files(), merges)
+            before, self._pins = self._pins, pins.pop_all()
+            before.close()
+        self._pinned = snapshot.sealed
+        return sources
+
+    async def _pass(self) -> None:
+        """Fold what was sealed since the last pass."""
+        sources = await asyncio.to_thread(self._pin)
+        if self._pinned > self._until:
+            await self._fold(sources)
+
+    async def _fold(self, sources: Sources) -> None:
+        ids = await self._reserved(2 * self._nodes + self._host.unsealed_rows + REFOLD_TAIL_ROWS)
+        task = Pass(sources, self._until, self._pinned, ids)
+        self._take(await self._refolder.ask(task))
+        self._until = self._pinned
+
+    async def _reserved(self, wanted: int) -> tuple[int, int]:
+        """Set aside amplitude_ids, so that so many are left for the child."""
+        more = wanted - self._ids_left
+        if more <= 0:
+            return 1, 0
+        async with self._between_commits():
+            return await self._reserve(more)
+
+    @contextlib.asynccontextmanager
+    async def _between_commits(self) -> AsyncIterator[None]:
+        if self.paused:
+            yield
+        else:
+            async with self._host.committing:
+                yield
+
+    async def _reserve(self, count: int) -> tuple[int, int]:
+        """Set aside amplitude_ids between two commits."""
+        state = self._host.state
+        first = state.fresh
+        await asyncio.to_thread(self._intents.reserve, state.block, first + count)
+        state.fresh = first + count
+        return first, first + count - 1
+
+    def _take(self, done: Done) -> None:
+        self._files += done.files
+        if done.places is not None:
+            self._places.append(done.places)
+        self._ids_left = done.ids_left
+        self._nodes = done.nodes
+        self.rows += done.rows
+
+    async def _in_swap(self, step: Callable[..., T], *values: Any, **named: Any) -> T:
+        """Do a step of the lake transaction, in the one thread that does."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread, partial(step, *values, **named)
+        )
+
+    async def _swap(self) -> int:
+        host = self._host
+        await self._pass()  # what was sealed before sealing came to rest
+        rekeyed = await self._refolder.ask(
+            Rekey(host.duplicates.folder, host.duplicates.files(), f"{ENDING}{self._number}")
+        )
+        exported = await self._refolder.ask(Export())
+        changes, laid = await self._exported(exported)
+        await self._fingerprints(rekeyed)
+        swap = await self._in_swap(host.lake.swap_history)
+        try:
+            await self._in_swap(self._replace, swap, exported)
+            first = self._until + 1
+            for _ in range(REFOLD_PASSES_MAX):
+                if host.unsealed_rows <= REFOLD_TAIL_ROWS:
+                    break
+                await self._tail(swap, host.state.block)
+            async with host.saving, self._between_commits():
+                await self._pause(swap, [(changes, laid)], rekeyed)
+            await host.sealed(first, self._until)
+        finally:
+            await self._in_swap(swap.close)
+        return self._until
+
+    def _replace(self, swap: Swap, exported: Done) -> None:
+        for places in self._places:
+            swap.take_out(self._intent.project, places)
+        swap.put_in(self._files)
+        swap.merge(self._intent.project, without=exported.people, add=exported.merges)
+        swap.sync()
+
+    async def _exported(self, done: Done) -> tuple[Changes, Laid]:
+        assert done.changes is not None
+        return await asyncio.to_thread(read_changes, done.changes)
+
+    async def _fingerprints(self, rekeyed: Done) -> None:
+        if rekeyed.returned is None:
+            return
+        rows = await asyncio.to_thread(pq.read_table, rekeyed.returned)
+        if rows.num_rows:
+            keys = np.stack([rows["high"].to_numpy(), rows["low"].to_numpy()], axis=1)
+            blocks = rows["block"].to_numpy()
+            forever = rows["forever"].to_numpy(zero_copy_only=False)
+            for block in np.unique(blocks).tolist():
+                mine = blocks == block
+                self._host.duplicates.expect(keys[mine], block, forever=forever[mine])
+                await asyncio.sleep(0)
+
+    async def _tail(self, swap: Swap, last: int) -> None:
+        """Fold blocks that are in no lake file, up to one, and have their file in the transaction."""
+        if last <= self._until:
+            return
+        task = Tail(self._host.blocks_path, self._until + 1, last)
+        done = await self._refolder.ask(task)
+        self._take(done)
+        await self._in_swap(swap.put_in, done.files)
+        if done.merges is not None:
+            await self._in_swap(swap.merge, self._intent.project, add=done.merges)
+        self._until = last
+
+    # While commits pause.
+
+    async def _pause(self, swap: Swap, changed: list[tuple[Changes, Laid]], rekeyed: Done) -> None:
+        host, project = self._host, self._intent.project
+        await self._tail(swap, host.state.block)
+        exported = await self._refolder.ask(Export())
+        changed.append(await self._exported(exported))
+        await self._in_swap(swap.merge, project, without=exported.people, add=exported.merges)
+
+        def follow() -> None:
+            for changes, _ in changed:
+                host.state.replace(project, changes)
+            host.state.in_time(project)
+
+        try:
+            await self._in_swap(swap.commit, self._number, block=self._until, then=follow)
+            host.duplicates.adopt(rekeyed.keys)
+            for _, laid in changed:
+                host.duplicates.mend(laid.gone, laid.added)
+            await asyncio.to_thread(host.count_quota, project)
+        except BaseException as problem:
+            host.fail(problem)  # nobody knows whether the lake has it: the next start does
+            raise
+
+
+def _made_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    files = Files()
+    files.make_folder(folder)
+    for one in (folder.parent, folder.parent.parent):
+        files.sync_folder(one)
+
+
+def _count_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

@@ -1,12 +1,11 @@
 """Sealing and compaction: the CPU's part in a child process, the catalog's part here.
 
 Making rows out of blocks and writing Parquet holds the interpreter for seconds; in the server's process it would stop
-the commit loop. So a child reads the blocks from the hot store, writes the file, syncs it and says its path; only then
-does the server adopt it in the lake. A child owns nothing: kill it anywhere, and what it leaves is a file that no
-catalog names, which the next start removes. It dies with its parent (its standard input ends, and on Linux the kernel
-sees to it), and one that died is started again with the next task.
+the commit loop. So a child (`engine.child`) reads the blocks from the hot store, writes the file, syncs it and says its
+path; only then does the server adopt it in the lake. A child that is killed leaves a file that no catalog names, which
+the next start removes; it is started again with the next task.
 
-A task is one line of JSON, so is its answer. Two children at most: one seals, one compacts, so that a long compaction
+Two children at most: one seals, one compacts, so that a long compaction
 never keeps blocks waiting.
 """
 
@@ -14,11 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +21,9 @@ import pyarrow as pa
 import structlog
 from msgspec import Struct
 
-import retrofill
 from retrofill.core.block import Block
+from retrofill.engine.child import Child, serve
+from retrofill.engine.refolder import ChildRefolder, Refolder
 from retrofill.errors import CorruptError, FullError, StoreError
 from retrofill.hot.sqlite import read_blocks
 from retrofill.lake import Lake, arrow, compact, parquet
@@ -39,8 +34,6 @@ from retrofill.limits import SEAL_BYTES_MAX
 
 log = structlog.get_logger()
 
-_ANSWER_BYTES_MAX = 256 * 1024 * 1024  # a line of merges, about 100 bytes each
-_PR_SET_PDEATHSIG = 1
 _SEAL_NICE, _COMPACT_NICE = 5, 10
 # Memory given back is memory that the next seal, which wants as much, has to ask for again.
 _KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
@@ -128,6 +121,10 @@ class Sealer:
             )
         return result
 
+    def refolder(self) -> Refolder:
+        """Make who folds history again for one change of it."""
+        return ChildRefolder()
+
     async def compact(self) -> None:
         """Begin to merge what should be merged, in the background; nothing happens if that is under way.
 
@@ -171,13 +168,11 @@ class Sealer:
         return True
 
 
-class _Child:
-    """One child process, started when first needed and again when it has died. One task at a time."""
+class _Child(Child):
+    """The child that writes lake files."""
 
     def __init__(self, nice: int, settings: dict[str, str]) -> None:
-        self._nice = nice
-        self._settings = settings
-        self._process: asyncio.subprocess.Process | None = None
+        super().__init__(_CHILD, nice, settings)
         self._asking = asyncio.Lock()
 
     async def ask(self, task: Task) -> Done:
@@ -185,7 +180,7 @@ class _Child:
         async with self._asking:
             line = b""
             for _ in range(2):
-                line = await self._exchange(task)
+                line = await self.exchange(_encode(task))
                 if line:
                     break
             else:
@@ -199,76 +194,13 @@ class _Child:
             raise _ERRORS[answer.error](answer.what, where=answer.where, mend=answer.mend)
         return answer
 
-    async def _exchange(self, task: Task) -> bytes:
-        """Send a task and return the answer's line, empty if the child died."""
-        process = self._process
-        if process is None or process.returncode is not None:
-            process = self._process = await self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(_encode(task) + b"\n")
-            await process.stdin.drain()
-            line = await process.stdout.readline()
-        except ConnectionError:
-            line = b""
-        except asyncio.CancelledError:
-            # The answer would be taken for that of the next task.
-            await self.stop()
-            raise
-        if not line:
-            await self.stop()
-        return line
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        home = str(Path(retrofill.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            _CHILD,
-            str(os.getpid()),
-            str(self._nice),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path} | self._settings,
-            limit=_ANSWER_BYTES_MAX,
-        )
-
-    async def stop(self) -> None:
-        """End the child, at once: it owns nothing."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
-
 
 # In the child.
 
 
 def main() -> None:
-    """Do tasks from standard input until it ends. Arguments: the parent's process id, how nice to be."""
-    parent, nice = int(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends us
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(nice)
-    gc.disable()  # rows make no circles, and looking for them takes a fifth of the time
-    for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(_encode(_tried(_task(line))) + b"\n")
-        sys.stdout.buffer.flush()
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
+    """Write lake files until standard input ends."""
+    serve(lambda line: _encode(_tried(_task(line))))
 
 
 def _tried(task: Task) -> Done | Failed:

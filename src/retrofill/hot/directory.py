@@ -67,6 +67,11 @@ class Directory:
         return self.root / "repairing"
 
     @property
+    def rewriting(self) -> Path:
+        """The folder of what a change of history keeps beside the lake while it is under way."""
+        return self.root / "rewriting"
+
+    @property
     def lake(self) -> Path:
         """The folder of the lake."""
         return self.root / "lake"

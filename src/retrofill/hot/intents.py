@@ -2,6 +2,9 @@
 
 A SQLite file of its own. An intent is on disk when `add` returns, before anything of it is done; `remove` comes when
 everything of it is on disk. Numbers are never used a second time, so the lake can say by number what it holds of one.
+
+A change takes amplitude_ids for people it may make. Blocks after that count on behind them, and fold to the same people
+at a start only if it knows where: `reserve` is on disk before the next block.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from retrofill.hot.sqlite import store_error
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS intents (number INTEGER PRIMARY KEY AUTOINCREMENT, intent BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS reserved (block INTEGER NOT NULL, fresh INTEGER NOT NULL);
 """
 
 
@@ -51,6 +55,32 @@ class Intents:
         try:
             with self._lock:
                 self._db.execute("DELETE FROM intents WHERE number = ?", (number,))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def reserve(self, block: int, fresh: int) -> None:
+        """Note that the first block after `block` draws amplitude_ids from `fresh` on."""
+        try:
+            with self._lock:
+                self._db.execute("INSERT INTO reserved VALUES (?, ?)", (block, fresh))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def reserved(self) -> list[tuple[int, int]]:
+        """Return what was noted with `reserve`, in order."""
+        try:
+            with self._lock:
+                return self._db.execute(
+                    "SELECT block, fresh FROM reserved ORDER BY rowid"
+                ).fetchall()
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def checkpointed(self, block: int) -> None:
+        """The checkpoint of this block is on disk: what was reserved before it needs no note."""
+        try:
+            with self._lock:
+                self._db.execute("DELETE FROM reserved WHERE block < ?", (block,))
         except sqlite3.Error as problem:
             raise store_error(problem, self._path) from problem
 

@@ -19,7 +19,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ _HEADER = struct.Struct("<8sIIqqqq")  # magic, version, zero, first, last, keys,
 _CHECKSUM = struct.Struct("<Q")  # over the header and the three arrays
 _START = 64
 _NAMES = "keys-" + "-".join(["[0-9]" * 12 + "*"] * 2)
+ENDING = ".next-"  # of files written anew for a change of history, before its number
 _KEY_SIZE = 8 + 8 + 4
 _FOREVER = np.uint32(1 << 31)
 _IMPORTED = np.uint32(1 << 30)
@@ -129,13 +130,82 @@ def write(
     return _write(folder, first, last, keys[some, 0], keys[some, 1], values)
 
 
+def rewritten(
+    folder: Path,
+    files: Sequence[KeyFile],
+    gone: bytes,
+    gone_blocks: Ints,
+    added: bytes,
+    added_blocks: Ints,
+    *,
+    forever: Bools,
+    imported: Bools,
+    ending: str,
+) -> list[Path]:
+    """Write files anew that lose or gain keys, each beside the old one under another ending; on disk when this returns.
+
+    gone, added: packed keys, each with its block; a key stays where it is that of another block too. files: all of the
+    folder, in order. Added keys of blocks that are in no file get files of their own.
+    """
+    out, wanted = table_of(gone), table_of(added)
+    order = np.lexsort([gone_blocks, out[:, 1], out[:, 0]])
+    out, gone_blocks = out[order], gone_blocks[order]
+    values = slot_value(added_blocks, forever=forever, imported=imported)
+    written = []
+    left = wanted.any(axis=1)
+    for file in files:
+        stays = ~_holds(file, out, gone_blocks)
+        mine = left & (added_blocks >= file.first) & (added_blocks <= file.last)
+        left &= ~mine
+        if stays.all() and not mine.any():
+            continue
+        written.append(
+            _write(
+                folder,
+                file.first,
+                file.last,
+                np.concatenate([file.high[stays], wanted[mine, 0]]),
+                np.concatenate([file.low[stays], wanted[mine, 1]]),
+                np.concatenate([file.values[stays], values[mine]]),
+                ending=ending,
+            )
+        )
+    if left.any():
+        rest = added_blocks[left]
+        for first, last in _gaps(files, int(rest.min()), int(rest.max())):
+            mine = left & (added_blocks >= first) & (added_blocks <= last)
+            if mine.any():
+                parts = wanted[mine, 0], wanted[mine, 1], values[mine]
+                written.append(_write(folder, first, last, *parts, ending=ending))
+    return written
+
+
+def _holds(file: KeyFile, keys: Keys, blocks: Ints) -> Bools:
+    """Say which entries of a file are these keys of these blocks, given in rising order."""
+    found = np.zeros(file.count, bool)
+    at = np.searchsorted(keys[:, 0], file.high)
+    open_ = np.flatnonzero(at < len(keys))
+    while len(
+        open_
+    ):  # once for nearly all: a fingerprint stands there as often as its key has blocks
+        open_ = open_[keys[at[open_], 0] == file.high[open_]]
+        here = at[open_]
+        same = (keys[here, 1] == file.low[open_]) & (blocks[here] == file.blocks(open_))
+        found[open_[same]] = True
+        open_ = open_[~same]
+        at[open_] += 1
+        open_ = open_[at[open_] < len(keys)]
+    return found
+
+
 class KeyFiles:
     """The key files of one folder. damaged: files that were set aside, until their blocks are written again.
 
+    adopted: endings of files of `rewritten` that count although nobody came to `adopt` them; others of the kind go.
     Raises StoreError if the folder cannot be read or written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adopted: Collection[str] = ()) -> None:
         self.folder = folder
         self.damaged: list[Path] = []
         self._files: tuple[KeyFile, ...] = ()
@@ -143,6 +213,12 @@ class KeyFiles:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"{_NAMES}.new"):
                 left.unlink()
+            for left in folder.glob(f"{_NAMES}{ENDING}*"):
+                if left.suffix in adopted:
+                    left.replace(left.with_suffix(".bin"))
+                else:
+                    left.unlink()
+            _sync_folder(folder)
             self.damaged = sorted(folder.glob(f"{_NAMES}.damaged"))
             paths = sorted(folder.glob(f"{_NAMES}.bin"))
         except OSError as problem:
@@ -177,16 +253,7 @@ class KeyFiles:
         return gaps
 
     def _gaps(self, first: int, last: int) -> list[tuple[int, int]]:
-        gaps = []
-        for file in self._files:
-            if file.first > last:
-                break
-            if file.first > first:
-                gaps.append((first, file.first - 1))
-            first = max(first, file.last + 1)
-        if first <= last:
-            gaps.append((first, last))
-        return gaps
+        return _gaps(self._files, first, last)
 
     def write(
         self,
@@ -209,6 +276,18 @@ class KeyFiles:
         others = [one for one in self._files if (one.first, one.last) != (file.first, file.last)]
         self._files = _in_order([*others, file])
         self._forget_mended()
+
+    def adopt(self, written: Sequence[Path]) -> None:
+        """Use files that `rewritten` wrote in place of those beside them; again is nothing. On disk when this returns."""
+        try:
+            for path in written:
+                if path.exists():
+                    path.replace(path.with_suffix(".bin"))
+            _sync_folder(self.folder)
+        except OSError as problem:
+            raise _store_error(problem, self.folder) from problem
+        for path in written:
+            self.use(path.with_suffix(".bin"))
 
     def change(
         self,
@@ -398,7 +477,16 @@ class KeyFiles:
             raise _store_error(problem, self.folder) from problem
 
 
-def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U32s) -> Path:
+def _write(
+    folder: Path,
+    first: int,
+    last: int,
+    high: U64s,
+    low: U64s,
+    values: U32s,
+    *,
+    ending: str = ".bin",
+) -> Path:
     order = np.argsort(
         high, kind="stable"
     )  # stable: of equal keys the one that came last stays last
@@ -406,7 +494,7 @@ def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U
     forever = int(np.count_nonzero(values >= _FOREVER))
     header = _HEADER.pack(_MAGIC, _VERSION, 0, first, last, len(high), forever)
     head = header + _CHECKSUM.pack(_checksum(header, body))
-    path = folder / _name(first, last)
+    path = (folder / _name(first, last)).with_suffix(ending)
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
@@ -419,6 +507,19 @@ def _write(folder: Path, first: int, last: int, high: U64s, low: U64s, values: U
     except OSError as problem:
         raise _store_error(problem, new) from problem
     return path
+
+
+def _gaps(files: Sequence[KeyFile], first: int, last: int) -> list[tuple[int, int]]:
+    gaps = []
+    for file in files:
+        if file.first > last:
+            break
+        if file.first > first:
+            gaps.append((first, file.first - 1))
+        first = max(first, file.last + 1)
+    if first <= last:
+        gaps.append((first, last))
+    return gaps
 
 
 def _pair(high: np.uint64, low: np.uint64) -> bytes:

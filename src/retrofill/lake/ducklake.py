@@ -1,4 +1,4 @@
-"""The lake: tables `events`, `merges` and `sealed` of a DuckLake, its catalog a DuckDB file, its rows Parquet files.
+"""The lake: tables `events`, `merges`, `sealed` and `rewritten` of a DuckLake, its catalog a DuckDB file, its rows Parquet files.
 
 One process owns the folder. Whoever writes takes one lock; readers never wait. A file of `events` is adopted together
 with the number of its last block (`sealed`) in one transaction, and its bytes and name are on disk before that
@@ -13,7 +13,6 @@ that only they need. A file in the folder that the catalog does not name is what
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from retrofill.errors import FullError, StoreError
 from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
+from retrofill.lake.parquet import file_name
 from retrofill.lake.person import Footers, Part, parts
 from retrofill.limits import (
     LAKE_FOOTER_BYTES,
@@ -52,7 +52,9 @@ _TYPES = {
     pa.string(): "VARCHAR",
 }
 _SEALED = pa.schema([("partition", pa.int32()), ("block", pa.int64())])
-_TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED}
+# A change of stored history, by the number of its intent, and the last block whose rows it changed.
+_REWRITTEN = pa.schema([("intent", pa.int64()), ("block", pa.int64())])
+_TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED, "rewritten": _REWRITTEN}
 _CATALOG = "__ducklake_metadata_lake"
 _PIN = """
 SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
@@ -230,8 +232,12 @@ class Lake:
 
     def new_file(self, first: int, last: int) -> Path:
         """Return the path for a new file of `events` that will hold rows of blocks first … last."""
-        name = f"{first:012}-{last:012}-{secrets.token_hex(4)}.parquet"
-        return self.folder / "files" / "main" / "events" / name
+        return self.events / file_name(first, last)
+
+    @property
+    def events(self) -> Path:
+        """The folder of the files of `events`."""
+        return self.folder / "files" / "main" / "events"
 
     def adopt(self, file: Path | None, *, block: int, merges: Sequence[MergeRow]) -> None:
         """Take blocks up to `block` into the lake: a file made at `new_file`, on disk already, None if it has no rows."""
@@ -315,6 +321,20 @@ class Lake:
                 ).fetchall()
             )
 
+    def rewritten(self, intent: int) -> int | None:
+        """Return the last block of a change of history that was put in place, None if it was not."""
+        with self.snapshot() as snapshot, _told(self.folder):
+            found = snapshot.cursor.execute(
+                'SELECT "block" FROM lake.rewritten WHERE intent = ?', [intent]
+            ).fetchall()
+        return found[0][0] if found else None
+
+    def swap_history(self) -> Swap:
+        """Begin to put other rows in the place of some."""
+        return Swap(self)
+
+    # Mending.
+
     def rewrite(
         self,
         project: int,
@@ -349,8 +369,6 @@ class Lake:
                 cursor.execute("INSERT INTO lake.merges SELECT * FROM new_merges")
 
         self._commit(change)
-
-    # Mending.
 
     def named_files(self) -> list[tuple[Path, Path | None, int]]:
         """Return each file of table `events` as the catalog names it, whole or not: path, delete file, rows."""
@@ -422,21 +440,23 @@ class Lake:
             yield
 
     def _commit(self, change: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
-        """Make one change in one transaction; files that its statements wrote are on disk before it commits."""
         with self._writing, _told(self.folder), contextlib.closing(self._db.cursor()) as cursor:
             cursor.execute("BEGIN TRANSACTION")
             try:
                 change(cursor)
                 self._sync_written()
-                self.files.committing(self.folder)
-                cursor.execute("COMMIT")
-                # DuckDB synced its log; the log's name may be new.
-                self.files.sync_folder(self.folder)
+                self._end(cursor)
             except BaseException:
                 with contextlib.suppress(duckdb.Error):
                     cursor.execute("ROLLBACK")
                 raise
             self._tidy()
+
+    def _end(self, cursor: duckdb.DuckDBPyConnection) -> None:
+        self.files.committing(self.folder)
+        cursor.execute("COMMIT")
+        # DuckDB synced its log; the log's name may be new.
+        self.files.sync_folder(self.folder)
 
     def _sync_written(self) -> None:
         """Sync what DuckLake itself wrote for the transaction under way: the places of deleted rows."""
@@ -481,7 +501,7 @@ class Lake:
             fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
             self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
         self._db.execute("COMMIT")
-        for name in ("merges", "sealed"):
+        for name in ("merges", "sealed", "rewritten"):
             self._db.execute(
                 f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{name}')"
             )
@@ -500,6 +520,80 @@ class Lake:
                 self._synced.add(path)
             else:
                 self.files.remove(path)
+
+
+class Swap:
+    """One lake transaction that puts new files in the place of rows, done in steps while readers go on.
+
+    Every method is called by one and the same thread, `close` last; nobody else writes to the lake meanwhile. Raises
+    StoreError if the disk fails.
+    """
+
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
+        lake._writing.acquire()  # noqa: SLF001 - one thing in two parts
+        self._cursor = lake._db.cursor()  # noqa: SLF001
+        self._cursor.execute("BEGIN TRANSACTION")
+
+    def take_out(self, project: int, places: Path) -> None:
+        """Take rows of a project out: those at the (block, row) of a Parquet file."""
+        with _told(self._lake.folder):
+            self._cursor.execute(
+                'DELETE FROM lake.events WHERE project = ? AND ("block", "row") IN '
+                '(SELECT ("block", "row") FROM read_parquet(?))',
+                [project, str(places)],
+            )
+
+    def put_in(self, files: Sequence[Path]) -> None:
+        """Put files in, on disk already."""
+        with _told(self._lake.folder):
+            for file in files:
+                self._lake._footers.of(file)  # noqa: SLF001 - the next reader should not wait for it
+                self._cursor.execute(
+                    "CALL ducklake_add_data_files('lake', 'events', ?)", [str(file)]
+                )
+
+    def merge(self, project: int, *, without: Path | None = None, add: Path | None = None) -> None:
+        """Put merges in, rows of a Parquet file, and take those of some people out before, `id` of another."""
+        with _told(self._lake.folder):
+            if without is not None:
+                self._cursor.execute(
+                    "DELETE FROM lake.merges WHERE project = $1 AND ("
+                    "absorbed IN (SELECT id FROM read_parquet($2)) OR surviving IN (SELECT id FROM read_parquet($2)))",
+                    [project, str(without)],
+                )
+            if add is not None:
+                self._cursor.execute(
+                    "INSERT INTO lake.merges SELECT * FROM read_parquet(?)", [str(add)]
+                )
+
+    def sync(self) -> None:
+        """See that what DuckLake wrote for this until now is on disk."""
+        with _told(self._lake.folder):
+            self._lake._sync_written()  # noqa: SLF001
+
+    def commit(self, intent: int, *, block: int, then: Callable[[], None]) -> None:
+        """End it: blocks up to `block` are in the lake, as this intent has them. then: follows before any reader begins."""
+        lake = self._lake
+        with _told(lake.folder):
+            self._cursor.execute("INSERT INTO lake.rewritten VALUES (?, ?)", [intent, block])
+            self._cursor.execute("INSERT INTO lake.sealed VALUES (0, ?)", [block])
+            lake._sync_written()  # noqa: SLF001
+            with lake._pinning:  # noqa: SLF001
+                lake._end(self._cursor)  # noqa: SLF001
+                then()
+
+    def close(self) -> None:
+        """Let go; what was not committed is undone."""
+        lake = self._lake
+        try:
+            with contextlib.suppress(duckdb.Error):
+                self._cursor.execute("ROLLBACK")
+            self._cursor.close()
+            with _told(lake.folder):
+                lake._tidy()  # noqa: SLF001
+        finally:
+            lake._writing.release()  # noqa: SLF001
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:

@@ -9,6 +9,7 @@ by their statistics and little else is read.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def write(
     files.sync_file(path)
     files.sync_folder(path.parent)
     return Written(rows, path.stat().st_size)
+
+
+def file_name(first: int, last: int) -> str:
+    """Return a name that nobody else uses for a file with rows of blocks first … last."""
+    return f"{first:012}-{last:012}-{secrets.token_hex(4)}.parquet"
 
 
 def group_rows_of(rows: int) -> int:

@@ -1,0 +1,697 @@
+"""A change of stored history in a child process: from the closure to files, keys and values, pass by pass.
+
+The server owns the lake's catalog, the hot store and memory; it pins a snapshot and names its files, and the child
+reads those. One child does one change, in this order:
+
+- `Begin`: find the closure in a pinned snapshot, everybody's ids up to its last block.
+- `Pass`, the first over everything, then over what was sealed since: fold the closure's rows of those blocks, write
+  them as new lake files. Who joined the closure by a row since is taken in: until then the change did not touch them,
+  so their earlier rows stay as they are and are folded only for the state they end in.
+- `Rekey`: write the key files anew, beside the old ones. Keys that change later are of blocks that no key file holds.
+- `Export`: what the fold has changed since the last export, as files for the server to read.
+- `Tail`: fold blocks that are in the hot store only, and write one lake file of all their rows, everybody's. What a
+  seal would write of these blocks is wrong already when it is made; so the two are one.
+
+Everything it writes is a file that nobody names yet. A child that dies leaves nothing to mend: another begins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from msgspec import Struct
+
+from retrofill.core import dedupe, order, person
+from retrofill.core.block import Kind
+from retrofill.core.fold import Changes, Group
+from retrofill.core.person import Person
+from retrofill.core.refold import Refold
+from retrofill.engine.child import Child, serve
+from retrofill.engine.closure import Closure, Members
+from retrofill.engine.refold import Folding, Keys, Rule, Seed, merge_row, write
+from retrofill.errors import CorruptError, FullError, StoreError
+from retrofill.hot import keys as key_files
+from retrofill.hot.keys import KeyFile
+from retrofill.hot.sqlite import read_blocks
+from retrofill.lake import arrow
+from retrofill.lake.arrow import MERGES, SCHEMA
+from retrofill.lake.compact import LakeFile
+from retrofill.lake.files import Files
+from retrofill.lake.history import COLUMNS, History
+from retrofill.limits import REFOLD_ROWS, Limits
+
+_NICE = 5
+_CHILD = "from retrofill.engine import refolder; refolder.main()"
+_SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
+_MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
+_ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)}
+
+
+class Sources(Struct, frozen=True):
+    """A pinned snapshot: the files of `events`, and a Parquet file of the project's merges (absorbed, surviving)."""
+
+    files: list[LakeFile]
+    merges: Path
+
+
+class Begin(Struct, frozen=True, tag="begin"):
+    """Find the closure. events: the folder for lake files. scratch: a folder for all else, gone at the end."""
+
+    project: int
+    seed: Seed
+    rule: Rule
+    limits: Limits
+    sources: Sources
+    events: Path
+    scratch: Path
+
+
+class Pass(Struct, frozen=True, tag="pass"):
+    """Fold the closure's rows of blocks after `after` up to `until`. ids: amplitude_ids that nobody has, first and last."""
+
+    sources: Sources
+    after: int
+    until: int
+    ids: tuple[int, int]
+
+
+class Tail(Struct, frozen=True, tag="tail"):
+    """Fold blocks first … last of a hot store, which are not in the lake, and write all their rows."""
+
+    blocks: Path
+    first: int
+    last: int
+
+
+class Export(Struct, frozen=True, tag="export"):
+    """Write what has changed since the last export."""
+
+
+class Rekey(Struct, frozen=True, tag="rekey"):
+    """Write key files anew, each beside the old one with another ending."""
+
+    folder: Path
+    files: list[Path]
+    ending: str
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """What a task did. nodes: people and ids of the closure, no more than so many people can come of it.
+
+    files: lake files. places: a Parquet file of the (block, row) of their
+    rows, of a pass. changes, people, merges: what `Export` wrote; a tail gives the merges of everyone else. keys, returned:
+    the files of `Rekey`, and a Parquet file of the keys that came back. rows: of the closure, folded.
+    """
+
+    nodes: int = 0
+    ids_left: int = 0
+    rows: int = 0
+    files: list[Path] = []
+    places: Path | None = None
+    changes: Path | None = None
+    people: Path | None = None
+    merges: Path | None = None
+    keys: list[Path] = []
+    returned: Path | None = None
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The task could not be done."""
+
+    error: str
+    what: str
+    where: str = ""
+    mend: str = ""
+
+
+class Laid(Struct):
+    """What memory must take, as it lies in a file. people: encoded. gone, added: of blocks in no key file."""
+
+    devices: dict[str, int]
+    users: dict[str, int]
+    people: list[bytes]
+    groups: list[tuple[str, str, dict[str, Any]]]
+    last: list[tuple[order.Place, order.Key]]
+    gone: list[tuple[int, bytes]]
+    added: list[tuple[int, bytes, bytes]]
+
+
+def _path(kind: type, value: object) -> Any:
+    return kind(value)
+
+
+Task = Begin | Pass | Tail | Export | Rekey
+_task = msgspec.json.Decoder(Task, dec_hook=_path).decode
+_answer = msgspec.json.Decoder(Done | Failed, dec_hook=_path).decode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+_lay = msgspec.msgpack.Encoder().encode
+_laid = msgspec.msgpack.Decoder(Laid).decode
+
+
+def read_changes(path: Path) -> tuple[Changes, Laid]:
+    """Read what an export wrote: values of state, and the rest."""
+    laid = _laid(path.read_bytes())
+    people = {one.amplitude_id: one for one in map(person.decode, laid.people)}
+    groups = {(kind, value): properties for kind, value, properties in laid.groups}
+    return Changes(laid.devices, laid.users, people, groups, {}, dict(laid.last)), laid
+
+
+class Refolder(Protocol):
+    """Does the tasks of one change."""
+
+    async def ask(self, task: Task) -> Done:
+        """Do a task. Raises StoreError, FullError, CorruptError."""
+
+    async def stop(self) -> None:
+        """Let go of everything."""
+
+
+class ChildRefolder:
+    """In a child process."""
+
+    def __init__(self) -> None:
+        self._child = Child(_CHILD, _NICE, {})
+
+    async def ask(self, task: Task) -> Done:
+        """Do a task. Raises StoreError, FullError, CorruptError."""
+        line = await self._child.exchange(_encode(task))
+        if not line:
+            raise StoreError(
+                "The process that folds history again died",
+                mend="See whether the machine has memory left; the next start of the server ends it",
+            )
+        answer: Done | Failed = _answer(line)
+        if isinstance(answer, Failed):
+            raise _ERRORS[answer.error](answer.what, where=answer.where, mend=answer.mend)
+        return answer
+
+    async def stop(self) -> None:
+        """End the child."""
+        await self._child.stop()
+
+
+class ThreadRefolder:
+    """In a thread of this process: for a change that commits wait for, it begins sooner than a child."""
+
+    def __init__(self) -> None:
+        self._session = Session()
+
+    async def ask(self, task: Task) -> Done:
+        """Do a task. Raises StoreError, FullError, CorruptError."""
+        return await asyncio.to_thread(self._session.do, task)
+
+    async def stop(self) -> None:
+        """Close what was opened."""
+        await asyncio.to_thread(self._session.close)
+
+
+# In the child.
+
+
+def main() -> None:
+    """Do the tasks of one change until standard input ends."""
+    session = Session()
+    serve(lambda line: _encode(_tried(session, _task(line))))
+
+
+def _tried(session: Session, task: Task) -> Done | Failed:
+    try:
+        return session.do(task)
+    except StoreError as problem:
+        return Failed(type(problem).__name__, problem.what, problem.where, problem.mend)
+    except Exception as problem:  # noqa: BLE001 - whatever it is, the server must hear of it
+        return Failed(
+            CorruptError.__name__,
+            f"Folding history again failed: {type(problem).__name__}: {problem}",
+            "",
+            "This is a mistake in the program: keep the data directory and report it",
+        )
+
+
+class _Ids:
+    """Amplitude_ids that nobody ever had, as the server set them aside."""
+
+    def __init__(self) -> None:
+        self._ranges: deque[tuple[int, int]] = deque()
+
+    def add(self, first: int, last: int) -> None:
+        if first <= last:
+            self._ranges.append((first, last))
+
+    def draw(self) -> int:
+        if not self._ranges:
+            raise StoreError("More people come of a change of history than were foreseen")
+        first, last = self._ranges.popleft()
+        if first < last:
+            self._ranges.appendleft((first + 1, last))
+        return first
+
+    @property
+    def left(self) -> int:
+        return sum(last - first + 1 for first, last in self._ranges)
+
+
+class Session:
+    """One change of history, from `Begin` to its last `Tail`."""
+
+    def __init__(self) -> None:
+        self._ids = _Ids()
+        self._opened: History | None = None
+        self._count = 0
+        self._told = False
+        self._until = 0
+        self._groups: set[Group] = set()  # whose properties the change touches
+        self._tails: list[pa.Table] = []  # of this project, as they were
+
+    def do(self, task: Task) -> Done:
+        """Do a task. Raises StoreError and whatever goes wrong in it."""
+        match task:
+            case Begin():
+                return self._begin(task)
+            case Pass():
+                return self._pass(task)
+            case Tail():
+                return self._tail(task)
+            case Rekey():
+                return self._rekey(task)
+            case Export():
+                return self._export()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        if self._opened is not None:
+            self._opened.close()
+
+    # The closure.
+
+    def _begin(self, task: Begin) -> Done:
+        self._begun = task
+        self._project = task.project
+        self._mine = [task.project, *task.rule.bounds]
+        self._history = self._opened = History(task.scratch / "spill")
+        self._use(task.sources)
+        ask = self._history.ask
+        links = ask(
+            "SELECT DISTINCT amplitude_id, device_id, user_id FROM events WHERE project = $1 AND "
+            f"(kind IN ({_SEEN}, {int(Kind.DISPLACED)}) OR (kind = {int(Kind.UNDONE)} AND {_MINE}))",
+            self._mine,
+        ).to_arrow_table()
+        merges = ask("SELECT absorbed, surviving FROM read_parquet($1)", [str(task.sources.merges)])
+        closure = self._closure = Closure(links, merges.to_arrow_table())
+        seeds, people = links.slice(0, 0), np.array(sorted(task.seed.people), np.int64)
+        if task.seed.rows is not None:
+            seeds = self._seeds()
+        self._groups.update((kind, value) for kind, value in task.seed.groups)
+        if self._groups:
+            people = np.union1d(people, self._showing())
+        self._taking = self._insert_ids()
+        if len(self._taking):
+            seeds = pa.concat_tables([seeds, self._repeating()])
+        self._members = closure.begin(seeds, people, whole=task.seed.whole)
+        refold = Refold(
+            task.project,
+            self._ids.draw,
+            by_time=task.rule.by_time,
+            barred=frozenset(task.rule.barred),
+        )
+        self._folding = Folding(
+            task.events,
+            task.rule,
+            refold,
+            task.limits,
+        )
+        self._named = self._members
+        return Done(nodes=self._members.count)
+
+    def _use(self, sources: Sources) -> None:
+        self._history.use(sources.files)
+
+    def _seeds(self) -> pa.Table:
+        """Return the ids of the change's own rows; hear of the groups that they change."""
+        ask, where = self._history.ask, f"project = $1 AND {_MINE}"
+        ids = ask(
+            f"SELECT DISTINCT amplitude_id, device_id, user_id FROM events WHERE {where}",
+            self._mine,
+        ).to_arrow_table()
+        changed = ask(
+            f"SELECT DISTINCT sent_groups FROM events WHERE {where} AND event_type = '$groupidentify'",
+            self._mine,
+        ).fetchall()
+        self._groups = {group for (sent,) in changed if sent for group in _groups(sent)}
+        return ids
+
+    def _showing(self) -> np.ndarray[Any, Any]:
+        """Return the people with a row that shows a group whose properties change."""
+        ask = self._history.ask
+        texts = ask(
+            "SELECT DISTINCT groups FROM events WHERE project = $1 AND groups IS NOT NULL",
+            [self._project],
+        ).fetchall()
+        wanted = [text for (text,) in texts if not self._groups.isdisjoint(_groups(text))]
+        found = ask(
+            "SELECT DISTINCT amplitude_id FROM events WHERE project = $1 AND amplitude_id > 0 "
+            "AND groups IN (SELECT unnest($2))",
+            [self._project, wanted],
+        ).to_arrow_table()
+        return np.asarray(found["amplitude_id"].to_numpy())
+
+    def _insert_ids(self) -> pa.Array:
+        """Return the insert_ids of the change's rows whose keys count on other devices too."""
+        name, after, until = self._begun.rule.bounds
+        every = self._begun.limits.dedupe_scope == "project"
+        found = self._history.ask(
+            f"SELECT DISTINCT insert_id FROM events WHERE project = $1 AND {_MINE} AND insert_id <> '' "
+            "AND ($5 OR event_type = '$groupidentify')",
+            [self._project, name, after, until, every],
+        ).to_arrow_table()
+        return found["insert_id"].combine_chunks()
+
+    def _repeating(self) -> pa.Table:
+        """Return the ids of rows that repeat one of the change's on another device, or are repeated by it."""
+        self._history.register("taking", pa.table({"id": self._taking}))
+        return self._history.ask(
+            "SELECT DISTINCT amplitude_id, device_id, user_id FROM events "
+            f"WHERE project = $1 AND kind IN ({_SEEN}, {int(Kind.DISPLACED)}) "
+            "AND insert_id IN (SELECT id FROM taking)",
+            [self._project],
+        ).to_arrow_table()
+
+    def _join(self, rows: pa.Table) -> None:
+        """Hear of rows that came since; take in whoever joins the closure by them, with their history."""
+        name, after, until = self._begun.rule.bounds
+        block = rows["block"]
+        mine = pc.and_(
+            pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False),
+            pc.and_(pc.greater(block, after), pc.less_equal(block, until)),
+        )
+        changing = pc.and_(mine, pc.equal(rows["event_type"], "$groupidentify"))
+        for sent in set(rows["sent_groups"].filter(changing).to_pylist()) - {None}:
+            self._groups.update(_groups(sent))
+        seeds = mine
+        if self._groups:
+            texts = pc.unique(rows["groups"]).to_pylist()
+            showing = [one for one in texts if one and not self._groups.isdisjoint(_groups(one))]
+            seeds = pc.or_(
+                seeds, pc.is_in(rows["groups"], value_set=pa.array(showing, pa.string()))
+            )
+        if len(self._taking):
+            seeds = pc.or_(seeds, pc.is_in(rows["insert_id"], value_set=self._taking))
+        if self._begun.seed.whole:
+            seeds = pc.is_valid(rows["block"])
+        links = rows.select(["amplitude_id", "device_id", "user_id"])
+        links = (
+            links.append_column("seed", seeds)
+            .group_by(links.column_names)
+            .aggregate([("seed", "max")])
+        )
+        known, new = self._closure.join(links, links["seed_max"].to_numpy(zero_copy_only=False))
+        if known.count:
+            self._take_in(known)
+        self._members = self._members + known + new
+        self._named = self._named + known + new
+
+    def _take_in(self, known: Members) -> None:
+        """Fold the rows so far of people whom the change did not touch until now."""
+        self._register(known)
+        chosen = "amplitude_id IN (SELECT id FROM closure_ids)"
+        values = [self._project, self._until]
+        rows = self._history.ask(
+            f'SELECT {COLUMNS} FROM events WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
+            f'AND {chosen} ORDER BY "block", "row"',
+            values,
+        ).to_arrow_table()
+        kinds = pa.array([Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY], pa.uint8())
+        ids = pa.array(known.people, pa.int64())
+        for tail in self._tails:
+            there = pc.and_(
+                pc.is_in(tail["amplitude_id"], value_set=ids),
+                pc.is_in(tail["kind"], value_set=kinds),
+            )
+            rows = pa.concat_tables([rows, tail.filter(there)])
+        for some in _pieces(rows):
+            self._folding.know(some)
+
+    def _register(self, members: Members) -> None:
+        for name, ids in (
+            ("ids", pa.array(members.people, pa.int64())),
+            ("devices", members.devices),
+            ("users", members.users),
+        ):
+            self._history.register(f"closure_{name}", pa.table({"id": ids}))
+
+    # Passes.
+
+    def _pass(self, task: Pass) -> Done:
+        self._ids.add(*task.ids)
+        self._use(task.sources)
+        ask = self._history.ask
+        between = [self._project, task.after, task.until]
+        if task.after:
+            self._join(
+                ask(
+                    f'SELECT {COLUMNS} FROM events WHERE project = $1 AND "block" > $2 AND "block" <= $3 '
+                    f"AND kind IN ({_SEEN}, {int(Kind.DISPLACED)})",
+                    between,
+                ).to_arrow_table()
+            )
+        folding = self._folding
+        folding.people = np.sort(self._members.people)
+        self._register(self._members)
+        displaced = (
+            f"kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
+            "OR user_id IN (SELECT id FROM closure_users))"
+        )
+        where = 'project = $1 AND "block" > $2 AND "block" <= $3'
+        folding.contest(
+            ask(
+                f"SELECT {COLUMNS} FROM events WHERE {where} AND {displaced}", between
+            ).to_arrow_table()
+        )
+        rule = self._begun.rule
+        chosen = (
+            f"SELECT {COLUMNS} FROM events WHERE {where} AND ("
+            f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
+            f"OR kind = {int(Kind.GROUP_IDENTIFY)} OR ({displaced}) "
+            f'OR (kind = {int(Kind.UNDONE)} AND import_id = $4 AND "block" > $5 AND "block" <= $6)) '
+        )
+        values = [*between, *rule.bounds]
+        if rule.by_time and folding.contested:
+            contested = pa.array(folding.contested, pa.string())
+            self._history.register("contested", pa.table({"id": contested}))
+            judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
+            folding.judge(ask(judged, values).to_arrow_table())
+        by = order.SQL if rule.by_time else '"block", "row"'
+        reader = ask(f"{chosen} ORDER BY {by}", values).to_arrow_reader(REFOLD_ROWS)
+        before = folding.rows
+        for rows in _tables(reader) if rule.by_time else _whole_blocks(reader):
+            new, own = folding.fold(rows)
+            folding.keep(new.filter(pa.array(own)))
+        folding.flush()
+        self._until = task.until
+        files, folding.written = folding.written, []
+        places, folding.places = folding.places, []
+        return Done(
+            nodes=self._members.count,
+            ids_left=self._ids.left,
+            rows=folding.rows - before,
+            files=files,
+            places=self._written("places", pa.concat_tables(places)) if places else None,
+        )
+
+    def _tail(self, task: Tail) -> Done:
+        blocks = list(read_blocks(task.blocks, task.first, task.last))
+        if [block.number for block in blocks] != list(range(task.first, task.last + 1)):
+            raise CorruptError(
+                f"Blocks {task.first:,} to {task.last:,} are not whole", where=str(task.blocks)
+            )
+        every = arrow.table(blocks)
+        here = pc.equal(every["project"], self._project)
+        rows = every.filter(here)
+        folding = self._folding
+        self._join(rows.filter(pc.not_equal(rows["kind"], int(Kind.ALIAS))))
+        folding.people = np.sort(self._members.people)
+        chosen = self._chosen(rows)
+        some = rows.filter(pa.array(chosen))
+        folding.contest(some.filter(pc.equal(some["kind"], int(Kind.DISPLACED))))
+        kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
+        for piece in _pieces(some):
+            new, own = folding.fold(piece)
+            kept += [new.filter(pa.array(own)), piece.filter(pa.array(~own))]
+        self._tails.append(rows)
+        self._until = task.last
+        written = pa.concat_tables(kept)
+        people = set(self._members.people.tolist())
+        merges = [
+            row
+            for row in arrow.merges(blocks)
+            if row[0] != self._project or (row[1] not in people and row[2] not in people)
+        ]
+        return Done(
+            nodes=self._members.count,
+            ids_left=self._ids.left,
+            rows=some.num_rows,
+            files=[write(self._begun.events, written)] if written.num_rows else [],
+            merges=self._written("merges", _merge_table(merges)) if merges else None,
+        )
+
+    def _chosen(self, rows: pa.Table) -> np.ndarray[Any, Any]:
+        members = self._members
+        inside = pc.or_(
+            pc.is_in(rows["amplitude_id"], value_set=pa.array(members.people, pa.int64())),
+            pc.or_(
+                pc.is_in(rows["device_id"], value_set=members.devices, skip_nulls=True),
+                pc.is_in(rows["user_id"], value_set=members.users, skip_nulls=True),
+            ),
+        )
+        chosen = pc.or_(inside, pc.equal(rows["kind"], int(Kind.GROUP_IDENTIFY)))
+        alias = pc.equal(rows["kind"], int(Kind.ALIAS))
+        return np.asarray(pc.and_not(chosen, alias))
+
+    # What comes of it.
+
+    def _export(self) -> Done:
+        named, folding = self._named, self._folding
+        self._named = Members(named.people[:0], named.devices.slice(0, 0), named.users.slice(0, 0))
+        changes = folding.refold.changes(
+            Changes(
+                dict.fromkeys(named.devices.to_pylist(), 0),
+                dict.fromkeys(named.users.to_pylist(), 0),
+                {one: Person(one) for one in named.people.tolist()},
+                {group: {} for group in self._groups},
+                {},
+            )
+        )
+        laid = Laid(
+            changes.devices,
+            changes.users,
+            [person.encode(one) for one in changes.people.values()],
+            [(kind, value, held) for (kind, value), held in changes.groups.items()],
+            list(changes.last.items()),
+            *self._recent_keys(),
+        )
+        self._count += 1
+        path = self._begun.scratch / f"changes-{self._count}.msgpack"
+        path.write_bytes(_lay(laid))
+        files = Files()
+        files.sync_file(path)
+        files.sync_folder(path.parent)
+        # Their merges are told anew. Of whom was told before, only what came since is told.
+        theirs = named.people.tolist()
+        theirs += [] if self._told else changes.people
+        self._told = True
+        people = pa.table({"id": pa.array(sorted(set(theirs)), pa.int64())})
+        merged = folding.refold.merges
+        merges = [merge_row(self._project, one) for one in merged]
+        merged.clear()
+        return Done(
+            changes=path,
+            people=self._written("people", people),
+            merges=self._written("merges", _merge_table(merges)) if merges else None,
+            rows=folding.rows,
+        )
+
+    def _recent_keys(self) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes, bytes]]]:
+        """Return the keys that changed since the last time, by block, once no key file can hold them."""
+        folding = self._folding
+        gone, added = folding.gone, folding.added
+        folding.gone, folding.added = Keys([], [], [], []), Keys([], [], [], [])
+        blocks = _joined(gone.blocks)
+        packed = _packed(gone)
+        lost = [(int(blocks[at]), packed[16 * at : 16 * at + 16]) for at in range(len(blocks))]
+        blocks, packed = _joined(added.blocks), _packed(added)
+        marks = 2 * _joined(added.forever) + _joined(added.imported)
+        won = [
+            (int(blocks[at]), packed[16 * at : 16 * at + 16], bytes([int(marks[at])]))
+            for at in range(len(blocks))
+        ]
+        return lost, won
+
+    def _rekey(self, task: Rekey) -> Done:
+        """Write key files without the keys that are gone, and with those that came back."""
+        folding = self._folding
+        gone, added = folding.gone, folding.added
+        folding.gone, folding.added = Keys([], [], [], []), Keys([], [], [], [])
+        written = key_files.rewritten(
+            task.folder,
+            [KeyFile(path) for path in task.files],
+            _packed(gone),
+            _joined(gone.blocks),
+            _packed(added),
+            _joined(added.blocks),
+            forever=_joined(added.forever).astype(bool),
+            imported=_joined(added.imported).astype(bool),
+            ending=task.ending,
+        )
+        keys = dedupe.table_of(_packed(added))
+        returned = pa.table(
+            {
+                "high": keys[:, 0],
+                "low": keys[:, 1],
+                "block": _joined(added.blocks),
+                "forever": _joined(added.forever).astype(bool),
+            }
+        )
+        return Done(keys=written, returned=self._written("returned", returned))
+
+    def _written(self, name: str, rows: pa.Table) -> Path:
+        self._count += 1
+        path = self._begun.scratch / f"{name}-{self._count}.parquet"
+        pq.write_table(rows, path)
+        return path
+
+
+def _packed(keys: Keys) -> bytes:
+    return b"".join(keys.packed)
+
+
+def _joined(parts: list[Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _merge_table(rows: list[Any]) -> pa.Table:
+    sides = zip(*rows, strict=True)
+    arrays = [pa.array(side, field.type) for side, field in zip(sides, MERGES, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=MERGES)
+
+
+def _groups(text: str) -> Iterator[Group]:
+    for group_type, value in msgspec.json.decode(text).items():
+        for one in value if isinstance(value, list) else [value]:
+            yield group_type, one
+
+
+def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
+    """Yield a table some thousand rows at a time, blocks whole."""
+    yield from _whole_blocks(rows.to_batches(max_chunksize=REFOLD_ROWS))
+
+
+def _tables(batches: Any) -> Iterator[pa.Table]:
+    for batch in batches:
+        yield pa.Table.from_batches([batch], SCHEMA)
+
+
+def _whole_blocks(batches: Any) -> Iterator[pa.Table]:
+    """Yield rows so that no block is cut; a block is at most some thousand rows."""
+    left: pa.Table | None = None
+    for batch in batches:
+        rows = pa.Table.from_batches([batch], SCHEMA)
+        if left is not None:
+            rows = pa.concat_tables([left, rows])
+        if not rows.num_rows:
+            continue
+        block = rows["block"].to_numpy()
+        cut = int(np.searchsorted(block, block[-1]))
+        left = rows.slice(cut)
+        if cut:
+            yield rows.slice(0, cut)
+    if left is not None and left.num_rows:
+        yield left

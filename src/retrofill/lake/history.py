@@ -1,0 +1,76 @@
+"""The lake's rows for a process that does not own its catalog: DuckDB over the Parquet files of a pinned snapshot.
+
+Whoever owns the lake pins a snapshot and names its files; what they hold then never changes, whoever reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrofill.lake.arrow import SCHEMA
+from retrofill.lake.compact import LakeFile
+from retrofill.limits import HISTORY_MEMORY_BYTES, LAKE_SPILL_BYTES, LAKE_THREADS
+
+COLUMNS = ", ".join(f'"{name}"' for name in SCHEMA.names)
+
+
+class History:
+    """A DuckDB of its own with the view `events`, of the columns of the lake table."""
+
+    def __init__(self, spill: Path) -> None:
+        self._db = duckdb.connect(
+            config={
+                "memory_limit": f"{HISTORY_MEMORY_BYTES}B",
+                "threads": LAKE_THREADS,
+                "temp_directory": str(spill),
+                "max_temp_directory_size": f"{LAKE_SPILL_BYTES}B",
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "preserve_insertion_order": False,
+            }
+        )
+        self._db.execute("SET enable_progress_bar = false")
+        self.use([])
+
+    def close(self) -> None:
+        """Close it."""
+        self._db.close()
+
+    def ask(self, sql: str, values: Sequence[Any] = ()) -> duckdb.DuckDBPyConnection:
+        """Run a statement."""
+        return self._db.execute(sql, list(values))
+
+    def register(self, name: str, rows: pa.Table) -> None:
+        """Name a table for statements, in place of one of that name."""
+        self._db.register(name, rows)
+
+    def use(self, files: Sequence[LakeFile]) -> None:
+        """Let `events` be the rows of these files, without those that their delete files name."""
+        whole = [str(file.path) for file in files if file.deleted is None]
+        parts = []
+        if whole:
+            parts.append(f"FROM read_parquet({_texts(whole)}, union_by_name=true)")
+        for number, file in enumerate(one for one in files if one.deleted is not None):
+            assert file.deleted is not None
+            gone = f"gone_{number}"
+            self.register(gone, pq.read_table(file.deleted, columns=["pos"]))
+            rows = f"FROM read_parquet({_texts([str(file.path)])}, file_row_number=true)"
+            parts.append(rows + f" ANTI JOIN {gone} ON file_row_number = pos")
+        if not parts:
+            self.register("no_events", SCHEMA.empty_table())
+            parts.append("FROM no_events")
+        self._db.execute(
+            "CREATE OR REPLACE TEMP VIEW events AS "
+            + " UNION ALL ".join(f"SELECT {COLUMNS} {one}" for one in parts)
+        )
+
+
+def _texts(paths: Sequence[str]) -> str:
+    quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    return f"[{quoted}]"
