@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import gzip
 import http.client
 import json
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +16,8 @@ from urllib.parse import urlsplit
 import pytest
 from tests.server.live import Live
 from tests.server.test_project import call
+
+from retrofill.server.history import _Lines
 
 pytestmark = pytest.mark.slow
 
@@ -88,3 +93,44 @@ def test_what_is_no_question_is_refused(tmp_path: Path) -> None:
         assert lines(ask(live, b"{}")[1])[-1] == {"kind": "end", "rows": 0}
         # One at a time, but the place is free again after an answer and after a refusal.
         assert [ask(live, b"{}")[0] for _ in range(3)] == [200, 200, 200]
+
+
+def test_a_client_that_has_gone_leaves_nothing_pinned() -> None:
+    ended: list[str] = []
+
+    class Pinned:
+        def close(self) -> None:
+            ended.append("moment")
+
+    class Threads:
+        async def run(self, call: Callable[[], Any]) -> Any:
+            return await asyncio.to_thread(call)
+
+    def pieces() -> Generator[bytes, None, None]:
+        try:
+            while True:
+                yield b"{}\n"
+        finally:
+            ended.append("pieces")
+
+    held = contextlib.ExitStack()
+    held.callback(ended.append, "place")
+
+    def answered(fails_at: int) -> None:
+        sent = 0
+
+        async def send(_message: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent > fails_at:
+                raise OSError
+
+        made: Any = _Lines(pieces(), Pinned(), Threads(), held, packed=False)  # type: ignore[arg-type]
+        with pytest.raises(OSError):  # noqa: PT011 - this very one
+            asyncio.run(made({}, None, send))
+
+    answered(0)  # before the first piece was asked for
+    assert ended == ["place", "moment"]
+    ended.clear()
+    answered(3)
+    assert ended == ["pieces", "moment"]

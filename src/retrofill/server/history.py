@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Generator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,24 +55,29 @@ class HistoryRoutes:
         with contextlib.ExitStack() as held:
             held.enter_context(self._reads.place(project, "history", _AT_ONCE))
             moment = await self._engine.moment(project)
-            return _Lines(self._lines(moment, asked), self._reads, held.pop_all(), packed=packed)
+            pieces = self._lines(moment, asked)
+            return _Lines(pieces, moment, self._reads, held.pop_all(), packed=packed)
 
-    def _lines(self, moment: Moment, asked: Asked) -> Iterator[bytes]:
-        reader = self._reader
-        try:
-            with contextlib.closing(reader.at(moment.project, moment.snapshot)) as view:
-                yield from history.lines(moment, view, self._engine.duplicates, asked)
-        finally:
-            moment.close()
+    def _lines(self, moment: Moment, asked: Asked) -> Generator[bytes, None, None]:
+        with contextlib.closing(self._reader.at(moment.project, moment.snapshot)) as view:
+            yield from history.lines(moment, view, self._engine.duplicates, asked)
 
 
 class _Lines(Response):
     """An answer on its way."""
 
     def __init__(
-        self, pieces: Iterator[bytes], reads: Reads, held: contextlib.ExitStack, *, packed: bool
+        self,
+        pieces: Generator[bytes, None, None],
+        moment: Moment,
+        reads: Reads,
+        held: contextlib.ExitStack,
+        *,
+        packed: bool,
     ) -> None:
         self._pieces = pieces
+        self._moment = moment
+        self._one = threading.Lock()  # one thread at a time may use the moment
         self._reads = reads
         self._held = held
         self._packed = packed
@@ -89,19 +95,25 @@ class _Lines(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._held.close()
-            close = getattr(self._pieces, "close", None)
-            if close is not None:
-                await asyncio.shield(self._reads.run(close))
+            await asyncio.shield(self._reads.run(self._end))
+
+    def _end(self) -> None:
+        with self._one:  # once a piece that is being made has ended
+            try:
+                self._pieces.close()
+            finally:
+                self._moment.close()
 
     async def _sent(self) -> AsyncIterator[bytes]:
         coder = isal_zlib.compressobj(1, isal_zlib.DEFLATED, _GZIP) if self._packed else None
 
         def make() -> bytes:
             """Return the next piece; nothing but at the end."""
-            for piece in self._pieces:
-                made: bytes = piece if coder is None else coder.compress(piece)
-                if made:
-                    return made
+            with self._one:
+                for piece in self._pieces:
+                    made: bytes = piece if coder is None else coder.compress(piece)
+                    if made:
+                        return made
             return b""
 
         while piece := await self._reads.run(make):
