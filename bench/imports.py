@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import events
+import rehearse
 import run
 import server as servers
 from load import Order, Result
@@ -40,7 +41,8 @@ RESTORE = Goal("restore of it", 120, 30, "s")
 RATIO = Goal("ingest rate while an undo runs, against without", 0.5, 0.8, "×", least=True)
 P99 = Goal(f"p99 of live requests while an undo runs, {PACED} a second", 200, 50, "ms")
 MEMORY = Goal("memory at most, server and children, while an undo runs", 2500, 1500, "MB")
-GOALS = [REFOLD_CPU, UNDO, RESTORE, RATIO, P99, MEMORY]
+REHEARSAL = Goal("rehearsal of 1 M events against the stored ones, CPU above staging", 60, 25, "s")
+GOALS = [REFOLD_CPU, UNDO, RESTORE, RATIO, P99, MEMORY, REHEARSAL]
 
 
 @dataclass
@@ -207,7 +209,24 @@ def row_full(report: Report, stored: Stored) -> None:
     report.add(RATIO, rates[0] / rates[1], said)
 
 
-ROWS: list[Callable[[Report, Stored], None]] = [row_alone, row_paced, row_full]
+def row_rehearsal(report: Report, stored: Stored) -> None:
+    """What is to be known before anything is sent: of as many events as are stored, 1 M at most."""
+    sent = min(stored.count, 1_000_000)
+    folder = ROOM / "rehearsal"
+    folder.mkdir()
+    try:
+        found = rehearse.measure(folder, stored.count, sent)
+    finally:
+        shutil.rmtree(folder)
+    report.add(
+        REHEARSAL,
+        found["cpu_s"],
+        f"{sent / 1e6:g} M against {stored.count / 1e6:g} M stored: client {found['client_cpu_s']:.1f} s, "
+        f"server {found['server_cpu_s']:.1f} s, {found['seconds']:.0f} s long, {found['peak_mb']:,.0f} MB",
+    )
+
+
+ROWS: list[Callable[[Report, Stored], None]] = [row_alone, row_paced, row_full, row_rehearsal]
 
 
 def main() -> None:
