@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from retrofill.core.throttle import Accepted
 from retrofill.engine import rewriting
 from retrofill.engine.ingest import Engine
 from retrofill.engine.refolder import Done, Task, ThreadRefolder
-from retrofill.errors import ConflictError, MissingError
+from retrofill.errors import ConflictError, CorruptError, MissingError
 from retrofill.lake import Swap
 
 SEEN = f"({int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
@@ -473,3 +474,23 @@ def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
     assert len({row["amplitude_id"] for row in subject.seen()["rows"]}) == 3
     subject.close()
     control.close()
+
+
+def test_a_start_without_the_values_of_a_swap_is_refused(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    subject.send([_event(random.Random(1), 1, clock.ms, name="old-shop")])
+    engine: Any = subject.engine
+
+    def cut(*_: Any) -> None:
+        raise _CutError
+
+    monkeypatch.setattr(engine.duplicates, "adopt", cut)
+    with pytest.raises(_CutError):
+        subject.run(engine._undoing.undo(1, "old-shop"))
+    subject.run(engine.abandon())
+    shutil.rmtree(tmp_path / "subject" / "rewriting")
+    with pytest.raises(CorruptError, match="values of a change of history are missing"):
+        Engine.open(Settings(data=tmp_path / "subject"), clock=clock, sealer=SealerInside)
+    subject.loop.close()

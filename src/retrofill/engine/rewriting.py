@@ -68,6 +68,7 @@ from retrofill.engine.refolder import (
     read_changes,
 )
 from retrofill.engine.state import State
+from retrofill.errors import CorruptError
 from retrofill.hot.intents import Intents
 from retrofill.hot.keys import ENDING
 from retrofill.lake import Lake, Swap
@@ -215,7 +216,7 @@ class Rewriting:
     def redo(self) -> dict[int, list[tuple[int, Changes]]]:
         """Return what memory must take of changes that are in the lake already: by block, project and values.
 
-        To be laid over the state as of that block, if it is no later than that.
+        To be laid over the state as of that block, if it is no later than that. Raises CorruptError.
         """
         found: dict[int, list[tuple[int, Changes]]] = {}
         for number, stored in self._intents.all():
@@ -223,6 +224,12 @@ class Rewriting:
             if block is None:
                 continue
             paths = sorted(self._scratch(number).glob("changes-*.msgpack"), key=_count_of)
+            if not paths:
+                raise CorruptError(
+                    "The values of a change of history are missing",
+                    where=str(self._scratch(number)),
+                    mend="Restore the folder from a copy, or run `retrofill check --repair`",
+                )
             for path in paths:
                 found.setdefault(block, []).append((_decode(stored).project, read_changes(path)[0]))
         return found
