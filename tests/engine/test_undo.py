@@ -245,7 +245,7 @@ def _request(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(30, 500))]
+    "seed", [*range(10), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(10, 500))]
 )
 def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: FakeClock) -> None:
     seeded = random.Random(seed)
@@ -416,6 +416,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "name", "after"), CUTS)
 def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
     what: str,
