@@ -394,8 +394,11 @@ def show(history: History, address: str, work: Path) -> bool:
     """Send one history, read it back, tell what the server says of it; return whether all is as it must be."""
     since = datetime.now(UTC)
     console.print(f"[bold]{history.name}[/]\n")
-    line = ("run", history.source, "--map", history.mapping, "--to", address, "--work", work)
-    seconds = retrofill(history, *line, "--import", history.name, "--yes")
+    line = (history.source, "--map", history.mapping, "--work", work, "--import", history.name)
+    retrofill(history, "rehearse", *line, "--against", address)
+    nothing = not Api(address, history.keys).holds(f"/api/1/imports/{history.name}/export")
+    console.print(f"\nrehearsed: the server {'still has nothing of it' if nothing else 'HAS ROWS OF IT'}\n")
+    seconds = retrofill(history, "run", *line, "--to", address, "--yes")
     retrofill(history, "verify", "--work", work)
     api = Api(address, history.keys)
     events = history.events()
@@ -416,7 +419,7 @@ def show(history: History, address: str, work: Path) -> bool:
     tell_person(api, rows, history.shown)
     console.print(f"\n[bold]{result}[/]")
     console.print(f"{result.different:,} different in content or properties\n")
-    return result.whole and people == len({one["user_id"] for one in events})
+    return nothing and result.whole and people == len({one["user_id"] for one in events})
 
 
 def take_back(history: History, other: History, address: str, since: datetime) -> bool:
