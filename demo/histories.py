@@ -397,7 +397,9 @@ def show(history: History, address: str, work: Path) -> bool:
     line = (history.source, "--map", history.mapping, "--work", work, "--import", history.name)
     retrofill(history, "rehearse", *line, "--against", address)
     nothing = not Api(address, history.keys).holds(f"/api/1/imports/{history.name}/export")
-    console.print(f"\nrehearsed: the server {'still has nothing of it' if nothing else 'HAS ROWS OF IT'}\n")
+    console.print(
+        f"\nrehearsed: the server {'still has nothing of it' if nothing else 'HAS ROWS OF IT'}\n"
+    )
     seconds = retrofill(history, "run", *line, "--to", address, "--yes")
     retrofill(history, "verify", "--work", work)
     api = Api(address, history.keys)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from retrofill.rehearse.outcome import ByDay, Outcome, Properties
 
 EXAMPLE = "Example: retrofill rehearse old.ndjson.gz --map old.map.yaml --against http://localhost:8090 --key-file keys"
-_DAYS_SHOWN = 31
 _SHOWN = 10
 
 
@@ -287,5 +286,5 @@ def _days(found: ByDay) -> tuple[int, list[tuple[str, int, int, str]]]:
         for day in {*found.before, *found.after}
         if found.before.get(day, 0) != found.after.get(day, 0)
     ]
-    most = sorted(sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:_DAYS_SHOWN])
+    most = sorted(sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:_SHOWN])
     return len(rows), [(day, then, now, f"{now - then:+,}") for day, then, now in most]
