@@ -172,12 +172,23 @@ def row_alone(report: Report, stored: Stored) -> None:
     with peak_rss(server) as peak:
         seconds = undo(server)
     cpu_s = server.cpu_s() - cpu_s
-    rows = int(re.findall(r"history_changed.*rows=(\d+)", LOG.read_text(errors="replace"))[-1])
+    rows = _rows()
     said = f"{stored.count / 1e6:g} M stored, {rows:,} rows folded again"
     report.add(UNDO, seconds, said)
     report.add(REFOLD_CPU, cpu_s / rows * 1e6, f"{cpu_s:.1f} s for {rows:,} rows")
     report.add(MEMORY, peak[0] / MB, "resident, server and children")
     report.add(RESTORE, restore(server), said)
+
+
+def _rows() -> int:
+    """Return how many rows the server says it has folded again; its log comes a moment later."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        said = re.findall(r"history_changed.*rows=(\d+)", LOG.read_text(errors="replace"))
+        if said:
+            return int(said[-1])
+        time.sleep(0.1)
+    raise RuntimeError("The server does not say how many rows it has folded")
 
 
 def row_paced(report: Report, stored: Stored) -> None:
