@@ -284,8 +284,7 @@ def killed_anywhere(kills: int, folder: Path, seed: int) -> None:
     "step",
     [
         STEPS[6],
-        STEPS[7],
-        *(pytest.param(one, marks=pytest.mark.long) for one in STEPS[:6] + STEPS[8:]),
+        *(pytest.param(one, marks=pytest.mark.long) for one in STEPS[:6] + STEPS[7:]),
     ],
 )
 def test_killed_at_a_step_of_an_undo_nothing_of_the_import_remains(
