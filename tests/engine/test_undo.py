@@ -22,7 +22,7 @@ from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted
 from retrofill.engine import rewriting
 from retrofill.engine.ingest import Engine
-from retrofill.engine.refolder import Done, Task, ThreadRefolder
+from retrofill.engine.refolder import Done, Export, Task, ThreadRefolder
 from retrofill.errors import ConflictError, CorruptError, MissingError
 from retrofill.lake import Swap
 
@@ -390,6 +390,73 @@ def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> Non
     with pytest.raises(ConflictError, match="later generation"):
         subject.run(subject.engine.restore(1, "old-shop"))
     subject.close()
+
+
+class Interrupted(ThreadRefolder):
+    """Folds history again; once, right after the first export, something else happens."""
+
+    def __init__(self, then: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self.then: Callable[[], Awaitable[None]] | None = then
+
+    async def ask(self, task: Task) -> Done:
+        done = await super().ask(task)
+        if isinstance(task, Export) and self.then is not None:
+            then, self.then = self.then, None
+            await then()
+        return done
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_whose_device_another_logs_in_on_between_the_exports_stays(
+    cut: bool,  # noqa: FBT001 - a parameter
+    tmp_path: Path,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    control = Server(tmp_path / "control", clock)
+    ann = {"device_id": "phone-1", "user_id": "ann-111"}
+    bob = {"device_id": "tablet-4", "user_id": "bob-222"}
+    at = 0
+
+    def wire(ids: dict[str, str], source: str = "") -> Wire:
+        nonlocal at
+        at += 1
+        clock.ms += 1000
+        event: dict[str, Any] = {"event_type": "open", "insert_id": f"i-{at}", "time": clock.ms}
+        event |= {**ids, "user_properties": {"seen": at}}
+        if source:
+            event["ingestion_metadata"] = {"source_name": "retrofill", "source_version": source}
+        return [event]
+
+    for ids in (ann, bob):
+        sent = wire(ids)
+        subject.send(sent)
+        control.send(sent)
+        subject.send(wire(ids, "old-shop"))
+    moved = wire({**bob, "device_id": "phone-1"})
+    control.send(moved)
+    engine: Any = subject.engine
+    engine.rewriting._refolder = lambda: Interrupted(lambda: subject.post(moved))
+    if cut:  # the start follows from the files of values
+        monkeypatch.setattr(engine, "checkpoint", _cut)
+        with pytest.raises(_CutError):
+            subject.run(engine._undoing.undo(1, "old-shop"))
+        subject.crash()
+    else:
+        subject.run(engine.undo(1, "old-shop"))
+    same(subject, control)
+    sent = wire(ann)
+    for server in (subject, control):
+        server.send(sent)
+    same(subject, control)
+    subject.close()
+    control.close()
+
+
+def _cut(*_: Any) -> None:
+    raise _CutError
 
 
 # Where an undo is cut off, in order: (what, its method, whether the method was done before).

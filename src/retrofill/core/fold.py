@@ -104,6 +104,20 @@ class Changes(Struct):
     late: set[order.Place] = set()
 
 
+def together(parts: Sequence[Changes]) -> Changes:
+    """Return several changes, one after another, as one: what was told later holds."""
+    whole = Changes({}, {}, {}, {}, {})
+    for part in parts:
+        whole.devices.update(part.devices)
+        whole.users.update(part.users)
+        whole.people.update(part.people)
+        whole.groups.update(part.groups)
+        whole.aliases.update(part.aliases)
+        whole.last.update(part.last)
+        whole.late.update(part.late)
+    return whole
+
+
 class Folded(Struct):
     """A block with what it changes, by project, and the next unused amplitude_id."""
 

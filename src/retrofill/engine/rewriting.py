@@ -51,7 +51,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from retrofill.core.fold import Changes
+from retrofill.core.fold import Changes, together
 from retrofill.engine.duplicates import Duplicates
 from retrofill.engine.refold import Rule, Seed
 from retrofill.engine.refolder import (
@@ -230,8 +230,8 @@ class Rewriting:
                     where=str(self._scratch(number)),
                     mend="Restore the folder from a copy, or run `retrofill check --repair`",
                 )
-            for path in paths:
-                found.setdefault(block, []).append((_decode(stored).project, read_changes(path)[0]))
+            whole = together([read_changes(path)[0] for path in paths])
+            found.setdefault(block, []).append((_decode(stored).project, whole))
         return found
 
     async def resume(self) -> None:
@@ -503,10 +503,11 @@ class _Change:
         exported = await self._refolder.ask(Export())
         changed.append(await self._exported(exported))
         await self._in_swap(swap.merge, project, without=exported.people, add=exported.merges)
+        # At once: whom the first export alone tells of would be gone by the second.
+        whole = together([changes for changes, _ in changed])
 
         def follow() -> None:
-            for changes, _ in changed:
-                host.state.replace(project, changes)
+            host.state.replace(project, whole)
             host.state.in_time(project)
 
         try:
