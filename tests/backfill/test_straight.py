@@ -195,14 +195,61 @@ def test_a_mapping_with_an_expression_or_a_condition_goes_by_the_query(
     assert way_used == []
 
 
-def test_numbers_in_properties_go_straight_as_they_were_written(tmp_path: Path) -> None:
+NUMBERS = [
+    *(
+        "19.90",
+        "1.0",
+        "-0",
+        "-0.0",
+        "0.10",
+        "1e3",
+        "1E-7",
+        "1.50e2",
+        "-12.5",
+        "0.30000000000000004",
+    ),
+    *("123456789012345678901234567890.0", "0.00001", "1e400", "18446744073709551616", "100.00"),
+    "12345678901234567.5",
+    f"{'9' * 40}.5",
+]
+
+
+def test_a_number_is_written_the_same_by_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_used: list[int]
+) -> None:
+    """The insert_id that is made of an event is a hash of its text, so a second run must write the same."""
+    seeded = random.Random(3)
+    drawn = [repr(seeded.uniform(-1, 1) * 10 ** seeded.randint(-6, 18)) for _ in range(200)]
+    numbers = [*NUMBERS, *drawn, *(f"{float(one):.2f}" for one in drawn)]
+    shapes = ['{"n":%s}', '{"n": [%s]}', '{"n":[1,%s ,2]}']
     path = tmp_path / "s.ndjson"
     path.write_text(
-        '{"device_id":"device-1","event_type":"Open","time":1,"event_properties":{"price":19.90}}\n'
+        "".join(
+            '{"device_id":"device-1","event_type":"Open","time":1,"event_properties":'
+            f"{seeded.choice(shapes) % number}}}\n"
+            for number in numbers
+        )
     )
     names = ("device_id", "event_type", "time", "event_properties")
-    run(tmp_path / "work", path, {"event": {name: name for name in names}})
-    assert '"event_properties":{"price":19.90}' in rows(tmp_path / "work")[0]["json"]
+    both(tmp_path, path, {name: name for name in names}, monkeypatch)
+    assert sum(way_used) > 100  # as Python writes them they go straight
+    assert '"event_properties":{"n":19.9}' in "".join(
+        one["json"] for one in rows(tmp_path / "straight")
+    )
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
+def test_two_objects_in_a_line_are_no_two_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_used: list[int], end: str
+) -> None:
+    def row(number: int) -> str:
+        return f'{{"device_id":"device-{number}","event_type":"Open","time":{number}}}'
+
+    path = tmp_path / "s.ndjson"
+    lines = [*map(row, range(1, 5)), row(5) + row(6), "  ", *map(row, range(7, 12))]
+    path.write_bytes("".join(f"{line}{end}" for line in lines).encode())
+    both(tmp_path, path, {name: name for name in ("device_id", "event_type", "time")}, monkeypatch)
+    assert sum(way_used) == 9
 
 
 def test_what_a_row_becomes_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ A row is decoded into a struct with the fields of the mapping and encoded again 
 through as the source wrote them. That costs a fifth of what the mapping's query costs. The query stays what a mapping
 means: a row passes here only where it would come out the same, all others are handed on to it. So what a row becomes
 depends on the row alone, never on its neighbours. Handed on are rows that are no JSON, whose values have other types than
-their fields, without a usable id, with a forbidden or short one, without a type or time, or with an escape that JSON could
-write more simply; properties with white space between their parts are written without it, as the query does.
+their fields, without a usable id, with a forbidden or short one, without a type or time, or with a number or an escape that
+the query writes more simply; properties with white space between their parts are written without it, as the query does.
 
 Hashes of ids are DuckDB's, as in the query: a second query streams over the ids while the events wait.
 """
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import md5
@@ -48,13 +49,16 @@ _FIRST: Final = (
 )  # of an event's members, in this order
 _KEY: Final = "insert_id"
 _ABSENT = Raw()
-_BACKSLASH, _NEWLINE, _SPACE, _OPEN, _ZERO = 92, 10, 32, 0x7B, 48
+_BACKSLASH, _NEWLINE, _RETURN, _SPACE, _ZERO, _MINUS = 92, 10, 13, 32, 48, 45
+_OPEN, _CLOSE, _POINT, _EXPONENT = 0x7B, 0x7D, 0x2E, 0x65
 _OPENING = np.zeros(256, np.bool_)
 _OPENING[list(b"{[,:")] = (
     True  # white space behind these, or before those of _CLOSING, could be left out
 )
 _CLOSING = np.zeros(256, np.bool_)
 _CLOSING[list(b"}],:")] = True
+_BEFORE = np.zeros(256, np.bool_)
+_BEFORE[list(b"[,: \t\r\n0123456789")] = True  # what may stand before a number, or part of it
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
 _LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
@@ -66,6 +70,9 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
+
+_NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_DIGITS = 24  # as many before a point are looked back over
 
 _encoder = msgspec.json.Encoder()
 
@@ -220,6 +227,7 @@ class Straight:
         if b"\\" in data:
             at = np.flatnonzero(text[:-1] == _BACKSLASH)
             usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
+        usable[np.searchsorted(ends, _rewritten(data, text), "right")] = False
         events, at = self._decoded_lines(data, ends, usable)
         spaces = np.flatnonzero(text <= _SPACE)
         after = text[np.minimum(spaces + 1, len(text) - 1)]
@@ -233,7 +241,7 @@ class Straight:
     def _decoded_lines(
         self, data: bytes, ends: Ints, usable: NDArray[np.bool_]
     ) -> tuple[list[Any], Ints]:
-        if usable.all() and data[int(ends[0]) - 1] == _NEWLINE:
+        if usable.all() and data[int(ends[0]) - 1] == _NEWLINE and _each_one(data, ends):
             try:
                 events = self._read.decode_lines(data)
             except (ValueError, RecursionError):
@@ -333,6 +341,47 @@ class Straight:
             groups=[msgspec.json.decode(raw) for raw in groups],
             plans=[msgspec.json.decode(raw) for raw in plans],
         )
+
+
+def _each_one(data: bytes, ends: Ints) -> bool:
+    """Say whether each row begins and ends as an object does: if there are as many values as rows, each is one."""
+    text = np.frombuffer(data, np.uint8)
+    starts = np.concatenate(([0], ends[:-1]))
+    last = ends - 1
+    for space in (_NEWLINE, _RETURN):
+        last = last - (text[last] == space)
+    return bool(
+        (last > starts).all() and (text[starts] == _OPEN).all() and (text[last] == _CLOSE).all()
+    )
+
+
+def _rewritten(data: bytes, text: NDArray[np.uint8]) -> Ints:
+    """Return where numbers stand that the query writes otherwise, and perhaps what looks so in a text."""
+    digit = text - np.uint8(_ZERO) < np.uint8(10)
+    after = text[1:]
+    more = digit[:-1] & ((after == _POINT) | (after | 0x20 == _EXPONENT))
+    minus = np.flatnonzero((text[:-1] == _MINUS) & (after == _ZERO)) + 1
+    nothing = minus[~digit[np.minimum(minus + 1, len(text) - 1)]]
+    first = np.concatenate((np.flatnonzero(more), nothing))
+    for _ in range(_DIGITS):
+        back = digit[first - 1]
+        if not back.any():
+            break
+        first = np.maximum(first - back, 0)
+    first = first - (text[first - 1] == _MINUS)
+    first = first[_BEFORE[text[first - 1]]]
+    return np.asarray([at for at in first.tolist() if not _kept(data, at)], np.int64)
+
+
+def _kept(data: bytes, at: int) -> bool:
+    """Say whether the query writes the number that begins there as it is."""
+    found = _NUMBER.match(data, at)
+    if found is None or data[at - 1 : at].isdigit():  # longer than is looked back over
+        return False
+    number = found[0]
+    if number == b"-0" or b"e" in number or b"E" in number:
+        return False
+    return b"." not in number or repr(float(number)).encode() == number
 
 
 def _struct(members: Sequence[tuple[_Member, str, str]]) -> type[Struct]:
