@@ -95,6 +95,21 @@ def test_what_is_no_question_is_refused(tmp_path: Path) -> None:
         assert [ask(live, b"{}")[0] for _ in range(3)] == [200, 200, 200]
 
 
+def test_a_body_under_way_holds_the_place(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        slow = http.client.HTTPConnection(urlsplit(live.address).netloc, timeout=60)
+        slow.putrequest("POST", "/api/1/history")
+        slow.putheader("Authorization", f"Basic {base64.b64encode(b'KEY:SECRET').decode()}")
+        slow.putheader("Content-Length", "2")
+        slow.endheaders(b"{")
+        assert 429 in (ask(live, b"{}")[0] for _ in range(200))
+        slow.send(b"}")
+        answer = slow.getresponse()
+        assert (answer.status, lines(answer.read())[-1]) == (200, {"kind": "end", "rows": 0})
+        slow.close()
+        assert ask(live, b"{}")[0] == 200
+
+
 def test_a_client_that_has_gone_leaves_nothing_pinned() -> None:
     ended: list[str] = []
 

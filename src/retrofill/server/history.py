@@ -1,6 +1,6 @@
 """POST /api/1/history: what a rehearsal needs of a project, as lines of JSON. Ours, not Amplitude's; nothing is changed.
 
-One such request of a project at a time. Each piece is made in a reader's thread when the one before it was taken.
+One such request of a project at a time, its body included. Each piece is made in a reader's thread when the one before it was taken.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class HistoryRoutes:
 
     async def history(self, request: Request) -> Response:
         """POST /api/1/history."""
-        asked = _asked(await _body(request))
-        asked.check()
         project = request.state.project.number
         packed = "gzip" in request.headers.get("accept-encoding", "")
         with contextlib.ExitStack() as held:
             held.enter_context(self._reads.place(project, "history", _AT_ONCE))
+            body = await _body(request)
+            asked = await self._reads.run(lambda: _asked(body))
             moment = await self._engine.moment(project)
             pieces = self._lines(moment, asked)
             return _Lines(pieces, moment, self._reads, held.pop_all(), packed=packed)
@@ -138,9 +138,11 @@ async def _body(request: Request) -> bytes:
 
 def _asked(body: bytes) -> Asked:
     try:
-        return history.decode_asked(body)
+        asked = history.decode_asked(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
         raise InputError(
             f"The body asks for no history: {problem}",
             mend='Give {"device_ids": [ID], "user_ids": [ID]}',
         ) from problem
+    asked.check()
+    return asked
