@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sqlite3
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from tests.engine.test_check import START
 from tests.engine.test_undo import Server, _request
@@ -32,7 +34,9 @@ from retrofill.engine.ingest import Engine
 from retrofill.engine.repair import Repaired, repair
 from retrofill.errors import BusyError, CorruptError
 from retrofill.hot import keys
+from retrofill.hot import sqlite as sqlite_blocks
 from retrofill.lake import Lake
+from retrofill.lake.arrow import FILE
 
 Harm = Callable[[Path], None]
 
@@ -299,6 +303,31 @@ def test_a_damaged_lake_file_is_set_aside_and_what_is_whole_of_it_stays(
     server.close()
 
 
+def test_a_lake_file_of_which_deleted_rows_alone_are_whole_becomes_an_empty_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.close()
+    path = min((server.folder / "lake").rglob("0*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(repairing, "_salvaged", lambda *_: ([FILE.empty_table()], []))
+    assert _repair(server).left.differences == []
+    _open(server)
+    assert [row["insert_id"] for row in server.seen()["rows"]] == ["d"]
+    server.close()
+
+
+@pytest.mark.parametrize("bit", [20, 40, 62, 63])
+def test_a_block_whose_size_is_damaged_is_told_as_illegible(bit: int) -> None:
+    packed = pa.Codec("lz4").compress(b"x" * 400, asbytes=True)
+    blob = struct.pack("<4sQ", b"lz4\n", 400 | 1 << bit) + packed
+    with pytest.raises(CorruptError, match="unpacks to"):
+        sqlite_blocks.decoded(blob)
+    told = list(repairing._events_of(blob, 7, 3))
+    assert told == [{"from": "block 7", "rows": 3, "known": False}]
+
+
 STEPS = [
     ("_begin_anew", "after"),
     *(
@@ -312,6 +341,45 @@ STEPS = [
 
 class _CutError(BaseException):
     """The machine stops here."""
+
+
+@pytest.mark.parametrize("step", ["rename", "commit"])
+def test_a_lake_file_whose_replacement_is_cut_off_is_damaged_still(
+    step: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.close()
+    _in_lake("DELETE FROM lake.events WHERE insert_id = 'b'")(server.folder)  # has a delete file
+    path = min((server.folder / "lake").rglob("0*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    rename, end = Path.rename, Lake._end
+
+    def renamed(self: Path, to: Path) -> Path:
+        found = rename(self, to)
+        if step == "rename" and self.name.endswith(".parquet.new"):
+            raise _CutError
+        return found
+
+    def ended(self: Lake, cursor: Any) -> None:
+        if step == "commit":
+            raise _CutError
+        end(self, cursor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", renamed)
+        patched.setattr(Lake, "_end", ended)
+        with pytest.raises(_CutError):
+            _repair(server)
+    assert path.read_bytes() == data
+    assert _check(server).differences[0].where == f"lake file {path.name}"
+    assert _repair(server).left.differences == []
+    assert not path.exists()
+    assert [one["from"] for one in _listed(server)] == [path.name] * len(_listed(server))
+    _open(server)
+    assert [row["insert_id"] for row in server.seen()["rows"]] == ["d"]
+    server.close()
+    assert _repair(server).found.count == 0
 
 
 @pytest.mark.parametrize(("name", "when"), STEPS)

@@ -56,6 +56,10 @@ from retrofill.lake.files import Files
 from retrofill.limits import DEDUPE_DAYS_MAX, MS_PER_DAY
 
 _TOLD = ("block", "row", "user_id", "device_id", "insert_id", "event_type", "event_time")
+_ILLEGIBLE = (
+    *(msgspec.MsgspecError, UnicodeDecodeError, pa.ArrowException, struct.error),
+    *(CorruptError, OSError, MemoryError, OverflowError),
+)
 _encode = msgspec.json.encode
 
 
@@ -203,7 +207,7 @@ def _events_of(blob: bytes, number: int, rows: int) -> Iterator[dict[str, Any]]:
     try:
         block = sqlite.decoded(blob)
         events = [event for part in block.parts for event in decode(part.body)]
-    except (msgspec.MsgspecError, UnicodeDecodeError, pa.ArrowException, OSError, struct.error):
+    except _ILLEGIBLE:
         yield {"from": f"block {number}", "rows": rows, "known": False}
         return
     for row, event in enumerate(events):
@@ -234,7 +238,7 @@ def _mend_lake(lake: Lake, aside: _Aside) -> None:
             kept, lost = _salvaged(path, deleted)
             aside.tell(_lost(path, lost, rows))
             new = path.with_name(f"{path.name}.new")
-            if kept:
+            if any(one.num_rows for one in kept):
                 parquet.write(new, kept, Files())
             else:
                 pq.write_table(FILE.empty_table(), new)

@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS barred (
 # Before a packed block: a mark, and the size that it unpacks to. A block as it is begins otherwise: with an array's byte.
 _PACKED = struct.Struct("<4sQ")
 _MARK = b"lz4\n"
+_RATIO_MAX = 255  # LZ4 cannot pack anything better. Source: LZ4 block format, a byte of length stands for 255 at most
 _lz4 = pa.Codec("lz4")
 
 
@@ -262,8 +263,17 @@ def _open(checksum: int, blob: bytes, number: int, path: Path) -> Block:
 
 
 def decoded(blob: bytes) -> Block:
-    """Return a block as it is stored, its checksum not asked: of a damaged one whatever the codecs raise comes."""
+    """Return a block as it is stored, its checksum not asked: of a damaged one whatever the codecs raise comes.
+
+    Raises CorruptError if it cannot be as large as it says.
+    """
     if blob.startswith(_MARK):
         _, size = _PACKED.unpack_from(blob)
+        if size > len(blob) * _RATIO_MAX:
+            raise CorruptError(
+                f"A block of {len(blob):,} bytes says that it unpacks to {size:,}",
+                where="a block of hot.sqlite",
+                mend="Run `retrofill check --repair` to set the block aside",
+            )
         blob = _lz4.decompress(memoryview(blob)[_PACKED.size :], size, asbytes=True)
     return block_module.decode(blob)

@@ -13,6 +13,7 @@ that only they need. A file in the folder that the catalog does not name is what
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -387,30 +388,41 @@ class Lake:
     def replaced(self, path: Path, new: Path) -> None:
         """Put a file, on disk already, in the place of a damaged one of table `events`, delete file and all.
 
-        A stop between the steps leaves a file that the catalog cannot read, so it is damaged still, and whole.
+        It gets a name of its own, and the catalog changes in one transaction. After a stop before that, the damaged file
+        stands where it was; the one that is not named is removed when the lake is opened.
         """
         metadata = pq.read_metadata(new)
         size = new.stat().st_size
         with new.open("rb") as file:
             file.seek(-8, 2)
             footer = int.from_bytes(file.read(4), "little")
-        new.rename(path)
+        to = path.with_name(f"{path.stem.rpartition('-')[0]}-{secrets.token_hex(4)}.parquet")
+        new.rename(to)
         self.files.sync_folder(path.parent)
-        with self._writing, _told(self.folder):
-            found = self._db.execute(
-                f"SELECT data_file_id FROM {_CATALOG}.ducklake_data_file WHERE path = ?",  # noqa: S608 - a name of ours
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            found = cursor.execute(
+                f"SELECT data_file_id, path FROM {_CATALOG}.ducklake_data_file WHERE path = $1 OR ends_with(path, '/' || $1)",  # noqa: S608 - a name of ours
                 [path.name],
             ).fetchall()
-            for (number,) in found:
-                self._db.execute(
-                    f"UPDATE {_CATALOG}.ducklake_data_file SET record_count = ?, file_size_bytes = ?, "  # noqa: S608 - a name of ours
+            for number, named in found:
+                cursor.execute(
+                    f"UPDATE {_CATALOG}.ducklake_data_file SET path = ?, record_count = ?, file_size_bytes = ?, "  # noqa: S608 - a name of ours
                     "footer_size = ? WHERE data_file_id = ?",
-                    [metadata.num_rows, size, footer, number],
+                    [
+                        f"{named.removesuffix(path.name)}{to.name}",
+                        metadata.num_rows,
+                        size,
+                        footer,
+                        number,
+                    ],
                 )
-                self._db.execute(
+                cursor.execute(
                     f"DELETE FROM {_CATALOG}.ducklake_delete_file WHERE data_file_id = ?",  # noqa: S608 - a name of ours
                     [number],
                 )
+
+        self._commit(change)
 
     def history(self, after_ms: int) -> tuple[int, int, list[tuple[int, int]]]:
         """Return the highest amplitude_id, the last server time, and (block, its time) of those after one, in order.
