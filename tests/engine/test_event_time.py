@@ -21,6 +21,7 @@ from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings, PropertyTime
 from retrofill.engine.check import check
 from retrofill.engine.query import Reader
+from retrofill.errors import StoreError
 from retrofill.lake import Swap
 
 # What depends on when and in which request an event arrived.
@@ -298,6 +299,24 @@ def test_many_marks_are_folded_again_without_a_reader(
     server.engine.rewriting.kinds["late"] = tell
     server.run(asyncio.wait_for(folded.wait(), 30))
     assert server.engine.event_time.late_since(1) == 0
+
+
+def test_what_cannot_be_folded_again_now_stops_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for time in (9, 1):
+        send(server, time)
+
+    async def die(*_: Any, **__: Any) -> None:
+        raise StoreError("No memory is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.rewriting, "run", die)
+        server.run(server.engine._settle(1))
+    assert server.engine.problem() is None
+    assert server.engine.event_time.late_since(1)
+    server.run(server.engine._settle(1))
+    assert not server.engine.event_time.late_since(1)
 
 
 class _CutError(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from retrofill.core.event import Batch, Refusal
 from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine
-from retrofill.errors import FullError
+from retrofill.errors import FullError, StoreError
 from retrofill.limits import MS_PER_DAY
 
 pytestmark = pytest.mark.slow
@@ -114,6 +115,63 @@ def test_settings_that_cannot_be_stored_do_not_hold(tmp_path: Path) -> None:
         engine.set_settings(1, ProjectSettings({"batch_eps": 1}))
     assert engine.limits(1).batch_eps == 1000
     asyncio.run(engine.close())
+
+
+def test_blocks_that_the_lake_has_are_sealed_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(_: int) -> None:
+        raise FullError("The disk is full")
+
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.counting, "save", full)
+            with pytest.raises(FullError):
+                await engine.seal()
+        assert engine.problem() == "The disk is full"
+        with pytest.raises(StoreError, match="has failed"):
+            await engine.seal()
+        await engine.close()
+        assert rows(opened(tmp_path)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_seal_whose_asker_is_cancelled_goes_on(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        adopt, adopting, go = engine.lake.adopt, asyncio.Event(), threading.Event()
+
+        def held(*told: Any, **named: Any) -> None:
+            loop.call_soon_threadsafe(adopting.set)
+            assert go.wait(20)
+            adopt(*told, **named)
+
+        loop = asyncio.get_running_loop()
+        engine.lake.adopt = held  # type: ignore[method-assign] # it only waits
+        asked = asyncio.create_task(engine.seal())
+        await adopting.wait()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        go.set()
+        await engine.close()
+        assert rows(opened(tmp_path)) == 1
+
+    asyncio.run(run())
+
+
+def rows(engine: Engine) -> int:
+    """Count what the lake holds, and close the engine."""
+    with engine.lake.snapshot() as snapshot:
+        found = snapshot.cursor.execute("SELECT count(*) FROM lake.events").fetchone()
+    engine._let_go()
+    return int(found[0])
 
 
 def test_blocks_stay_until_their_key_file_is_written(tmp_path: Path) -> None:

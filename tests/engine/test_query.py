@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,8 +11,9 @@ from hypothesis import strategies as st
 from tests.engine.stored import PROJECT, Stored, block
 
 from retrofill.core.block import Block, Kind
+from retrofill.core.person import Person
 from retrofill.engine import query
-from retrofill.engine.query import View
+from retrofill.engine.query import Reader, Snapshot, View
 
 
 def _history(blocks: int = 6, rows: int = 3) -> list[Block]:
@@ -37,6 +41,41 @@ def test_a_view_keeps_what_it_saw_while_blocks_are_sealed(tmp_path: Path) -> Non
         stored.seal(6)
         assert _positions(view) == EVERY
     assert stored.ask(_positions) == EVERY
+
+
+def test_what_was_read_while_late_events_were_folded_again_is_read_anew(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, _history(), sealed=6)
+    settles = [0]
+    found: list[Any] = []
+
+    class Lake:
+        @contextlib.contextmanager
+        def snapshot(self) -> Iterator[Snapshot]:
+            with stored.lake.snapshot() as pinned:
+                found.append(pinned)
+                settles[0] += len(found) == 1  # after the pin, and nothing is late any more
+                yield pinned
+
+    def person(_: int, amplitude_id: int) -> Person:
+        one = Person(amplitude_id)
+        found.append(one)
+        settles[0] += len(found) == 1
+        return one
+
+    reader = Reader(
+        Lake(),
+        stored,
+        last_block=lambda: 6,
+        person=person,
+        aliases=lambda _: {},
+        pin=stored.pin,
+        settles=lambda _: settles[0],
+    )
+    with reader.view(PROJECT) as view:
+        assert _positions(view) == EVERY
+        assert len(found) == 2
+    found.clear()
+    assert reader.person(PROJECT, 1) is found[1]
 
 
 def test_a_view_has_nothing_that_came_later(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from retrofill.core.throttle import Accepted
 from retrofill.engine import rewriting
 from retrofill.engine.ingest import Engine
 from retrofill.engine.refolder import Done, Export, Task, ThreadRefolder
-from retrofill.errors import ConflictError, CorruptError, MissingError
+from retrofill.errors import ConflictError, CorruptError, FullError, MissingError, StoreError
 from retrofill.lake import Swap
 
 SEEN = f"({int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
@@ -457,6 +457,89 @@ def test_whose_device_another_logs_in_on_between_the_exports_stays(
 
 def _cut(*_: Any) -> None:
     raise _CutError
+
+
+def one_import(subject: Server) -> None:
+    seeded = random.Random(7)
+    for number in range(6):
+        subject.clock.ms += 1000
+        subject.send([_event(seeded, number, subject.clock.ms, name="old-shop" * (number % 2))])
+
+
+def test_an_undo_goes_no_further_once_nobody_knows_what_is_on_disk(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    one_import(subject)
+    engine: Any = subject.engine
+
+    async def fail() -> None:
+        engine.fail(FullError("The disk is full"))
+
+    engine.rewriting._refolder = lambda: Interrupted(fail)
+    with pytest.raises(StoreError, match="has failed"):
+        subject.run(engine.undo(1, "old-shop"))
+    assert [engine.lake.rewritten(number) for number, _ in engine._intents.all()] == [None]
+    subject.crash()
+    assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
+    subject.close()
+
+
+@pytest.mark.parametrize(("what", "name"), [("counting", "save"), ("", "checkpoint")])
+def test_what_waits_for_an_undo_that_fails_after_its_swap_leaves_its_files_alone(
+    what: str, name: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    one_import(subject)
+    engine: Any = subject.engine
+
+    async def full(*_: Any) -> None:
+        raise FullError("The disk is full")
+
+    async def fill() -> None:
+        await subject.post([{"event_type": "open", "device_id": "kiosk-9", "insert_id": "tail"}])
+        monkeypatch.setattr(getattr(engine, what) if what else engine, name, full)
+
+    async def both() -> list[Any]:
+        asked = [engine.undo(1, "old-shop") for _ in range(2)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    engine.rewriting._refolder = lambda: Interrupted(fill)
+    first, second = subject.run(both())
+    assert isinstance(first, FullError)
+    assert isinstance(second, StoreError)
+    assert engine.problem() is not None
+    with pytest.raises(StoreError):
+        subject.run(engine.seal())
+    monkeypatch.undo()
+    subject.crash()
+    assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
+    rows = subject.seen()["rows"]
+    assert len(rows) == len({row["insert_id"] for row in rows})
+    subject.close()
+
+
+def test_an_undo_that_fails_keeps_no_other_project_waiting(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    one_import(subject)
+    engine: Any = subject.engine
+    engine.add_project(engine.projects_store.add("two", "key-2", "secret-2"))
+
+    async def die() -> None:
+        raise StoreError("The process that folds history again dies")
+
+    engine.rewriting._refolder = lambda: Interrupted(die)
+    with pytest.raises(StoreError, match="dies"):
+        subject.run(engine.undo(1, "old-shop"))
+    changed = msgspec.structs.replace(engine.settings(2), property_time="event")
+    subject.run(engine.change_settings(2, changed))
+    assert engine.settings(2).property_time == "event"
+    assert engine.problem() is None
+    subject.crash()
+    assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
+    subject.close()
 
 
 # Where an undo is cut off, in order: (what, its method, whether the method was done before).

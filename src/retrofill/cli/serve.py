@@ -136,6 +136,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         pin=engine.pin,
         late_since=engine.event_time.late_since,
         settle=engine.event_time.settle_first,
+        settles=engine.event_time.settles,
     )
     reads = Reads(reader, deletions, limits=engine.limits, clock=clock)
 

@@ -71,6 +71,10 @@ class EventTime:
         """Return the first block whose late events are not folded again yet, 0 if there is none."""
         return self._host.state.project(project).late_since
 
+    def settles(self, project: int) -> int:
+        """Return how often a project's rows were changed since the start, so that a reader sees whether they were."""
+        return self._host.state.project(project).settled_times
+
     def settle_first(self, project: int) -> None:
         """As `settle`, for a reader's thread, which waits. Raises StoreError."""
         loop = self._loop

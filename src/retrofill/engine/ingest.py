@@ -152,6 +152,7 @@ class Engine:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
+        self._seals: set[asyncio.Task[None]] = set()
         self.rewriting = Rewriting(self, self._intents, directory.rewriting, self._sealer.refolder)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
@@ -314,6 +315,7 @@ class Engine:
         try:
             await asyncio.gather(*self._tasks)
             await self.rewriting.ended()
+            await asyncio.gather(*self._seals, return_exceptions=True)
             if self._problem is None:
                 await self.seal()
                 await self.checkpoint()
@@ -345,6 +347,9 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.rewriting.ended(abandon=True)
+        for seal in self._seals:
+            seal.cancel()
+        await asyncio.gather(*self._seals, return_exceptions=True)
         await self._release()
 
     async def _release(self) -> None:
@@ -389,8 +394,7 @@ class Engine:
         Raises BusyError when a queue is at its bound, StoreError when the disk fails: nothing of it is stored then
         (after a failed sync: nobody is told that it is).
         """
-        if self._problem is not None:
-            raise StoreError("The store has failed", mend="Start the server again")
+        self.sound()
         if self._closing:
             raise BusyError("The server is stopping", mend="Send the request again")
         if self._unsealed_events > SEAL_LAG_EVENTS_MAX:
@@ -586,7 +590,13 @@ class Engine:
         """Fold again what late events have marked, in projects with at least so many marks."""
         for number in self._admissions:
             if len(self.state.project(number).late) >= marks and not self._closing:
-                await self.event_time.settle(number)
+                try:
+                    await self.event_time.settle(number)
+                except StoreError as problem:
+                    if self._problem is not None:
+                        raise
+                    # Nothing has changed: the next look tries it again, and so does whoever reads.
+                    log.warning("settle_failed", project=number, reason=str(problem))
 
     def _seal_is_due(self, now_ms: int) -> bool:
         return bool(self.unsealed) and (
@@ -595,16 +605,29 @@ class Engine:
         )
 
     async def seal(self) -> None:
-        """Move every block committed so far into the lake."""
-        async with self.sealing:
-            if self.unsealed:
-                await self._seal()
+        """Move every block committed so far into the lake, to the end also when whoever asked has gone.
+
+        Raises StoreError; then the engine refuses all work: the lake may have some of the blocks, and a second time
+        they must not go there.
+        """
+        task = asyncio.create_task(self._seal())
+        self._seals.add(task)
+        task.add_done_callback(self._seals.discard)
+        await asyncio.shield(task)
 
     async def _seal(self) -> None:
-        first, last = self.unsealed[0].number, self.unsealed[-1].number
-        await self._sealer.seal(first, last)
-        await self.sealed(first, last)
-        await self._sealer.compact()
+        async with self.sealing:
+            self.sound()
+            if not self.unsealed:
+                return
+            first, last = self.unsealed[0].number, self.unsealed[-1].number
+            try:
+                await self._sealer.seal(first, last)
+                await self.sealed(first, last)
+            except BaseException as problem:
+                self.fail(problem)
+                raise
+            await self._sealer.compact()
 
     async def compacted(self) -> None:
         """Wait until no compaction is under way."""
@@ -766,15 +789,20 @@ class Engine:
         self._may_change()
         return await self.rewriting.whole(self._unmerging.unmerge(project, block, row))
 
+    def sound(self) -> None:
+        """Raise StoreError if nobody knows what is on disk; a stop under way is no reason."""
+        if self._problem is not None:
+            raise StoreError("The store has failed", mend="Start the server again")
+
     def _may_change(self) -> None:
         if self._problem is not None or self._closing:
             raise StoreError("The store has failed or is stopping", mend="Start the server again")
 
     async def forget(self, project: int, amplitude_ids: list[int]) -> None:
         """Delete people: their state by a block of its own, then their rows, once all of them are in the lake."""
-        if self._problem is not None:
-            raise StoreError("The store has failed", mend="Start the server again")
+        self.sound()
         async with self.rewriting.alone():  # an undo between block and rows would make them again
+            self.sound()
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._forgetting.append((tuple((project, one) for one in amplitude_ids), done))
             self._wake.set()

@@ -98,7 +98,8 @@ class Reader:
     last_block: number of the last acknowledged block. person: a person's state, None if unknown.
     aliases: user_id → global_user_id of a project. pin: keeps every block after a number while it is open.
     late_since: the first block of a project with late events that were not folded in event time yet, 0 if there is
-    none. settle: folds them, and waits.
+    none. settle: folds them, and waits. settles: how often they were folded; what was read while that changes may be of
+    before, though nothing is late any more.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Reader:
         pin: Callable[[int], AbstractContextManager[None]],
         late_since: Callable[[int], int] = lambda _: 0,
         settle: Callable[[int], None] = lambda _: None,
+        settles: Callable[[int], int] = lambda _: 0,
     ) -> None:
         # Arrow's own pool keeps what was freed: an export would leave the process 100 MB larger.
         pa.set_memory_pool(pa.system_memory_pool())
@@ -121,7 +123,7 @@ class Reader:
         self._pin = pin
         self._pin_lock = threading.Lock()
         self._person = person
-        self._late_since, self._settle = late_since, settle
+        self._late_since, self._settle, self._settles = late_since, settle, settles
         self.aliases = aliases
 
     @contextlib.contextmanager
@@ -129,27 +131,32 @@ class Reader:
         """Pin what is there now. Everything acknowledged before the call is in the view."""
         last = self._last_block()
         while True:
+            before = self._settles(project)
             with ExitStack() as stack:
                 early = stack.enter_context(contextlib.ExitStack())
                 early.enter_context(self._pinned(0))
                 snapshot = stack.enter_context(self._lake.snapshot())
                 stack.enter_context(self._pinned(snapshot.sealed))
                 early.close()
-                if not self._is_late(project, max(last, snapshot.sealed)):
+                late = self._is_late(project, max(last, snapshot.sealed))
+                if not late and self._settles(project) == before:
                     self._unsealed.forget(snapshot.sealed)
                     view = View(self, project, snapshot, last, self._unsealed)
                     stack.callback(view.close)
                     yield view
                     return
-            self._settle(project)
+            if late:
+                self._settle(project)
 
     def person(self, project: int, amplitude_id: int) -> Person | None:
         """Return a person's state as of the last acknowledged block, None if unknown."""
         while True:
+            before = self._settles(project)
             found = self._person(project, amplitude_id)
-            if not self._late_since(project):
+            if self._late_since(project):
+                self._settle(project)
+            elif self._settles(project) == before:
                 return found
-            self._settle(project)
 
     def _is_late(self, project: int, last: int) -> bool:
         """Say whether blocks up to one hold late events that would show."""

@@ -127,6 +127,9 @@ class Host(Protocol):
     async def compacted(self) -> None:
         """Wait until no compaction is under way."""
 
+    def sound(self) -> None:
+        """Raise StoreError if nobody knows what is on disk."""
+
     async def sealed(self, first: int, last: int) -> None:
         """Let go of blocks that the lake has now; the caller holds `sealing`."""
 
@@ -192,8 +195,9 @@ class Rewriting:
         return seed, rule
 
     async def run(self, intent: Intent, *, begun: Callable[[], None] = lambda: None) -> None:
-        """Do what an intent says, whole, after those that broke off; the caller is `alone`.
+        """Do what an intent says, whole, after those of its project that broke off; the caller is `alone`.
 
+        Nothing of one that broke off is in place, so late events may be folded again before it: readers wait for that.
         begun: called in a thread once the intent is stored; a crash may leave it out.
         Raises StoreError: it was never begun, or the next start ends it.
         """
@@ -202,10 +206,10 @@ class Rewriting:
         stored = msgspec.json.encode(intent)
         done = False
         for number, one in await asyncio.to_thread(self._intents.all):
-            await self._do(
-                number, _decode(one)
-            )  # that broke off: later it would undo what is done now
-            done |= one == stored
+            broken = _decode(one)
+            if one == stored or (broken.project == intent.project and intent.kind != "late"):
+                await self._do(number, broken)  # later it would undo what is done now
+                done |= one == stored
         if not done:
             number = await asyncio.to_thread(self._intents.add, stored)
             await asyncio.to_thread(begun)
@@ -268,6 +272,11 @@ class Rewriting:
 
     async def _do(self, number: int, intent: Intent) -> None:
         host = self._host
+        host.sound()
+        block = await asyncio.to_thread(host.lake.rewritten, number)
+        if block is not None:  # its files are all that memory can follow from
+            await self._end(number, intent, block)
+            return
         await asyncio.to_thread(_made_anew, self._scratch(number))
         if self._waited_for(intent):
             async with host.committing:
@@ -283,13 +292,16 @@ class Rewriting:
     async def _change(
         self, number: int, intent: Intent, refolder: Refolder, *, paused: bool
     ) -> None:
+        scratch = self._scratch(number)
+        change = _Change(self._host, self._intents, number, intent, scratch, refolder)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="swap") as thread:
-                change = _Change(
-                    self._host, self._intents, number, intent, self._scratch(number), refolder
-                )
                 change.thread, change.paused = thread, paused
                 block = await change.run(*self.told(intent))
+        except BaseException as problem:
+            if change.committed:
+                self._host.fail(problem)  # the next start ends it
+            raise
         finally:
             await refolder.stop()
         await self._end(number, intent, block)
@@ -326,6 +338,7 @@ class _Change:
         self._refolder = refolder
         self.thread = ThreadPoolExecutor(1)
         self.paused = False
+        self.committed = False
         self._pins = contextlib.ExitStack()
         self._pinned = 0
         self._until = 0  # everything up to this block is folded
@@ -338,7 +351,7 @@ class _Change:
     async def run(self, seed: Seed, rule: Rule) -> int:
         """Do all of it; return the last block whose rows are changed, memory and lake alike."""
         host = self._host
-        with self._pins:
+        try:
             await host.seal()
             await self._fold(await self._begin(seed, rule))
             for _ in range(REFOLD_PASSES_MAX):
@@ -351,6 +364,8 @@ class _Change:
             async with host.sealing:
                 await host.compacted()
                 return await self._swap()
+        finally:
+            self._pins.close()  # the last ones: each pass has others
 
     # Beside the traffic.
 
@@ -499,6 +514,7 @@ class _Change:
 
     async def _pause(self, swap: Swap, changed: list[tuple[Changes, Laid]], rekeyed: Done) -> None:
         host, project = self._host, self._intent.project
+        host.sound()  # a block of which nobody knows whether it is on disk would be left out
         await self._tail(swap, host.state.block)
         exported = await self._refolder.ask(Export())
         changed.append(await self._exported(exported))
@@ -512,6 +528,7 @@ class _Change:
 
         try:
             await self._in_swap(swap.commit, self._number, block=self._until, then=follow)
+            self.committed = True
             host.duplicates.adopt(rekeyed.keys)
             for _, laid in changed:
                 host.duplicates.mend(laid.gone, laid.added)

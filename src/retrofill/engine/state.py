@@ -143,6 +143,7 @@ class ProjectState:
         self.late: dict[Place, int] = checkpoint.late(project)
         self.late_since = min(self.late.values(), default=0)
         self._late_changed = False
+        self.settled_times = 0
         self._settled = False
 
     def at_hand(self, batches: Iterable[Batch]) -> Known | None:
@@ -253,6 +254,7 @@ class ProjectState:
 
     def in_time(self) -> None:
         """Nobody is marked any more."""
+        self.settled_times += 1  # before the marks: who finds none must see that they were there
         self._late_changed |= bool(self.late)
         self.late, self.late_since = {}, 0
 

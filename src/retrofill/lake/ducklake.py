@@ -544,8 +544,12 @@ class Swap:
     def __init__(self, lake: Lake) -> None:
         self._lake = lake
         lake._writing.acquire()  # noqa: SLF001 - one thing in two parts
-        self._cursor = lake._db.cursor()  # noqa: SLF001
-        self._cursor.execute("BEGIN TRANSACTION")
+        try:
+            self._cursor = lake._db.cursor()  # noqa: SLF001
+            self._cursor.execute("BEGIN TRANSACTION")
+        except BaseException:
+            lake._writing.release()  # noqa: SLF001
+            raise
 
     def take_out(self, project: int, places: Path) -> None:
         """Take rows of a project out: those at the (block, row) of a Parquet file."""
