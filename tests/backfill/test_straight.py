@@ -238,6 +238,23 @@ def test_a_number_is_written_the_same_by_both_ways(
     )
 
 
+def test_what_looks_like_a_number_in_a_text_goes_straight(
+    tmp_path: Path, way_used: list[int]
+) -> None:
+    texts = (
+        "bf637293-0b09-4ed6-bb1e-1c2f0266a1d8",
+        f"{'0' * 35}e",
+        "2026-01-02T03:04:05Z",
+        "at 10.",
+    )
+    path = tmp_path / "s.ndjson"
+    path.write_text(
+        "".join(f'{{"device_id":"{one} x","event_type":"Open","time":1}}\n' for one in texts)
+    )
+    run(tmp_path / "work", path, {"event": {n: n for n in ("device_id", "event_type", "time")}})
+    assert sum(way_used) == len(texts)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
 def test_two_objects_in_a_line_are_no_two_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way_used: list[int], end: str

@@ -58,7 +58,7 @@ _OPENING[list(b"{[,:")] = (
 _CLOSING = np.zeros(256, np.bool_)
 _CLOSING[list(b"}],:")] = True
 _BEFORE = np.zeros(256, np.bool_)
-_BEFORE[list(b"[,: \t\r\n0123456789")] = True  # what may stand before a number, or part of it
+_BEFORE[list(b"[,: \t\r\n")] = True  # what may stand before a number
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
 _LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
@@ -72,7 +72,9 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
 
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_DIGITS = 24  # as many before a point are looked back over
+# Of so few digits, and without a nought at the end, each is the shortest of its number.
+_plain = re.compile(rb"-?\d{1,9}\.(?:0|\d{0,3}[1-9])(?=[,}\]\s])").match
+_DIGITS = 40  # as many before a point are looked back over
 
 _encoder = msgspec.json.Encoder()
 
@@ -363,14 +365,19 @@ def _rewritten(data: bytes, text: NDArray[np.uint8]) -> Ints:
     minus = np.flatnonzero((text[:-1] == _MINUS) & (after == _ZERO)) + 1
     nothing = minus[~digit[np.minimum(minus + 1, len(text) - 1)]]
     first = np.concatenate((np.flatnonzero(more), nothing))
+    going = np.flatnonzero(digit[first - 1])
     for _ in range(_DIGITS):
-        back = digit[first - 1]
-        if not back.any():
+        if not len(going):
             break
-        first = np.maximum(first - back, 0)
-    first = first - (text[first - 1] == _MINUS)
-    first = first[_BEFORE[text[first - 1]]]
-    return np.asarray([at for at in first.tolist() if not _kept(data, at)], np.int64)
+        first[going] -= 1
+        going = going[digit[first[going] - 1]]
+    first -= text[first - 1] == _MINUS
+    maybe = _BEFORE[text[first - 1]]
+    maybe[going] = True
+    first = first[maybe]
+    return np.asarray(
+        [at for at in first.tolist() if not (_plain(data, at) or _kept(data, at))], np.int64
+    )
 
 
 def _kept(data: bytes, at: int) -> bool:
