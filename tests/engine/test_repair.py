@@ -35,6 +35,7 @@ from retrofill.engine.repair import Repaired, repair
 from retrofill.errors import BusyError, CorruptError
 from retrofill.hot import keys
 from retrofill.hot import sqlite as sqlite_blocks
+from retrofill.hot.directory import Directory
 from retrofill.lake import Lake
 from retrofill.lake.arrow import FILE
 
@@ -459,6 +460,17 @@ def test_a_broken_hot_store_is_left_as_it_is(server: Server) -> None:
     done = _repair(server)
     assert done.found.count == done.left.count > 0
     assert path.read_bytes() == broken
+
+
+def test_what_was_written_last_to_a_checkpoint_is_set_aside_with_it(server: Server) -> None:
+    server.close()
+    directory = Directory(server.folder)
+    wal = server.folder / "checkpoint.sqlite-wal"
+    wal.write_bytes(b"written last")
+    folder = server.folder / "set-aside"
+    repairing._leave_checkpoint(directory, repairing._Aside(folder))
+    directory.close()
+    assert (folder / wal.name).read_bytes() == b"written last"
 
 
 def test_a_damaged_block_of_the_wire_is_no_block() -> None:

@@ -150,7 +150,7 @@ def _mend_files(directory: Directory, aside: _Aside) -> None:
     if damaged or lost or (checkpoint.exists() and sqlite.faults(checkpoint)):
         _leave_checkpoint(directory, aside)
     if directory.imports.exists() and sqlite.faults(directory.imports):
-        aside.take(directory.imports)
+        _take(directory.imports, aside)
         _remove(directory.imports)
     with closing(sqlite.Blocks(directory.blocks)) as blocks:
         for number, rows in damaged:
@@ -165,12 +165,18 @@ def _leave_checkpoint(directory: Directory, aside: _Aside) -> None:
     """Set the checkpoint aside; from here on it is to be begun anew, and nothing but a repair opens the directory."""
     if directory.repairing.exists():
         return
-    aside.take(directory.checkpoint)
+    _take(directory.checkpoint, aside)
     new = directory.repairing.with_name("repairing.part")
     new.write_text(str(_fresh(directory.checkpoint)))
     Files().sync_file(new)
     new.rename(directory.repairing)
     Files().sync_folder(directory.root)
+
+
+def _take(path: Path, aside: _Aside) -> None:
+    """Set a SQLite file aside, with what was written to it last."""
+    for end in ("", "-wal"):
+        aside.take(path.with_name(f"{path.name}{end}"))
 
 
 def _remove(path: Path) -> None:
