@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
+import pytest
 from tests.backfill import staged
 from tests.backfill.destination import Misbehaving
 from tests.backfill.test_send import OPEN, send
 
+from retrofill.backfill import rehearsed
 from retrofill.backfill.journal import Dead, Journal
 from retrofill.backfill.profile import PROFILES
 from retrofill.backfill.report import grouped, page
@@ -100,3 +102,11 @@ def test_time_spans_are_told_as_people_do() -> None:
         "1 h 1 min",
         "1 d 1 h",
     ]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"block":1,"at_ms":"x","exact":true,"against":"a"}'])
+def test_a_rehearsal_of_another_version_leaves_the_rest_of_the_page(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rehearsal.json").write_text(text)
+    assert "rehearse again" in rehearsed.section(tmp_path)

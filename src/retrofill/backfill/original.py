@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -96,9 +97,10 @@ def sent(work: Path, named: Sequence[str], told: str | None, format_name: str | 
         return
     journal = Journal(work)
     try:
-        owed = [(key, _letter(line)) for key, line in journal.letters() if _holds_event(line)]
+        held = ((key, _letter(line)) for key, line in journal.letters() if _holds_event(line))
+        owed = list(islice(held, LOOKED_UP_MAX))
         wanted: dict[str, set[int]] = {}
-        for _, letter in owed[:LOOKED_UP_MAX]:
+        for _, letter in owed:
             wanted.setdefault(letter.file, set()).add(letter.line)
         if not wanted:
             return

@@ -25,19 +25,22 @@ def section(work: Path) -> str:
     made = _read(work / FILE)
     if not isinstance(made, dict):
         return ""
-    return "".join(
-        (
-            f"<h2>Rehearsal</h2><p>{html.escape(_sentence(made))}</p>",
-            *_warnings(made),
-            _figures(made),
-            _by_day("New users by day, before and after", made["new_users"]),
-            _by_day("Active users by day, before and after", made["active_users"]),
-            _first_seen(made["first_seen"]),
-            _properties(made),
-            *_lists(made),
-            _verdict(_read(work / VERDICT)),
-        )
-    )
+    try:
+        return "".join(_parts(made, _read(work / VERDICT)))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"<h2>Rehearsal</h2><p>{FILE} is not of this version: rehearse again.</p>"
+
+
+def _parts(made: Json, verdict: Any) -> Iterator[str]:
+    yield f"<h2>Rehearsal</h2><p>{html.escape(_sentence(made))}</p>"
+    yield from _warnings(made)
+    yield _figures(made)
+    yield _by_day("New users by day, before and after", made["new_users"])
+    yield _by_day("Active users by day, before and after", made["active_users"])
+    yield _first_seen(made["first_seen"])
+    yield _properties(made)
+    yield from _lists(made)
+    yield _verdict(verdict)
 
 
 def _read(path: Path) -> Any:

@@ -69,7 +69,8 @@ def _unpack(path: Path, to: Path) -> None:
         raise InputError(
             f"The export cannot be read: {problem.strerror or problem}", where=str(path), mend=mend
         ) from problem
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as problem:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as problem:
+        # RuntimeError: a member is encrypted, or packed in a way that is not known.
         raise InputError(
             f"This is no whole export: {problem}", where=str(path), mend=mend
         ) from problem

@@ -14,9 +14,10 @@ import io
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from datetime import date, timedelta
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -36,6 +37,8 @@ from retrofill.errors import FinalError, InputError, RetryError
 from retrofill.hot.checkpoint import FIRST_AMPLITUDE_ID, Changed, Meta
 from retrofill.lake.arrow import MergeRow
 from retrofill.limits import CHART_DAYS_MAX, Limits
+
+T = TypeVar("T")
 
 ANSWER_S = 600.0  # ours: how long a server may take to begin, or to send the next piece
 _PIECE_BYTES = 8 * 1024 * 1024
@@ -155,7 +158,7 @@ class Answer:
     def _read(self) -> bytes:
         try:
             return self._stream.read(_PIECE_BYTES)
-        except (OSError, EOFError, http.client.HTTPException) as problem:
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as problem:
             raise _cut_off() from problem
 
     def rows(self) -> Iterator[pa.Table]:
@@ -242,9 +245,12 @@ def ask(to: Target, keys: Keys, asked: Asked) -> Iterator[Answer]:
 
 def property_time(to: Target, keys: Keys) -> str:
     """Ask a server of ours in which order it folds properties. Raises FinalError if it refuses, RetryError."""
-    with _open(to, keys, "/api/1/project", None) as answer:
-        settings = msgspec.json.decode(answer.read())["settings"]
+    settings = _read(to, keys, "/api/1/project", _Project).settings
     return str(settings.get("property_time", "arrival"))
+
+
+class _Project(Struct, frozen=True):
+    settings: dict[str, Any]
 
 
 class Imported(Struct, frozen=True):
@@ -267,8 +273,7 @@ class _Imports(Struct, frozen=True):
 
 def import_figures(to: Target, keys: Keys, name: str) -> Imported:
     """Ask a server of ours what became of an import, nothing if it has none. Raises FinalError, RetryError."""
-    with _open(to, keys, "/api/1/imports", None) as answer:
-        found = msgspec.json.decode(answer.read(), type=_Imports).imports
+    found = _read(to, keys, "/api/1/imports", _Imports).imports
     return next((one for one in found if one.name == name), Imported())
 
 
@@ -278,8 +283,7 @@ def chart(to: Target, keys: Keys, metric: str, first: date, last: date) -> dict[
     while first <= last:
         end = min(last, first + timedelta(CHART_DAYS_MAX - 1))
         path = f"/api/2/users?m={metric}&i=1&start={first:%Y%m%d}&end={end:%Y%m%d}"
-        with _open(to, keys, path, None) as answer:
-            data = msgspec.json.decode(answer.read(), type=_Chart).data
+        data = _read(to, keys, path, _Chart).data
         values = data.series[0] if data.series else []
         found |= {day: int(value) for day, value in zip(data.xValues, values, strict=False)}
         first = end + timedelta(1)
@@ -293,6 +297,21 @@ class _Series(Struct, frozen=True):
 
 class _Chart(Struct, frozen=True):
     data: _Series
+
+
+def _read(to: Target, keys: Keys, path: str, kind: type[T]) -> T:
+    """Return what a server answers, whole. Raises FinalError if it refuses or is not understood, RetryError."""
+    with _open(to, keys, path, None) as answer:
+        try:
+            return msgspec.json.decode(answer.read(), type=kind)
+        except (OSError, http.client.HTTPException) as problem:
+            raise _cut_off() from problem
+        except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+            raise FinalError(
+                f"The server's answer is not understood: {problem}",
+                where=f"{to.read}{path}",
+                mend="Check the address: something else may answer there",
+            ) from problem
 
 
 def _open(to: Target, keys: Keys, path: str, body: bytes | None) -> http.client.HTTPResponse:
