@@ -301,6 +301,33 @@ def test_many_marks_are_folded_again_without_a_reader(
     assert server.engine.event_time.late_since(1) == 0
 
 
+def test_readers_who_ask_together_have_late_events_folded_again_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for time in (9, 1):
+        send(server, time)
+    run, runs = server.engine.rewriting.run, 0
+
+    async def more_comes(*asked: Any) -> None:
+        nonlocal runs
+        runs += 1
+        await run(*asked)
+        # Late again, before the next of those who wait has its turn.
+        late = {"event_type": "open", "device_id": "phone-1", "time": BEGUN_MS, "insert_id": "late"}
+        await server.post([late])
+
+    async def together() -> None:
+        await asyncio.gather(*(server.engine.event_time.settle(1) for _ in range(3)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.rewriting, "run", more_comes)
+        server.run(together())
+    assert runs == 1
+    assert server.engine.event_time.late_since(1)
+    settled(server)
+    assert not server.engine.event_time.late_since(1)
+
+
 def test_what_cannot_be_folded_again_now_stops_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

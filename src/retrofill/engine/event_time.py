@@ -57,7 +57,7 @@ class EventTime:
         """Fold again whom late events have marked so far. Raises StoreError: then the next start ends it."""
         if self.late_since(project):
             self._may_change()
-            await self._rewriting.whole(self._settle(project))
+            await self._rewriting.whole(self._settle(project, self._host.state.block))
 
     async def switch(self, project: int, to: PropertyTime) -> None:
         """Fold a project in the other order; it is done when this returns. Again it changes nothing.
@@ -82,9 +82,10 @@ class EventTime:
             raise StoreError("The server is not running", mend="Ask again when it is")
         asyncio.run_coroutine_threadsafe(self.settle(project), loop).result()
 
-    async def _settle(self, project: int) -> None:
+    async def _settle(self, project: int, last: int) -> None:
         async with self._rewriting.alone():
-            if self.late_since(project):
+            # What came while this waited is for those who ask later: else each of many readers would fold again.
+            if 0 < self.late_since(project) <= last:
                 await self._rewriting.run(Intent(project, "late", "", Seed(), Rule()))
 
     async def _settled(self, _intent: Intent, _block: int) -> None:
