@@ -328,6 +328,26 @@ def test_readers_who_ask_together_have_late_events_folded_again_once(
     assert not server.engine.event_time.late_since(1)
 
 
+def test_a_moment_is_pinned_though_late_events_go_on_coming(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for time in (9, 1):
+        send(server, time)
+    settle = server.engine.event_time.settle
+
+    async def more_comes(project: int) -> None:
+        await settle(project)
+        late = {"event_type": "open", "device_id": "phone-1", "time": BEGUN_MS}
+        await server.post([late])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.event_time, "settle", more_comes)
+        moment = server.run(asyncio.wait_for(server.engine.moment(1), 20))
+    assert moment.snapshot.sealed == server.engine.state.block
+    assert not server.engine.event_time.late_since(1)
+    moment.close()
+
+
 def test_what_cannot_be_folded_again_now_stops_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,11 @@ class EventTime:
             self._may_change()
             await self._rewriting.whole(self._settle(project, self._host.state.block))
 
+    async def settle_held(self, project: int) -> None:
+        """As `settle`; the caller is `alone`, and commits wait for it: when this returns nobody is marked."""
+        if self.late_since(project):
+            await self._rewriting.run(_late(project), held=True)
+
     async def switch(self, project: int, to: PropertyTime) -> None:
         """Fold a project in the other order; it is done when this returns. Again it changes nothing.
 
@@ -86,7 +91,7 @@ class EventTime:
         async with self._rewriting.alone():
             # What came while this waited is for those who ask later: else each of many readers would fold again.
             if 0 < self.late_since(project) <= last:
-                await self._rewriting.run(Intent(project, "late", "", Seed(), Rule()))
+                await self._rewriting.run(_late(project))
 
     async def _settled(self, _intent: Intent, _block: int) -> None:
         """Nothing is left to do: the state says by itself that nobody is marked."""
@@ -102,3 +107,7 @@ class EventTime:
         to: PropertyTime = "event" if intent.argument == "event" else "arrival"
         settings = replace(self._host.settings(intent.project), property_time=to)
         self._host.set_settings(intent.project, settings)
+
+
+def _late(project: int) -> Intent:
+    return Intent(project, "late", "", Seed(), Rule())

@@ -710,16 +710,14 @@ class Engine:
 
         Commits wait while what has arrived since the last seal is sealed: a part of a second.
         """
-        while True:
-            await self.event_time.settle(project)
-            async with self.rewriting.alone():
+        await self.event_time.settle(project)
+        async with self.rewriting.alone():
+            await self.seal()
+            async with self.committing:
+                await self.event_time.settle_held(project)  # what came late since
                 await self.seal()
-                async with self.committing:
-                    if self.event_time.late_since(project):
-                        continue
-                    await self.seal()
-                    meta, unsaved = self.state.moment(project)
-                    return await asyncio.to_thread(self._moment, project, meta, unsaved)
+                meta, unsaved = self.state.moment(project)
+                return await asyncio.to_thread(self._moment, project, meta, unsaved)
 
     def _moment(self, project: int, meta: Meta, unsaved: Changed) -> Moment:
         with contextlib.ExitStack() as held:

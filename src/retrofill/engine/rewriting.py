@@ -194,11 +194,13 @@ class Rewriting:
                 rule = replace(rule, by_time=True)
         return seed, rule
 
-    async def run(self, intent: Intent, *, begun: Callable[[], None] = lambda: None) -> None:
+    async def run(
+        self, intent: Intent, *, begun: Callable[[], None] = lambda: None, held: bool = False
+    ) -> None:
         """Do what an intent says, whole, after those of its project that broke off; the caller is `alone`.
 
         Nothing of one that broke off is in place, so late events may be folded again before it: readers wait for that.
-        begun: called in a thread once the intent is stored; a crash may leave it out.
+        begun: called in a thread once the intent is stored; a crash may leave it out. held: commits wait already.
         Raises StoreError: it was never begun, or the next start ends it.
         """
         assert self._one.locked()
@@ -208,12 +210,12 @@ class Rewriting:
         for number, one in await asyncio.to_thread(self._intents.all):
             broken = _decode(one)
             if one == stored or (broken.project == intent.project and intent.kind != "late"):
-                await self._do(number, broken)  # later it would undo what is done now
+                await self._do(number, broken, held=held)  # later it would undo what is done now
                 done |= one == stored
         if not done:
             number = await asyncio.to_thread(self._intents.add, stored)
             await asyncio.to_thread(begun)
-            await self._do(number, intent)
+            await self._do(number, intent, held=held)
 
     # A start.
 
@@ -270,7 +272,7 @@ class Rewriting:
     def _scratch(self, number: int) -> Path:
         return self._folder / str(number)
 
-    async def _do(self, number: int, intent: Intent) -> None:
+    async def _do(self, number: int, intent: Intent, *, held: bool = False) -> None:
         host = self._host
         host.sound()
         block = await asyncio.to_thread(host.lake.rewritten, number)
@@ -278,8 +280,8 @@ class Rewriting:
             await self._end(number, intent, block)
             return
         await asyncio.to_thread(_made_anew, self._scratch(number))
-        if self._waited_for(intent):
-            async with host.committing:
+        if held or self._waited_for(intent):
+            async with contextlib.nullcontext() if held else host.committing:
                 await self._change(number, intent, ThreadRefolder(), paused=True)
         else:
             await self._change(number, intent, self._refolder(), paused=False)
