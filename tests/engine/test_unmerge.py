@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from tests.engine.test_check import SealerInside
 from tests.engine.test_undo import Server, _CutError, _request
-from tests.engine.test_why import ask, rules
+from tests.engine.test_why import ask, reader_of, rules
 from tests.stateful.test_engine import FakeClock
 
 from retrofill.core.person import Person
 from retrofill.engine.check import check
-from retrofill.engine.query import Reader
 from retrofill.engine.unmerge import Asked, Listed, listed
 from retrofill.errors import MissingError
 from retrofill.lake import Swap
@@ -44,17 +43,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def merges(server: Server, **asked: Any) -> list[Listed]:
-    engine = server.engine
-    reader = Reader(
-        engine.lake,
-        engine.blocks,
-        last_block=engine.last_block,
-        person=engine.person,
-        aliases=engine.aliases,
-        pin=engine.pin,
-    )
-    with reader.view(1) as view:
-        return listed(view, engine.projects_store.barred(1), Asked(**asked))
+    with reader_of(server).view(1) as view:
+        return listed(view, server.engine.projects_store.barred(1), Asked(**asked))
 
 
 def person(server: Server, user: str) -> Person:

@@ -33,9 +33,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
-def ask(server: Server, **question: Any) -> Answer:
+def reader_of(server: Server) -> Reader:
     engine = server.engine
-    reader = Reader(
+    return Reader(
         engine.lake,
         engine.blocks,
         last_block=engine.last_block,
@@ -43,7 +43,11 @@ def ask(server: Server, **question: Any) -> Answer:
         aliases=engine.aliases,
         pin=engine.pin,
     )
-    with reader.view(1) as view:
+
+
+def ask(server: Server, **question: Any) -> Answer:
+    engine = server.engine
+    with reader_of(server).view(1) as view:
         return why(
             view,
             Question(**question),
