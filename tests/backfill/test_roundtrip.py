@@ -189,6 +189,9 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
     with Live(tmp_path) as live:
         rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
         assert (rates.updates_per_h, rates.quota_per_day) == (1800, 500_000)
+        assert (rates.device_per_s, rates.user_per_s, rates.events_per_s) == (1000, 1000, 0)
+        short = choose(target(f"{live.address}/2/httpapi"), None, *OLD).rates
+        assert (short.device_per_s, short.user_per_s) == (30, 30)
         unknown = adjust(choose(target(live.address), None, OLD[0]), skip_sync=False).rates
         assert (unknown.updates_per_h, unknown.quota_per_day) == (0, 0)
         blind = ["plan", *source, "--to", live.address, "--work", str(tmp_path / "blind")]
@@ -202,10 +205,17 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
         told = json.loads(planned.stdout)
         assert (told["updates"], told["least_s"]) == (2500, 3600)
         assert any("2,500 property updates" in warning for warning in told["warnings"])
-        settings = json.dumps({"limits": {"property_updates_per_h": 0, "daily_quota": 9000}})
-        put(live, OLD, "/api/1/project", settings.encode())
+        limits = {"property_updates_per_h": 0, "daily_quota": 9000, "batch_eps": 5000}
+        limits |= {"project_eps": 500, "project_requests_per_s": 7}
+        put(live, OLD, "/api/1/project", json.dumps({"limits": limits}).encode())
         rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
         assert (rates.updates_per_h, rates.quota_per_day) == (0, 9000)
+        assert (rates.device_per_s, rates.events_per_s, rates.requests_per_s) == (5000, 500, 7)
+        planned = CliRunner().invoke(app, ["plan", *source, "--to", live.address, *keys, "--json"])
+        told = json.loads(planned.stdout)
+        assert (told["least_s"], told["least_because"]) == (5, "events in all")
+        limits |= {"project_eps": 0, "project_requests_per_s": 0}
+        put(live, OLD, "/api/1/project", json.dumps({"limits": limits}).encode())
         line = ["run", *source, "--to", live.address, *keys, "--yes"]
         found = CliRunner().invoke(app, line)
         assert found.exit_code == 0, found.output

@@ -1,9 +1,8 @@
 """Where a history goes and what may be asked of it there.
 
 A destination is named `amplitude`, `amplitude-eu` or by its URL. Its profile holds its limits: of Amplitude's texts the
-strictest numbers that satisfy every page (contract, ingest 3b, "backfill client self-limit"), or those of our own server:
-rates it answers with 429, its quota and its hourly property updates it is asked for. Every number can be given on the
-command line.
+strictest numbers that satisfy every page (contract, ingest 3b, "backfill client self-limit"), or those of our own server,
+which is asked for them. Every number can be given on the command line.
 """
 
 from __future__ import annotations
@@ -166,8 +165,12 @@ class _Rows(Struct, frozen=True):
 
 
 class _Limits(Struct, frozen=True):
-    """What of a project's limits a run keeps by itself; the others are learned from answers."""
+    """What of a project's limits a run keeps by itself, so that it hardly ever has to be told."""
 
+    batch_eps: int
+    httpapi_eps: int
+    project_eps: int
+    project_requests_per_s: int
     daily_quota: int
     property_updates_per_h: int
 
@@ -186,9 +189,10 @@ class _Project(Struct, frozen=True):
 
 
 def _own(where: Target, api_key: str, secret_key: str) -> Profile:
-    """The profile of our own server, with those of its limits that no answer would teach in time.
+    """The profile of our own server, with the limits that its project has there.
 
-    Beyond the hourly property updates it answers 200 and leaves the user's table as it is; a quota rests for hours.
+    Rates could be learned from its answers, but then the plan would not know them. Others come too late by an answer:
+    beyond the hourly property updates it answers 200 and leaves the user's table as it is; a quota rests for hours.
     """
     said = _told(where, "/api/1/project", api_key, secret_key)
     profile = PROFILES["retrofill"]
@@ -199,8 +203,13 @@ def _own(where: Target, api_key: str, secret_key: str) -> Profile:
     except msgspec.DecodeError:
         return profile
     limits, by_event_time = project.limits, project.settings.property_time == "event"
+    per_id = limits.httpapi_eps if where.ingest.endswith("/2/httpapi") else limits.batch_eps
     rates = msgspec.structs.replace(
         profile.rates,
+        events_per_s=limits.project_eps,
+        requests_per_s=limits.project_requests_per_s,
+        device_per_s=per_id,
+        user_per_s=per_id,
         quota_per_day=limits.daily_quota,
         # Hours of event time are as full as the history makes them, however long anybody waits.
         updates_per_h=0 if by_event_time else limits.property_updates_per_h,
