@@ -59,4 +59,4 @@ async def counting(
         return
     await app(scope, heard, send)
     _counted["requests"] += 1
-    _counted["events"] += b"".join(chunks).count(b'{"insert_id":')
+    _counted["events"] += b"".join(chunks).count(b'"source_name":"retrofill"')

@@ -399,7 +399,9 @@ def walked(device: list[int], user: list[int], limit: int) -> list[int]:
 def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: Path) -> None:
     schema = pa.schema([("n", pa.int64()), ("text", pa.string())])
     batches = [
-        pa.record_batch([[-1, at, at + 1], ["left", f"é{at}", "x" * at]], schema=schema).slice(1)
+        pa.record_batch(
+            [[-1, at, at + 1], ["left", f"{{é{at}\n", f"{{{'x' * at}\n"]], schema=schema
+        ).slice(1)
         for at in range(0, 20, 2)
     ]
     for bound, plain in ((0, 0), (0, 1 << 20), (50, 100), (1 << 20, 1 << 20)):
@@ -412,9 +414,9 @@ def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: 
             parts.add(batch)
         assert whole.in_memory == (bound == 1 << 20)
         assert whole.plain == (plain == 1 << 20)
-        found = whole.whole().take(np.arange(20)[::-1].copy())
+        found = whole.whole(b"<a>").take(np.arange(20)[::-1].copy())
         assert found["n"].to_pylist() == list(range(20))[::-1]
-        texts = [text for at in range(0, 20, 2) for text in (f"é{at}", "x" * at)]
+        texts = [text for at in range(0, 20, 2) for text in (f"<a>é{at}", f"<a>{'x' * at}")]
         assert found["text"].to_pylist() == texts[::-1]
         assert sorted(n for part in parts.parts() for n in part["n"].to_pylist()) == list(range(20))
         assert not list(tmp_path.iterdir())

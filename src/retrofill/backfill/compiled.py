@@ -118,18 +118,6 @@ _TOKEN: Final = re.compile(
 )
 
 
-# 63 bits of the ids, 0 for none, and of what a repeated insert_id is known by.
-_HASHES: Final = {
-    "device_node": "CASE WHEN device_id IS NULL THEN 0 ELSE CAST(hash(device_id, 1) >> 1 AS BIGINT) END",
-    "user_node": "CASE WHEN user_id IS NULL THEN 0 ELSE CAST(hash(user_id) >> 1 AS BIGINT) END",
-    "key": "CASE WHEN nullif(insert_id_, '') IS NULL THEN 0 ELSE CAST(hash(coalesce(device_id, "
-    "concat('user ', user_id)), insert_id_) >> 1 AS BIGINT) END",
-}
-HASHES: Final = (
-    f"SELECT {', '.join(f'{sql} AS {name}' for name, sql in _HASHES.items())} FROM ids"  # constants
-)
-
-
 class Compiled(Struct, frozen=True):
     """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in.
 
@@ -475,7 +463,6 @@ class _Compiler:
             "event_type": "event_type_",
             "user_id": "user_id",
             "device_id": "device_id",
-            **_HASHES,
             "insert_id": f"coalesce({sent}, md5(body))",
             "body": "body",
         }
@@ -494,9 +481,6 @@ OUTPUT: Final = pa.schema(
         ("event_type", pa.string()),
         ("user_id", pa.string()),
         ("device_id", pa.string()),
-        ("device_node", pa.int64()),
-        ("user_node", pa.int64()),
-        ("key", pa.int64()),
         ("insert_id", pa.string()),
         ("body", pa.string()),
     ]

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Raw, Struct
 
-from retrofill.backfill import columns, compiled, records
+from retrofill.backfill import columns, compiled, hashes, records, texts
 from retrofill.backfill.check import Checker
 from retrofill.backfill.columns import Columns
-from retrofill.backfill.compiled import OUTPUT, Compiled
+from retrofill.backfill.compiled import Compiled
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
@@ -39,8 +39,22 @@ _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample
 
+# An event on its way. key: known by device and given insert_id, 0 where that is made. event: a line of JSON, less a made
+# insert_id, which gets its last form when equal events stand together.
 SPILLED = pa.schema(
-    [field for field in OUTPUT if field.name not in {"bad", "row", "shown", "trouble"}]
+    [
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+        ("time_ms", pa.int64()),
+        ("event_type", pa.string()),
+        ("user_id", pa.string()),
+        ("device_id", pa.string()),
+        ("user_node", pa.int64()),
+        ("device_node", pa.int64()),
+        ("key", pa.int64()),
+        ("insert_id", pa.string()),
+        ("event", pa.string()),
+    ]
 )
 _TROUBLES = {
     "user_id too short": compiled.USER_SHORT,
@@ -145,13 +159,13 @@ class Intake:
         self, spill: Spill, scratch: Path, *, seen: Callable[[int], None] = lambda _rows: None
     ) -> Taken:
         """Read all rows, put the events among them into the spill. Raises InputError when too many are bad."""
-        odd = Spill(scratch / "odd.arrow", JSON_SCHEMA)
+        odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, large="text")
         way = straight(self.compiled, self.columns, self._checker, odd.add)
         records = self._records()
         if way is not None:
             for batch, good in way.events(records):
                 self.taken.rows += batch.num_rows
-                found = batch if good else self._checker.mended(batch)
+                found = batch if good else finished(self._checker.mended(batch))
                 self._keep(self._in_bounds(found), spill)
                 seen(self.taken.rows)
             records = (batch for part in odd.parts() for batch in part.to_batches())
@@ -161,7 +175,7 @@ class Intake:
                 self.taken.rows += batch.num_rows
                 found = self._in_bounds(self._checker.mended(self._without_bad(batch)))
                 self._count_troubles(found)
-                self._keep(found, spill)
+                self._keep(finished(found), spill)
                 seen(self.taken.rows)
         self._judge()
         return self.taken
@@ -228,14 +242,20 @@ class Intake:
     def _keep(self, batch: pa.RecordBatch, spill: Spill) -> None:
         if batch.num_rows == 0:
             return
-        device, user = _numbers(batch, "device_node"), _numbers(batch, "user_node")
+        device = hashes.of(batch.column("device_id"), seed=hashes.DEVICE)
+        user = hashes.of(batch.column("user_id"), seed=hashes.USER)
+        key = hashes.of(batch.column("given"), seed=hashes.INSERT)
+        key = hashes.both(np.where(device == 0, user, device), key)
         self.taken.pairs.add(device, user)
         self.taken.borders.add(device, user, _numbers(batch, "time_ms"))
-        key = _numbers(batch, "key")
         self.taken.keys.append(key[key != 0])
         self.taken.events += batch.num_rows
-        self.taken.bytes += batch.column("body").nbytes
-        spill.add(batch.select(SPILLED.names))
+        self.taken.bytes += batch.column("event").nbytes
+        made = {"device_node": device, "user_node": user, "key": key}
+        columns = [
+            pa.array(made[name]) if name in made else batch.column(name) for name in SPILLED.names
+        ]
+        spill.add(pa.RecordBatch.from_arrays(columns, schema=SPILLED))
 
     def _without_bad(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         bad = batch.column("bad")
@@ -321,6 +341,26 @@ class Intake:
             where=f"{first.file}, row {first.line}: {first.row[:300]}",
             mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.path}",
         )
+
+
+def finished(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return events of the query's form as SPILLED has them, with the insert_id that was given, but without hashes."""
+    insert_id, body = batch.column("insert_id"), batch.column("body")
+    given = pc.starts_with(insert_id, '"')
+    member = pc.if_else(given, pc.binary_join_element_wise('"insert_id":', insert_id, ",", ""), "")
+    plain = pc.if_else(given, texts.spoken(insert_id), insert_id)
+    columns = {
+        name: batch.column(name)
+        for name in ("file", "line", "time_ms", "event_type", "user_id", "device_id")
+    }
+    return pa.RecordBatch.from_pydict(
+        {
+            **columns,
+            "given": pc.if_else(given, plain, pa.scalar(None, pa.string())),
+            "insert_id": plain,
+            "event": pc.binary_join_element_wise("{", member, body, "\n", ""),
+        }
+    )
 
 
 def _names(expression: str, name: str) -> bool:

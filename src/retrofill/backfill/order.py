@@ -26,6 +26,7 @@ import xxhash
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill import texts
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
@@ -110,7 +111,7 @@ class Doubles:
         self.seen = np.zeros(len(self.keys), np.bool_)
         self.content = np.zeros(len(self.keys), np.uint64)
 
-    def later(self, key: Ints, body: pa.StringArray) -> tuple[Ints, list[int]]:
+    def later(self, key: Ints, event: pa.StringArray) -> tuple[Ints, list[int]]:
         """Return the rows that are not the first of their key, and which of them differ from it in content."""
         if len(self.keys) == 0:
             return np.zeros(0, np.int64), []
@@ -119,7 +120,7 @@ class Doubles:
         later, different = [], []
         for row in rows.tolist():
             slot = at[row]
-            content = xxhash.xxh3_64_intdigest(body[row].as_buffer())
+            content = xxhash.xxh3_64_intdigest(event[row].as_buffer())
             if not self.seen[slot]:
                 self.seen[slot], self.content[slot] = True, content
                 continue
@@ -152,15 +153,15 @@ class Sorter:
         self._writer: pq.ParquetWriter | None = None
         self._set_bytes = self._set_people = 0
         self._person: HotPerson | None = None  # whose rows are being written
-        self._head, self._tail = _frame(options)
+        self._lead = _lead(options)  # of every event
 
     def run(self, spill: Spill, edges: Borders, scratch: Path) -> Sorted:
         """Sort the spill into set files. Without borders it is one bucket."""
         if len(edges.persons) == 0:
-            self._bucket(spill.whole())
+            self._bucket(spill.whole(self._lead))
         else:
             for bucket in self._scatter(spill, edges, scratch):
-                self._bucket(bucket.whole())
+                self._bucket(bucket.whole(self._lead))
         self._close_person()
         while self._set < self.options.sets - 1:
             self._next_set()
@@ -175,6 +176,7 @@ class Sorter:
             Spill(
                 scratch / f"bucket-{at}.arrow",
                 SPILLED,
+                large="event",
                 memory_bytes=0,
                 plain_bytes=PLAIN_BYTES // count,
             )
@@ -217,9 +219,7 @@ class Sorter:
     def _part(self, table: pa.Table, person: Ints) -> None:
         """Finish and write sorted rows."""
         table, person = self._without_doubles(table, person)
-        table = table.set_column(
-            table.schema.get_field_index("insert_id"), "insert_id", _insert_ids(table, person)
-        )
+        table = self._with_insert_ids(table, person)
         self._name(table)
         parts = set_of(person, self.options.sets)
         at = np.flatnonzero(np.diff(parts, prepend=-1))
@@ -229,21 +229,44 @@ class Sorter:
             self._write(table.slice(start, end - start), person[start:end])
 
     def _without_doubles(self, table: pa.Table, person: Ints) -> tuple[pa.Table, Ints]:
-        body = table.column("body")
-        later, different = self.doubles.later(_ints(table, "key"), body)
+        event = table.column("event")
+        later, different = self.doubles.later(_ints(table, "key"), event)
         if len(later) == 0:
             return table, person
         self.found.same += len(later) - len(different)
         self.found.different += len(different)
         for row in different:
             file, line, text = (
-                table.column(name)[row].as_py() for name in ("file", "line", "body")
+                table.column(name)[row].as_py() for name in ("file", "line", "event")
             )
             reason = "an earlier row of this device has it with other content"
-            self.refused(file, line, "insert_id", reason, "{" + text)
+            self.refused(file, line, "insert_id", reason, "{" + text[len(self._lead) :])
         kept = np.ones(len(person), np.bool_)
         kept[later] = False
         return table.filter(pa.array(kept)), person[kept]
+
+    def _with_insert_ids(self, table: pa.Table, person: Ints) -> pa.Table:
+        """Finish made insert_ids: the content's hash and, from the second equal event on, its place. Put them in."""
+        made = _ints(table, "key") == 0
+        if not made.any():
+            return table
+        column = table.column("insert_id").combine_chunks()
+        rows = np.flatnonzero(made)
+        content = column.take(pa.array(rows))
+        place = _places(person[rows], _ints(table, "time_ms")[rows], content)
+        own = content.to_pylist()
+        for at in np.flatnonzero(place).tolist():
+            own[at] = f"{own[at]}-{place[at]}"
+        mask = pa.array(made)
+        column = pc.replace_with_mask(column, mask, pa.array(own, pa.string()))
+        member = pc.if_else(
+            mask, pc.binary_join_element_wise('"insert_id":"', column, '",', ""), ""
+        )
+        rest = texts.less(table.column("event").combine_chunks(), front=len(self._lead), back=0)
+        event = pc.binary_join_element_wise(self._lead.decode(), member, rest, "")
+        for name, values in (("insert_id", column), ("event", event)):
+            table = table.set_column(table.schema.get_field_index(name), name, values)
+        return table
 
     def _name(self, table: pa.Table) -> None:
         """Note how the wanted nodes are spelled."""
@@ -260,9 +283,7 @@ class Sorter:
 
     def _write(self, table: pa.Table, person: Ints) -> None:
         assert self._writer is not None
-        json = pc.binary_join_element_wise(
-            self._head, table.column("insert_id"), self._tail, table.column("body"), ""
-        )
+        json = table.column("event")
         size = pc.binary_length(json)
         seq = np.arange(self._seq, self._seq + len(person))
         time_ms = table.column("time_ms")
@@ -272,7 +293,7 @@ class Sorter:
             "time_ms": time_ms,
             "device_id": table.column("device_id"),
             "user_id": table.column("user_id"),
-            "insert_id": _plain(table.column("insert_id")),
+            "insert_id": table.column("insert_id"),
             "event_type": table.column("event_type"),
             "json": json,
             "bytes": size,
@@ -362,32 +383,14 @@ class Sorter:
         self._seq = self._set_bytes = self._set_people = 0
 
 
-def _frame(options: Options) -> tuple[str, str]:
-    """Return what stands in the event before and behind its insert_id."""
+def _lead(options: Options) -> bytes:
+    """Return what stands in every event before its own members."""
     said: dict[str, Any] = {
         "ingestion_metadata": {"source_name": "retrofill", "source_version": options.import_id}
     }
     if options.skip_user_properties_sync:
         said["$skip_user_properties_sync"] = True
-    return '{"insert_id":', "," + msgspec.json.encode(said).decode()[1:-1] + ","
-
-
-def _insert_ids(table: pa.Table, person: Ints) -> pa.ChunkedArray:
-    """Return each row's insert_id as JSON. A made one is its content's hash and, from the second equal event on, its place."""
-    column = table.column("insert_id").combine_chunks()
-    made = ~np.asarray(pc.starts_with(column, '"'))
-    if not made.any():
-        return table.column("insert_id")
-    rows = np.flatnonzero(made)
-    place = _places(person[rows], _ints(table, "time_ms")[rows], column.take(pa.array(rows)))
-    ending = np.where(place > 0, np.char.add("-", place.astype(str)), "")
-    ends = pa.array(np.full(len(person), "", dtype=ending.dtype))
-    if place.any():
-        full = np.full(len(person), "", dtype=ending.dtype)
-        full[rows] = ending
-        ends = pa.array(full.tolist(), pa.string())
-    whole = pc.binary_join_element_wise('"', column, ends, '"', "")
-    return pa.chunked_array([pc.if_else(pa.array(made), whole, column)])
+    return msgspec.json.encode(said)[:-1] + b","
 
 
 def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
@@ -409,15 +412,6 @@ def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
     within = np.arange(len(ordered)) - np.repeat(first, count)
     place[rows[order]] = within
     return place
-
-
-def _plain(json: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the texts of JSON strings."""
-    if pc.any(pc.match_substring(json, "\\")).as_py():
-        return pa.chunked_array(
-            [[msgspec.json.decode(one) for one in json.to_pylist()]], pa.string()
-        )
-    return pc.utf8_slice_codeunits(json, 1, -1)
 
 
 def _ascending(line: Ints, file: Ints) -> bool:

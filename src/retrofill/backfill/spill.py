@@ -10,6 +10,8 @@ import pyarrow as pa
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill.texts import flat
+
 MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a file does
 # Written as it is. Packing takes about 1 CPU s for a million events each time; beyond this the room on disk is dearer.
 PLAIN_BYTES = 1024 * 1024 * 1024
@@ -18,25 +20,33 @@ _TOGETHER = 4  # batches of the file read as one
 
 
 class Whole(Struct, frozen=True):
-    """All rows of a spill. apart: the texts of one more column, where they lie in the file: every second one is a row's."""
+    """All rows of a spill. texts: of the large column, a gap behind each, and last what stands before every one of them."""
 
     table: pa.Table
-    name: str = ""
-    apart: pa.LargeStringArray | None = None
+    name: str
+    texts: pa.LargeStringArray
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """Return some rows, in this order."""
-        found = self.table.take(pa.array(rows))
-        if self.apart is None:
-            return found
-        return found.append_column(self.name, self.apart.take(pa.array(2 * rows)).cast(pa.string()))
+        """Return some rows, in this order, the large column last and with the beginning that was asked for.
+
+        One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost.
+        """
+        both = np.full(2 * len(rows), len(self.texts) - 1, np.int64)
+        both[1::2] = 2 * rows
+        pieces = self.texts.take(pa.array(both))
+        _valid, offsets, data = pieces.buffers()
+        ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2]
+        joined = pa.LargeStringArray.from_buffers(
+            len(rows), pa.py_buffer(np.ascontiguousarray(ends)), data
+        )
+        return self.table.take(pa.array(rows)).append_column(self.name, joined.cast(pa.string()))
 
 
 class Spill:
     """A list of batches with a bound. First all `add`s, then one reading.
 
-    memory_bytes: held in memory at most. plain_bytes: of a file before the rest is packed. large: a column of texts
-    that stays in the file where it can.
+    large: the column with most of the bytes, texts in braces with an end of line, which stays in the file where it can.
+    memory_bytes: held in memory at most. plain_bytes: of a file before the rest is packed.
     """
 
     def __init__(
@@ -44,9 +54,9 @@ class Spill:
         path: Path,
         schema: pa.Schema,
         *,
+        large: str,
         memory_bytes: int = MEMORY_BYTES,
         plain_bytes: int = PLAIN_BYTES,
-        large: str = "",
     ) -> None:
         self.path, self.schema = path, schema
         self._large = large
@@ -81,29 +91,50 @@ class Spill:
             self._open()
         self._write(batch)
 
-    def whole(self) -> Whole:
-        """Return all rows, each column in one piece, and forget them."""
-        if self._large and self._files and self.plain:
-            return self._mapped()
-        return Whole(pa.Table.from_batches(self._taken(), self.schema).combine_chunks())
+    def whole(self, before: bytes) -> Whole:
+        """Return all rows, and forget them. before: put before each text of the large column, in place of its brace."""
+        if self._files and self.plain:
+            return self._mapped(before)
+        batches = self._taken()
+        parts, edges, size = [], [], 0
+        for batch in batches:
+            text, ends = flat(batch.column(self._large))
+            parts.append(text)
+            edges.append(_edges(ends, size))
+            size += len(text)
+        edges.append(np.array([size, size + len(before)]))
+        return self._whole(batches, np.concatenate(edges), pa.py_buffer(b"".join((*parts, before))))
 
-    def _mapped(self) -> Whole:
+    def _mapped(self, before: bytes) -> Whole:
         """Return the rows with the large column left in its file, mapped into memory."""
         assert self._writer is not None
         self._writer.close()
         (path,) = self._files
-        with pa.memory_map(str(path)) as file:
-            data = file.read_buffer(file.size())
-            np.frombuffer(data, np.uint8)[
-                ::_PAGE
-            ].max()  # mapped in order: a third of what it costs by and by
-            reader = pa.ipc.open_file(file)
-            batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
+        size = path.stat().st_size
+        with path.open("ab") as file:
+            file.write(before)
+        with pa.memory_map(str(path)) as mapped:
+            data = mapped.read_buffer(mapped.size())
         path.unlink()
-        table = pa.Table.from_batches(batches, self.schema)
-        edges = np.concatenate([_edges(one, data.address) for one in table[self._large].chunks])
-        apart = pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), data)
-        return Whole(table.drop_columns([self._large]).combine_chunks(), self._large, apart)
+        # Mapped in order: a third of what it costs by and by.
+        np.frombuffer(data, np.uint8)[::_PAGE].max()
+        reader = pa.ipc.open_file(pa.BufferReader(data.slice(0, size)))
+        batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
+        edges = []
+        for batch in batches:
+            texts = batch.column(self._large)
+            _valid, offsets, own = texts.buffers()
+            ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+            edges.append(_edges(ends[1:].astype(np.int64), own.address - data.address))
+        edges.append(np.array([size, size + len(before)]))
+        return self._whole(batches, np.concatenate(edges), data)
+
+    def _whole(
+        self, batches: list[pa.RecordBatch], edges: NDArray[np.int64], data: pa.Buffer
+    ) -> Whole:
+        texts = pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), data)
+        table = pa.Table.from_batches(batches, self.schema).drop_columns([self._large])
+        return Whole(table.combine_chunks(), self._large, texts)
 
     def parts(self) -> Iterator[pa.Table]:
         """Yield all rows, some thousands at a time, and forget them."""
@@ -144,11 +175,10 @@ class Spill:
         return [batch for part in self.parts() for batch in part.to_batches()]
 
 
-def _edges(texts: pa.StringArray, start: int) -> NDArray[np.int64]:
-    """Return where each text begins and ends, counted from an address."""
-    _valid, offsets, data = texts.buffers()
-    own = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    edges = np.empty(2 * len(texts), np.int64)
-    edges[::2], edges[1::2] = own[:-1], own[1:]
-    edges += data.address - start
-    return edges
+def _edges(ends: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+    """Return where each text begins and ends, less its opening brace and its end of line."""
+    edges = np.empty(2 * len(ends), np.int64)
+    edges[1::2] = ends - 1
+    edges[2::2] = ends[:-1] + 1
+    edges[:1] = 1
+    return edges + start

@@ -122,7 +122,7 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     told = asked.mapping.format
     pieces = source.pieces(origins, scratch=scratch, format_name=told, endpoint=asked.endpoint)
     letters = DeadLetters(work / DEAD_LETTERS)
-    spill = Spill(scratch / "spill.arrow", SPILLED, large="body")
+    spill = Spill(scratch / "spill.arrow", SPILLED, large="event")
     with letters:
         with connect(scratch) as connection:
             intake = Intake(pieces, asked.mapping, options, connection, letters)

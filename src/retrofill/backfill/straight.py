@@ -7,20 +7,17 @@ depends on the row alone, never on its neighbours. Handed on are rows that are n
 their fields, without a usable id, with a forbidden or short one, without a type or time, or with a number or an escape that
 the query writes more simply; properties with white space between their parts are written without it, as the query does.
 
-Hashes of ids are DuckDB's, as in the query: a second query streams over the ids while the events wait.
+Nearly all batches hold nothing that the core would mend or refuse: their events are finished here, as lines of JSON.
 """
 
 from __future__ import annotations
 
-import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import md5
 from itertools import starmap
 from operator import attrgetter
 from typing import Annotated, Any, Final
 
-import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -28,16 +25,18 @@ import pyarrow.compute as pc
 from msgspec import Meta, Raw, Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill import check, compiled
+from retrofill.backfill import check
+from retrofill.backfill import objects as objects_
 from retrofill.backfill.check import Checker
 from retrofill.backfill.columns import Columns
 from retrofill.backfill.compiled import Compiled
+from retrofill.backfill.objects import Objects
 from retrofill.backfill.people import Ints
+from retrofill.backfill.texts import flat, less
 from retrofill.core import event, glance
 from retrofill.core.mapping import Field
 from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 
-_ROWS = 2048  # of the ids' query, at a time
 _CHARS_MAX = STRING_CHARS_MAX // 4  # characters that are surely no more bytes than an id may have
 _SURE_BYTES = 12  # no forbidden id is as long but for one
 _ZEROS: Final = glance.ZERO_DEVICE.encode()
@@ -49,16 +48,8 @@ _FIRST: Final = (
 )  # of an event's members, in this order
 _KEY: Final = "insert_id"
 _ABSENT = Raw()
-_BACKSLASH, _NEWLINE, _RETURN, _SPACE, _ZERO, _MINUS = 92, 10, 13, 32, 48, 45
-_OPEN, _CLOSE, _POINT, _EXPONENT = 0x7B, 0x7D, 0x2E, 0x65
-_OPENING = np.zeros(256, np.bool_)
-_OPENING[list(b"{[,:")] = (
-    True  # white space behind these, or before those of _CLOSING, could be left out
-)
-_CLOSING = np.zeros(256, np.bool_)
-_CLOSING[list(b"}],:")] = True
-_BEFORE = np.zeros(256, np.bool_)
-_BEFORE[list(b"[,: \t\r\n")] = True  # what may stand before a number
+_BACKSLASH, _NEWLINE, _RETURN, _SPACE, _ZERO = 92, 10, 13, 32, 48
+_OPEN, _CLOSE = 0x7B, 0x7D
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
 _LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
@@ -70,11 +61,6 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
-
-_NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-# Of so few digits, and without a nought at the end, each is the shortest of its number.
-_plain = re.compile(rb"-?\d{1,9}\.(?:0|\d{0,3}[1-9])(?=[,}\]\s])").match
-_DIGITS = 40  # as many before a point are looked back over
 
 _encoder = msgspec.json.Encoder()
 
@@ -93,17 +79,7 @@ class _Events(Struct):
     event_type: list[str]
     ids: pa.RecordBatch
     time_ms: Ints
-    tables: dict[str, list[Raw]]
     odd: NDArray[np.bool_]
-
-
-class _Made(Struct):
-    """Finished events of one batch that wait for the hashes of their ids. good: as the core takes them."""
-
-    batch: pa.RecordBatch
-    events: _Events
-    body: pa.StringArray
-    good: bool
 
 
 def straight(
@@ -144,101 +120,78 @@ class Straight:
         self._checker, self._odd = checker, odd
         ours = {one.field.name: one for one in members}
         self._own = {name: ours[name].name for name in (*_FIRST, _KEY) if name in ours}
-        first = [ours[name] for name in _FIRST if name in ours]
+        first = [ours[name] for name in (_KEY, *_FIRST) if name in ours]
         body = [*first, *(one for one in members if one.field.name not in self._own)]
         self._tables = {one.field.name: one.name for one in body if one.field.kind == "object"}
         every = {one.name: one for one in (*body, *members)}.values()
         self._read = msgspec.json.Decoder(_struct([(one, one.name, one.source) for one in every]))
         self._write: type[Struct] | None = None
+        self._key = self._own.get(_KEY)  # of the struct that is written
         if any(one.source != one.field.name for one in members):
             named = [(one, f"g{at}", one.field.name) for at, one in enumerate(body)]
             self._write = _struct(named)
+            self._key = "g0" if _KEY in self._own else None
         self._parts = attrgetter(*(one.name for one in body))
 
     def events(self, records: Iterable[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, bool]]:
-        """Yield finished events, less the columns for bad rows, and whether the core would take them as they are."""
-        waiting: deque[_Made] = deque()
-        failed: list[BaseException] = []
+        """Yield events, and whether they are finished: the core would take them as they are.
 
-        def ids() -> Iterator[pa.RecordBatch]:
-            try:
-                for batch in records:
-                    made = self._make(batch)
-                    if made is not None:
-                        waiting.append(made)
-                        yield made.events.ids
-            except (Exception, KeyboardInterrupt) as error:
-                failed.append(error)
-                raise
+        Finished ones have SPILLED's columns but for hashes, others those of the query's answer that an event has.
+        """
+        for batch in records:
+            made = self._make(batch)
+            if made is not None:
+                yield made
 
-        try:
-            yield from self._hashed(ids(), waiting)
-        except (duckdb.Error, pa.ArrowException) as error:  # whose words about it are worth little
-            raise failed[0] if failed else error from error
-
-    def _hashed(
-        self, ids: Iterator[pa.RecordBatch], waiting: deque[_Made]
-    ) -> Iterator[tuple[pa.RecordBatch, bool]]:
-        with duckdb.connect(config={"threads": "1"}) as connection:  # so that the order is kept
-            connection.execute("SET enable_progress_bar = false")
-            connection.execute("SET streaming_buffer_size = '64KB'")  # few events wait
-            connection.register("ids", pa.RecordBatchReader.from_batches(_IDS, ids))
-            hashes = np.zeros((3, 0), np.int64)
-            for part in connection.execute(compiled.HASHES).to_arrow_reader(_ROWS):
-                hashes = np.concatenate((hashes, [one.to_numpy() for one in part]), axis=1)
-                while waiting and len(waiting[0].body) <= hashes.shape[1]:
-                    made = waiting.popleft()
-                    count = len(made.body)
-                    yield _finished(made, hashes[:, :count]), made.good
-                    hashes = hashes[:, count:]
-
-    def _make(self, batch: pa.RecordBatch) -> _Made | None:
+    def _make(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, bool] | None:
         texts = batch.column("text")
         events, at = self._decoded(texts)
         if not events:
             self._odd(batch)
             return None
         found = self._columns(events)
-        good = False
-        if not found.odd.any():
-            lines, ends = self._lines(events)
-            good = self._good(lines, ends, found)
-        if not good:
-            for raws in found.tables.values():
-                found.odd |= _none(raws)
+        objects = self._objects(events)
+        found.odd |= objects_.none(objects) | objects_.rewritten(objects)
         if found.odd.any():
             kept = np.flatnonzero(~found.odd)
             if len(kept) == 0:
                 self._odd(batch)
                 return None
             events, at, found = [events[row] for row in kept.tolist()], at[kept], _some(found, kept)
-            lines, ends = self._lines(events)
-            good = self._good(lines, ends, found)
+            objects = self._objects(events)
         if len(at) < len(texts):
             left = np.ones(len(texts), np.bool_)
             left[at] = False
             self._odd(batch.filter(pa.array(left)))
             batch = batch.take(pa.array(at))
-        return _Made(batch, found, _bodies(lines, ends), good)
+        lines, ends = self._lines(events, found.ids.column("insert_id_"))
+        if self._good(lines, ends, events, objects):
+            return _finished(batch, found, _texts(lines, ends)), True
+        lines, ends = self._lines(events, pa.nulls(len(events), pa.string()))
+        return _unfinished(batch, found, less(_texts(lines, ends), front=1, back=1)), False
 
     def _decoded(self, texts: pa.StringArray) -> tuple[list[Any], Ints]:
         """Return the rows that can be decoded, and where they stand."""
-        data, ends = _flat(texts)
-        text = np.frombuffer(data, np.uint8)
+        data, ends = flat(texts)
         usable = np.ones(len(texts), np.bool_)
         if b"\\" in data:
+            text = np.frombuffer(data, np.uint8)
             at = np.flatnonzero(text[:-1] == _BACKSLASH)
             usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
-        usable[np.searchsorted(ends, _rewritten(data, text), "right")] = False
-        events, at = self._decoded_lines(data, ends, usable)
-        spaces = np.flatnonzero(text <= _SPACE)
-        after = text[np.minimum(spaces + 1, len(text) - 1)]
-        spare = spaces[_OPENING[text[spaces - 1]] | _CLOSING[after]]
-        if len(spare):
-            rows = np.unique(np.searchsorted(ends, spare, "right"))
-            for place in np.flatnonzero(np.isin(at, rows)).tolist():
-                self._compact(events[place])
-        return events, at
+        return self._decoded_lines(data, ends, usable)
+
+    def _objects(self, events: list[Any]) -> Objects:
+        """Return the property objects of the events, all of them without white space between their parts."""
+        found = objects_.together(self._raws(events), len(events))
+        spaced = np.flatnonzero(objects_.spaced(found)).tolist()
+        if not spaced:
+            return found
+        for row in spaced:
+            self._compact(events[row])
+        return objects_.together(self._raws(events), len(events))
+
+    def _raws(self, events: list[Any]) -> list[list[Raw]]:
+        return [_table(events, name) for name in self._tables.values()]
 
     def _decoded_lines(
         self, data: bytes, ends: Ints, usable: NDArray[np.bool_]
@@ -286,15 +239,14 @@ class Straight:
             times = [time or 0 for time in times]
         time_ms = np.asarray(times, np.int64)
         odd |= (time_ms < 0) | (time_ms > TIME_MS_MAX)
-        tables = {name: _table(events, at) for name, at in self._tables.items()}
-        return _Events(types, pa.RecordBatch.from_arrays(ids, schema=_IDS), time_ms, tables, odd)
+        return _Events(types, pa.RecordBatch.from_arrays(ids, schema=_IDS), time_ms, odd)
 
     def _ids_surely_good(self, device: pa.StringArray, user: pa.StringArray) -> bool:
         """Say whether all ids are so long and begin so that they need no second look, and no row is without."""
         if np.any(~_there(device) & ~_there(user)):
             return False
         for column in (device, user):
-            data, ends = _flat(column)
+            data, ends = flat(column)
             sizes = np.diff(ends, prepend=0)
             there = sizes > 0
             if there.sum() < len(column) - column.null_count:
@@ -322,27 +274,29 @@ class Straight:
         long = max(map(len, known)) > _CHARS_MAX
         return not long and glance.ids(known, length_min=self._checker.id_length_min)
 
-    def _lines(self, events: list[Any]) -> tuple[bytes, Ints]:
-        """Return the events as JSON, a line each, and where the lines end."""
+    def _lines(self, events: list[Any], keys: pa.StringArray) -> tuple[bytes, Ints]:
+        """Return the events as JSON, a line each, those without a key without insert_id, and where the lines end."""
         if self._write is not None:
             events = list(starmap(self._write, map(self._parts, events)))
-        elif _KEY in self._own:
-            name = self._own[_KEY]
-            for one in events:
-                setattr(one, name, None)  # it stands elsewhere
+        if self._key is not None and keys.null_count:
+            for row in np.flatnonzero(~_there(keys)).tolist():
+                setattr(events[row], self._key, None)
         lines = _encoder.encode_lines(events)
         return lines, np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)
 
-    def _good(self, lines: bytes, ends: Ints, found: _Events) -> bool:
-        tables = {name: [raw for raw in raws if raw] for name, raws in found.tables.items()}
-        events, groups = tables.pop("event_properties", []), tables.pop("groups", [])
-        plans = tables.pop("plan", [])
-        return _strings_good(lines, ends) and check.good(
-            raws=events,
-            tables=[raw for raws in tables.values() for raw in raws],
-            groups=[msgspec.json.decode(raw) for raw in groups],
-            plans=[msgspec.json.decode(raw) for raw in plans],
-        )
+    def _good(self, lines: bytes, ends: Ints, events: list[Any], objects: Objects) -> bool:
+        if not _strings_good(lines, ends):
+            return False
+        groups, plans = (self._held(events, name) for name in ("groups", "plan"))
+        if objects_.shallow(objects):
+            return check.good(raws=[], tables=[], groups=groups, plans=plans)
+        raws = [raw for table in self._raws(events) for raw in table if raw]
+        return check.good(raws=raws, tables=[], groups=groups, plans=plans)
+
+    def _held(self, events: list[Any], name: str) -> list[Any]:
+        if name not in self._tables:
+            return []
+        return [msgspec.json.decode(raw) for raw in _table(events, self._tables[name]) if raw]
 
 
 def _each_one(data: bytes, ends: Ints) -> bool:
@@ -355,40 +309,6 @@ def _each_one(data: bytes, ends: Ints) -> bool:
     return bool(
         (last > starts).all() and (text[starts] == _OPEN).all() and (text[last] == _CLOSE).all()
     )
-
-
-def _rewritten(data: bytes, text: NDArray[np.uint8]) -> Ints:
-    """Return where numbers stand that the query writes otherwise, and perhaps what looks so in a text."""
-    digit = text - np.uint8(_ZERO) < np.uint8(10)
-    after = text[1:]
-    more = digit[:-1] & ((after == _POINT) | (after | 0x20 == _EXPONENT))
-    minus = np.flatnonzero((text[:-1] == _MINUS) & (after == _ZERO)) + 1
-    nothing = minus[~digit[np.minimum(minus + 1, len(text) - 1)]]
-    first = np.concatenate((np.flatnonzero(more), nothing))
-    going = np.flatnonzero(digit[first - 1])
-    for _ in range(_DIGITS):
-        if not len(going):
-            break
-        first[going] -= 1
-        going = going[digit[first[going] - 1]]
-    first -= text[first - 1] == _MINUS
-    maybe = _BEFORE[text[first - 1]]
-    maybe[going] = True
-    first = first[maybe]
-    return np.asarray(
-        [at for at in first.tolist() if not (_plain(data, at) or _kept(data, at))], np.int64
-    )
-
-
-def _kept(data: bytes, at: int) -> bool:
-    """Say whether the query writes the number that begins there as it is."""
-    found = _NUMBER.match(data, at)
-    if found is None or data[at - 1 : at].isdigit():  # longer than is looked back over
-        return False
-    number = found[0]
-    if number == b"-0" or b"e" in number or b"E" in number:
-        return False
-    return b"." not in number or repr(float(number)).encode() == number
 
 
 def _struct(members: Sequence[tuple[_Member, str, str]]) -> type[Struct]:
@@ -412,7 +332,6 @@ def _some(found: _Events, rows: Ints) -> _Events:
         [found.event_type[row] for row in at],
         found.ids.take(pa.array(rows)),
         found.time_ms[rows],
-        {name: [raws[row] for row in at] for name, raws in found.tables.items()},
         found.odd[rows],
     )
 
@@ -433,66 +352,60 @@ def _table(events: list[Any], name: str) -> list[Raw]:
     return raws
 
 
-def _none(raws: list[Raw]) -> NDArray[np.bool_]:
-    """Say which property objects are something else."""
-    sizes = np.fromiter(map(len, raws), np.int64, len(raws))
-    odd = np.zeros(len(raws), np.bool_)
-    there = np.flatnonzero(sizes)
-    if len(there):
-        text = np.frombuffer(b"".join(raws), np.uint8)
-        odd[there] = text[(np.cumsum(sizes) - sizes)[there]] != _OPEN
-    return odd
-
-
 def _there(column: pa.StringArray) -> NDArray[np.bool_]:
     found: NDArray[np.bool_] = column.is_valid().to_numpy(zero_copy_only=False)
     return found
 
 
-def _flat(texts: pa.StringArray) -> tuple[bytes, Ints]:
-    """Return all texts in one, and where each ends in it."""
-    _valid, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    whole = data.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes()
-    return whole, ends[1:].astype(np.int64) - int(ends[0])
+def _texts(lines: bytes, ends: Ints) -> pa.StringArray:
+    """Return the lines, each with its end."""
+    offsets = np.zeros(len(ends) + 1, np.int32)
+    offsets[1:] = ends + 1
+    return pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(lines))
 
 
-def _bodies(lines: bytes, ends: Ints) -> pa.StringArray:
-    """Return each line less its opening brace: see `mapping.assemble`."""
-    offsets = np.empty(2 * len(ends), np.int32)
-    offsets[1::2] = ends
-    offsets[0], offsets[2::2] = 1, ends[:-1] + 2
-    both = pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(lines))
-    return both.take(pa.array(np.arange(0, len(offsets), 2)))
+def _finished(place: pa.RecordBatch, found: _Events, line: pa.StringArray) -> pa.RecordBatch:
+    given = found.ids.column("insert_id_")
+    return pa.RecordBatch.from_pydict(
+        {
+            **_columns(place, found),
+            "given": given,
+            "insert_id": _insert_ids(given, line),
+            "event": line,
+        }
+    )
 
 
-def _finished(made: _Made, hashes: Ints) -> pa.RecordBatch:
-    found, place = made.events, made.batch
-    device_node, user_node, key = (pa.array(one) for one in hashes)
-    columns = {
+def _unfinished(place: pa.RecordBatch, found: _Events, body: pa.StringArray) -> pa.RecordBatch:
+    given = found.ids.column("insert_id_").to_pylist()
+    keys = [
+        _hash(text) if one is None else _encoder.encode(one).decode()
+        for one, text in zip(given, body.to_pylist(), strict=True)
+    ]
+    return pa.RecordBatch.from_pydict(
+        {**_columns(place, found), "insert_id": pa.array(keys, pa.string()), "body": body}
+    )
+
+
+def _columns(place: pa.RecordBatch, found: _Events) -> dict[str, Any]:
+    return {
         "file": place.column("file"),
         "line": place.column("line"),
         "time_ms": pa.array(found.time_ms),
         "event_type": pa.array(found.event_type, pa.string()),
         "user_id": found.ids.column("user_id"),
         "device_id": found.ids.column("device_id"),
-        "user_node": user_node,
-        "device_node": device_node,
-        "key": key,
-        "insert_id": _insert_ids(found.ids.column("insert_id_"), made.body),
-        "body": made.body,
     }
-    return pa.RecordBatch.from_pydict(columns)
 
 
-def _insert_ids(given: pa.StringArray, body: pa.StringArray) -> pa.StringArray:
-    """Return each insert_id as JSON, or the hash of the body where none is given: as the query does."""
-    if given.null_count == 0 and b'"' not in (text := _flat(given)[0]) and b"\\" not in text:
-        return pc.binary_join_element_wise('"', given, '"', "")
-    made = [
-        md5(text.encode(), usedforsecurity=False).hexdigest()
-        if one is None
-        else _encoder.encode(one).decode()
-        for one, text in zip(given.to_pylist(), body.to_pylist(), strict=True)
-    ]
-    return pa.array(made, pa.string())
+def _insert_ids(given: pa.StringArray, line: pa.StringArray) -> pa.StringArray:
+    """Return each insert_id, the hash of the event where none is given: as the query makes it."""
+    if given.null_count == 0:
+        return given
+    rows = np.flatnonzero(~_there(given))
+    made = [_hash(text[1:-1]) for text in line.take(pa.array(rows)).to_pylist()]
+    return pc.replace_with_mask(given, given.is_null(), pa.array(made, pa.string()))
+
+
+def _hash(body: str) -> str:
+    return md5(body.encode(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,41 @@
+"""Columns of texts as Arrow holds them: one run of bytes, and where each text ends in it."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrofill.backfill.people import Ints
+
+
+def flat(texts: pa.StringArray) -> tuple[bytes, Ints]:
+    """Return all texts in one, and where each ends in it."""
+    _valid, offsets, data = texts.buffers()
+    if data is None:
+        return b"", np.zeros(len(texts), np.int64)
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    whole = data.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes()
+    return whole, ends[1:].astype(np.int64) - int(ends[0])
+
+
+def less(texts: pa.StringArray, *, front: int, back: int) -> pa.StringArray:
+    """Return the texts without so many of their first and last bytes, which are no part of a character."""
+    _valid, offsets, data = texts.buffers()
+    edges = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    cut = np.zeros(2 * len(texts) + 1, np.int32)
+    cut[:-1:2], cut[1::2] = edges[:-1] + front, edges[1:] - back
+    cut[-1] = edges[-1]
+    both = pa.StringArray.from_buffers(len(cut) - 1, pa.py_buffer(cut), data)
+    return both.take(pa.array(np.arange(0, len(cut) - 1, 2)))
+
+
+def spoken(json: pa.StringArray) -> pa.StringArray:
+    """Return the texts that strings of JSON stand for; of what is none, anything."""
+    if pc.any(pc.match_substring(json, "\\")).as_py():
+        found = [
+            msgspec.json.decode(one) if one.startswith('"') else "" for one in json.to_pylist()
+        ]
+        return pa.array(found, pa.string())
+    return pc.utf8_slice_codeunits(json, 1, -1)
