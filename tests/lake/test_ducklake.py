@@ -16,7 +16,8 @@ from tests.lake.blocks import FIRST_PERSON, World, block_of
 
 from retrofill.core.block import Block, Kind, Merge
 from retrofill.errors import FullError, StoreError
-from retrofill.lake import Lake, arrow, compact, parquet
+from retrofill.lake import Lake, arrow, compact, ducklake, parquet
+from retrofill.lake.catalog import CATALOG, put_in_place
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files, store_error
 
@@ -229,11 +230,105 @@ def test_a_compaction_is_given_up_if_rows_were_deleted_meanwhile(lake: Lake) -> 
     assert positions(lake) == before
 
 
+def catalog_of(lake: Lake) -> dict[str, list[tuple[object, ...]]]:
+    """What the catalog says of files, but for their names and sizes, which a name is in, and the time."""
+    columns = {
+        "snapshot": "snapshot_id, schema_version, next_catalog_id, next_file_id",
+        "snapshot_changes": "*",
+        "data_file": "* EXCLUDE (path)",
+        "delete_file": "data_file_id, begin_snapshot, end_snapshot",
+        "file_column_stats": "*",
+        "table_stats": "*",
+        "table_column_stats": "*",
+    }
+    return {
+        table: lake._db.execute(
+            f"SELECT {chosen} FROM {CATALOG}.ducklake_{table} ORDER BY ALL"
+        ).fetchall()
+        for table, chosen in columns.items()
+    }
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_swap_leaves_the_catalog_as_ducklake_itself_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, deleted: bool
+) -> None:
+    found = []
+    for way in ("ours", "theirs"):
+        lake = Lake.open(tmp_path / way)
+        world = World(people=20)
+        for number in (1, 2, 3):
+            seal(lake, [world.block(number, 100)])
+        if deleted:
+            lake.delete(7, [FIRST_PERSON])
+        with lake.snapshot() as pinned, monkeypatch.context() as patch:
+            if way == "theirs":
+                patch.setattr(ducklake, "put_in_place", lambda *_: False)
+            old = lake.event_files()[:2]
+            before = positions(lake)
+            assert lake.swap(old, merge(lake, old))
+            assert positions(lake) == before
+            assert len(pinned.cursor.execute("SELECT * FROM lake.events").fetchall()) == len(before)
+            found.append(catalog_of(lake))
+        seal(lake, [world.block(4, 100)])
+        after = positions(lake)
+        lake.close()
+        lake = Lake.open(tmp_path / way)
+        assert positions(lake) == after
+        assert len(lake.event_files()) == len(lake.files.list(lake.events)) - deleted == 3
+        lake.close()
+    assert found[0] == found[1]
+
+
+def test_a_file_with_columns_that_the_catalog_never_met_is_ducklakes_to_take(lake: Lake) -> None:
+    seal(lake, [World(people=10).block(1, 50)])
+    (old,) = lake.event_files()
+    other = lake.new_file(1, 1)
+    pq.write_table(pq.read_table(old.path).drop_columns(["updates_max"]), other)
+    before = catalog_of(lake)
+    assert not put_in_place(lake._db, [old], other, pq.read_metadata(other))
+    assert catalog_of(lake) == before
+
+
 def test_a_file_of_which_every_row_was_deleted_goes(lake: Lake) -> None:
     seal(lake, [block_of([{"event_type": "e", "user_id": "user-1"}], people=[1])])
     assert lake.delete(7, [1]) == 1
     assert lake.event_files() == []
     assert lake.sealed() == 1
+
+
+def test_a_file_that_lasts_is_packed_closer_and_reads_the_same(tmp_path: Path) -> None:
+    blocks = list(World(people=30).blocks(3, rows=500))
+    found = {}
+    for lasting in (False, True):
+        path = tmp_path / f"{lasting}.parquet"
+        parquet.write(path, parquet.in_order(blocks), Files(), lasting=lasting)
+        found[pq.read_metadata(path).row_group(0).column(0).compression] = path
+    assert found["ZSTD"].stat().st_size < found["LZ4"].stat().st_size
+    passing, lasts = (
+        pa.concat_tables(parquet.read(found[codec], None)) for codec in ("LZ4", "ZSTD")
+    )
+    assert lasts.equals(passing)
+
+
+def test_a_large_file_is_synced_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left for the last sync is little, so no commit waits long for it."""
+    sizes: list[int] = []
+
+    class Weighing(Files):
+        def sync_file(self, path: Path) -> None:
+            sizes.append(path.stat().st_size)
+            super().sync_file(path)
+
+    monkeypatch.setattr(parquet, "LAKE_SYNC_BYTES", step := 20_000)
+    path = tmp_path / "some.parquet"
+    blocks = list(World(people=30).blocks(8, rows=500))
+    parquet.write(path, parquet.in_order(blocks), Weighing(), group_rows=100)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == path.stat().st_size
+    assert len(sizes) > sizes[-1] // (3 * step) > 3
 
 
 # What a start reads.

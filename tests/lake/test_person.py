@@ -25,7 +25,7 @@ KINDS = (Kind.EVENT, Kind.IDENTIFY)
 @pytest.fixture
 def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lake]:
     """Three files of many row groups, rows of two projects, some of them deleted."""
-    monkeypatch.setattr(parquet.write, "__kwdefaults__", {"group_rows": 70})
+    monkeypatch.setitem(parquet.write.__kwdefaults__, "group_rows", 70)
     opened = Lake.open(tmp_path / "lake")
     blocks = list(World(people=40).blocks(9, rows=100))
     for first in (0, 3, 6):

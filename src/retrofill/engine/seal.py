@@ -37,6 +37,8 @@ log = structlog.get_logger()
 _SEAL_NICE, _COMPACT_NICE = 5, 10
 # Memory given back is memory that the next seal, which wants as much, has to ask for again.
 _KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
+# A merge asks for the same memory again and again, and gives all of it back at its end.
+_KEEP_FOR_A_SECOND = {"MIMALLOC_PURGE_DELAY": "1000"}
 _CHILD = "from retrofill.engine import seal; seal.main()"
 
 
@@ -96,7 +98,7 @@ class Sealer:
         self._blocks = blocks
         self._lake = lake
         self._sealing = _Child(_SEAL_NICE, _KEEP_MEMORY)
-        self._compacting = _Child(_COMPACT_NICE, {})
+        self._compacting = _Child(_COMPACT_NICE, _KEEP_FOR_A_SECOND)
         self._round: asyncio.Task[None] | None = None
 
     async def seal(self, first: int, last: int) -> SealResult:
@@ -260,7 +262,13 @@ class _Taken:
 def merge_files(task: MergeTask) -> Done:
     """Write lake files as one, without their deleted rows; it is on disk when this returns. Raises StoreError."""
     sources = [parquet.read(source.path, source.deleted) for source in task.sources]
-    group_rows = parquet.group_rows_of(sum(source.rows for source in task.sources))
-    written = parquet.write(task.file, compact.merge(sources), Files(), group_rows=group_rows)
+    rows = sum(source.rows for source in task.sources)
+    written = parquet.write(
+        task.file,
+        compact.merge(sources),
+        Files(),
+        group_rows=parquet.group_rows_of(rows),
+        lasting=compact.lasting(rows),
+    )
     pa.default_memory_pool().release_unused()  # until the next merge, which may be hours away
     return Done(written.rows, written.file_bytes)

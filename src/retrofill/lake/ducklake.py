@@ -29,6 +29,7 @@ from msgspec import Struct
 from retrofill.core.block import Kind
 from retrofill.errors import FullError, StoreError
 from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
+from retrofill.lake.catalog import CATALOG, put_in_place
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
 from retrofill.lake.parquet import file_name
@@ -56,7 +57,6 @@ _SEALED = pa.schema([("partition", pa.int32()), ("block", pa.int64())])
 # A change of stored history, by the number of its intent, and the last block whose rows it changed.
 _REWRITTEN = pa.schema([("intent", pa.int64()), ("block", pa.int64())])
 _TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED, "rewritten": _REWRITTEN}
-_CATALOG = "__ducklake_metadata_lake"
 _PIN = """
 SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
 """
@@ -260,14 +260,15 @@ class Lake:
     def swap(self, old: Sequence[LakeFile], new: Path | None) -> bool:
         """Put one file, on disk already, in the place of others. False if they changed since they were listed."""
         swapped = False
-        if new is not None:
-            self._footers.of(new)
+        footer = self._footers.of(new) if new is not None else None
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             nonlocal swapped
             now = _event_files(cursor, self._footers)
             swapped = all(file in now for file in old)
             if not swapped:
+                return
+            if new and footer and put_in_place(cursor, old, new, footer.metadata):
                 return
             # Every row of each file goes, so DuckLake drops the files themselves and writes nothing.
             names = [str(file.path) for file in old]
@@ -374,7 +375,7 @@ class Lake:
     def named_files(self) -> list[tuple[Path, Path | None, int]]:
         """Return each file of table `events` as the catalog names it, whole or not: path, delete file, rows."""
         rows = self._db.execute(
-            f"SELECT path, record_count FROM {_CATALOG}.ducklake_data_file WHERE end_snapshot IS NULL"  # noqa: S608 - a name of ours
+            f"SELECT path, record_count FROM {CATALOG}.ducklake_data_file WHERE end_snapshot IS NULL"  # noqa: S608 - a name of ours
         ).fetchall()
         counts = {Path(path).name: count for path, count in rows}
         listed = self._db.execute(
@@ -402,12 +403,12 @@ class Lake:
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             found = cursor.execute(
-                f"SELECT data_file_id, path FROM {_CATALOG}.ducklake_data_file WHERE path = $1 OR ends_with(path, '/' || $1)",  # noqa: S608 - a name of ours
+                f"SELECT data_file_id, path FROM {CATALOG}.ducklake_data_file WHERE path = $1 OR ends_with(path, '/' || $1)",  # noqa: S608 - a name of ours
                 [path.name],
             ).fetchall()
             for number, named in found:
                 cursor.execute(
-                    f"UPDATE {_CATALOG}.ducklake_data_file SET path = ?, record_count = ?, file_size_bytes = ?, "  # noqa: S608 - a name of ours
+                    f"UPDATE {CATALOG}.ducklake_data_file SET path = ?, record_count = ?, file_size_bytes = ?, "  # noqa: S608 - a name of ours
                     "footer_size = ? WHERE data_file_id = ?",
                     [
                         f"{named.removesuffix(path.name)}{to.name}",
@@ -418,7 +419,7 @@ class Lake:
                     ],
                 )
                 cursor.execute(
-                    f"DELETE FROM {_CATALOG}.ducklake_delete_file WHERE data_file_id = ?",  # noqa: S608 - a name of ours
+                    f"DELETE FROM {CATALOG}.ducklake_delete_file WHERE data_file_id = ?",  # noqa: S608 - a name of ours
                     [number],
                 )
 
@@ -524,7 +525,7 @@ class Lake:
             Path(path).name
             for table in ("data_file", "delete_file", "files_scheduled_for_deletion")
             for (path,) in self._db.execute(
-                f"SELECT path FROM {_CATALOG}.ducklake_{table}"  # noqa: S608 - table names of ours
+                f"SELECT path FROM {CATALOG}.ducklake_{table}"  # noqa: S608 - table names of ours
             ).fetchall()
         }
         for path in self.files.list(self._data):
