@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import emit
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def command(
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend what differs, set aside what is damaged.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Read every file, fold all history again and compare. Exit 1 if anything differs, or is left so."""
     from retrofill.clock import SystemClock

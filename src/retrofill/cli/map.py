@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from retrofill.cli import options
+
 EXAMPLE = "Example: retrofill map history.ndjson.gz > history.map.yaml"
 
 
@@ -15,12 +17,8 @@ def command(
     source: Annotated[
         list[str], typer.Argument(help="Files, folders, globs, s3://… or database addresses.")
     ],
-    query: Annotated[
-        str | None, typer.Option(help="The SQL whose rows are the source, for a database.")
-    ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="The S3 endpoint, where it is not AWS.")
-    ] = None,
+    query: options.Query = None,
+    endpoint: options.Endpoint = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the mapping here instead of to standard output.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import emit, say
 from retrofill.cli.undo import asked_at_terminal
 from retrofill.errors import InputError
@@ -21,16 +22,16 @@ EXAMPLE_BACK = "Example: retrofill unmerge 1204-3 --to http://localhost:8090"
 
 
 def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by position
-    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
+    to: options.Server,
     user: Annotated[str, typer.Option(help="Of this user alone.")] = "",
     amplitude_id: Annotated[int, typer.Option(help="Of this person alone.")] = 0,
     unmerged: Annotated[bool, typer.Option("--unmerged", help="Those taken back.")] = False,
     before: Annotated[str, typer.Option(metavar="ID", help="Those before this one.")] = "",
     limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 100,
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """List merges, the newest first: who was absorbed by whom, and the event that proved it."""
     from retrofill.backfill import merges
@@ -52,12 +53,12 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
 
 def unmerge(  # noqa: PLR0917 - as above
     id_: Annotated[str, typer.Argument(metavar="ID", help="Of a merge, as `merges` lists it.")],
-    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    to: options.Server,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Take a merge back: both people are folded again, and these two ids join nobody any more."""
     from retrofill.backfill import merges

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import WORK, emit, say, seam_of, stage_of
 from retrofill.errors import InputError
 
@@ -22,41 +23,29 @@ _SHOWN = 10
 
 
 def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
-    sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE…", help="Files, folders, s3://, databases.")
-    ],
+    sources: options.Sources,
     against: Annotated[
         str,
         typer.Option(help="URL of a Retrofill server, an export's zip, or none: an empty project."),
     ],
-    map_: Annotated[
-        str | None, typer.Option("--map", help="A mapping file or a preset; else what fits.")
-    ] = None,
-    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
-    work: Annotated[Path, typer.Option(help="Directory of stage and rehearsal.")] = WORK,
-    import_: Annotated[str | None, typer.Option("--import", help="The import's name.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
-    since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(help="Leave out events from this time on; live: from their type's first on."),
-    ] = None,
-    sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
-    ] = None,
-    events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
-    skip_user_properties_sync: Annotated[
-        bool | None,
-        typer.Option(help="Keep live user properties as they are. On unless nothing is live."),
-    ] = None,
-    min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
-    kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
-    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    map_: options.Mapping = None,
+    query: options.Query = None,
+    endpoint: options.Endpoint = None,
+    work: options.Work = WORK,
+    import_: options.ImportName = None,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
+    since: options.Since = None,
+    until: options.Until = None,
+    sample: options.Sample = None,
+    profile: options.ProfileName = None,
+    events_per_request: options.EventsPerRequest = None,
+    skip_user_properties_sync: options.SkipSync = None,
+    min_id_length: options.MinIdLength = 5,
+    kiosk_limit: options.KioskLimit = 10,
+    bad_rows: options.BadRows = "5%",
+    as_json: options.AsJson = False,
 ) -> None:
     """Stage a history and say what its import would change there. Nothing is sent; `run` goes on from here."""
     import time

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import WORK
 
 EXAMPLE = "Example: retrofill report --work retrofill-work --out report.html"
 
 
 def command(
-    work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
+    work: options.Work = WORK,
     out: Annotated[
         Path | None, typer.Option(help="The page; WORK/report.html if left out.")
     ] = None,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import WORK, Display, end, say
 from retrofill.errors import InputError
 
@@ -17,11 +17,11 @@ EXAMPLE = "Example: retrofill resend --work retrofill-work --from 2026-03-01T10:
 def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by position
     from_: Annotated[str, typer.Option("--from", help="First upload time of the window, UTC.")],
     to: Annotated[str, typer.Option("--to", help="Last upload time of the window, UTC.")],
-    work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with api_key=….")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    work: options.Work = WORK,
+    api_key: options.ApiKey = None,
+    key_file: options.KeyFile = None,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Send again what was acknowledged in a window of upload time: the same insert_ids, in the same order."""
     import sys

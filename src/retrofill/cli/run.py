@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from retrofill.cli import options
 from retrofill.errors import Error, InputError, SendError
 
 if TYPE_CHECKING:
@@ -29,61 +30,39 @@ UPDATES_PER_H = 1800  # property updates of a person in an hour that our server 
 
 
 def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
-    sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE…", help="Files, folders, s3://, databases.")
-    ],
-    to: Annotated[str, typer.Option(help="amplitude, amplitude-eu or a URL.")],
-    map_: Annotated[
-        str | None, typer.Option("--map", help="A mapping file or a preset; else what fits.")
-    ] = None,
-    query: Annotated[str | None, typer.Option(help="SQL, for a database.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Endpoint of S3-compatible storage.")] = None,
-    work: Annotated[
-        Path, typer.Option(help="Directory of stage, journal and dead letters.")
-    ] = WORK,
-    import_: Annotated[str | None, typer.Option("--import", help="The import's name.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[
-        Path | None, typer.Option(help="File with api_key=… and secret_key=….")
-    ] = None,
-    since: Annotated[str | None, typer.Option(help="Leave out events before this time.")] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(help="Leave out events from this time on; live: from their type's first on."),
-    ] = None,
-    live: Annotated[
-        str | None, typer.Option(help="An export of the destination, for --until live.")
-    ] = None,
-    sample: Annotated[str | None, typer.Option(metavar="N%", help="A part of the people.")] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="amplitude, amplitude-enterprise, retrofill.")
-    ] = None,
-    events_per_s: Annotated[int | None, typer.Option(help="Over all; 0 = no limit.")] = None,
-    requests_per_s: Annotated[int | None, typer.Option(help="Over all.")] = None,
-    device_per_s: Annotated[int | None, typer.Option(help="Events of one device.")] = None,
-    user_per_s: Annotated[int | None, typer.Option(help="Events of one user.")] = None,
-    events_per_request: Annotated[int | None, typer.Option(help="1 to 2000.")] = None,
-    quota_per_day: Annotated[int | None, typer.Option(help="Events of one id in 24 h.")] = None,
-    updates_per_h: Annotated[
-        int | None, typer.Option(help="Property updates of one person.")
-    ] = None,
-    skip_user_properties_sync: Annotated[
-        bool | None,
-        typer.Option(
-            help="Keep live user properties as they are. On unless nothing is live, or it goes by event time."
-        ),
-    ] = None,
-    kiosk_limit: Annotated[int, typer.Option(help="An id of more people joins nobody.")] = 10,
-    min_id_length: Annotated[int, typer.Option(min=1, help="Shorter ids are none.")] = 5,
-    bad_rows: Annotated[str, typer.Option(help="Part of the rows that may be refused.")] = "5%",
+    sources: options.Sources,
+    to: options.To,
+    map_: options.Mapping = None,
+    query: options.Query = None,
+    endpoint: options.Endpoint = None,
+    work: options.Work = WORK,
+    import_: options.ImportName = None,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
+    since: options.Since = None,
+    until: options.Until = None,
+    live: options.LiveExport = None,
+    sample: options.Sample = None,
+    profile: options.ProfileName = None,
+    events_per_s: options.EventsPerS = None,
+    requests_per_s: options.RequestsPerS = None,
+    device_per_s: options.DevicePerS = None,
+    user_per_s: options.UserPerS = None,
+    events_per_request: options.EventsPerRequest = None,
+    quota_per_day: options.QuotaPerDay = None,
+    updates_per_h: options.UpdatesPerH = None,
+    skip_user_properties_sync: options.SkipSync = None,
+    kiosk_limit: options.KioskLimit = 10,
+    min_id_length: options.MinIdLength = 5,
+    bad_rows: options.BadRows = "5%",
     give_up_after: Annotated[
         str | None,
         typer.Option(metavar="5s|10m|2h", help="End when nothing was taken for so long."),
     ] = None,
     gzip: Annotated[bool, typer.Option("--gzip", help="Compress requests.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Send a history: plan, one question, then in order, exactly once. The same line again resumes."""
     from retrofill.backfill import imports
@@ -235,7 +214,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     before = manifests.read(work / "stage")
     if before is not None and skip is None and import_id in {None, before.import_id}:
         skip = before.options.skip_user_properties_sync
-    options = Options(
+    wanted = Options(
         import_id=import_name(work, import_id, now_ms=SystemClock().now_ms()),
         kiosk_limit=kiosk_limit,
         id_length_min=min_id_length,
@@ -253,7 +232,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
         endpoint=endpoint,
     )
     with Staging(as_json=as_json) as staging:
-        return stage(work, asked, options, progress=staging.show)
+        return stage(work, asked, wanted, progress=staging.show)
 
 
 def generation_of(

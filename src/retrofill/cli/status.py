@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import WORK, emit
 
 EXAMPLE = "Example: retrofill status --work retrofill-work"
 
 
 def command(
-    work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    work: options.Work = WORK,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show how far a run is, also while it goes on."""
     from retrofill.backfill.status import status

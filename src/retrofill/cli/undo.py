@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import emit, say
 from retrofill.errors import InputError
 
@@ -20,13 +20,13 @@ EXAMPLE = "Example: retrofill undo old-shop --to http://localhost:8090"
 
 def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by position
     import_: Annotated[str, typer.Argument(metavar="IMPORT", help="The import's name.")],
-    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    to: options.Server,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
     restore: Annotated[bool, typer.Option("--restore", help="Bring it back instead.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    yes: options.Yes = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Take an import back from a Retrofill server without a trace: shown first, then one question."""
     from retrofill.backfill import imports, ours

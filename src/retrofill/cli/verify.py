@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import WORK, Display, emit, say
 from retrofill.errors import SendError
 
@@ -21,12 +22,12 @@ SHOWN = 1000  # findings printed; all of them are in WORK/verify.ndjson
 
 
 def command(
-    work: Annotated[Path, typer.Option(help="Directory of a run.")] = WORK,
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
+    work: options.Work = WORK,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
     repair: Annotated[bool, typer.Option("--repair", help="Send what is missing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Read everything back and compare it event by event. Exit 1 if anything is not as it was sent."""
     import msgspec

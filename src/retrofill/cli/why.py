@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from retrofill.cli import options
 from retrofill.cli.run import emit, say
 from retrofill.errors import InputError
 
@@ -15,7 +15,7 @@ _MARKS = {True: "yes", False: "no", None: "?"}
 
 
 def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody calls it by position
-    to: Annotated[str, typer.Option(help="URL of a Retrofill server.")],
+    to: options.Server,
     property_: Annotated[
         str, typer.Argument(metavar="[PROPERTY]", help="Of the person, the event or the group.")
     ] = "",
@@ -28,10 +28,10 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     event: Annotated[str, typer.Option(metavar="UUID", help="As this event shows it.")] = "",
     insert_id: Annotated[str, typer.Option(help="As the event with this insert_id shows it.")] = "",
     group: Annotated[str, typer.Option(metavar="TYPE/VALUE", help="Property of a group.")] = "",
-    api_key: Annotated[str | None, typer.Option(help="Also RETROFILL_API_KEY.")] = None,
-    secret_key: Annotated[str | None, typer.Option(help="Also RETROFILL_SECRET_KEY.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="File with both keys.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    api_key: options.ApiKey = None,
+    secret_key: options.SecretKey = None,
+    key_file: options.KeyFile = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say which events of which imports and requests made a value, and by which rule."""
     from retrofill.backfill import keys as key_ring
