@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,35 @@ def rows(engine: Engine) -> int:
         found = snapshot.cursor.execute("SELECT count(*) FROM lake.events").fetchone()
     engine._let_go()
     return int(found[0])
+
+
+def test_blocks_that_come_back_after_a_stop_are_deleted_again(tmp_path: Path) -> None:
+    """A deletion is on disk with the next block only."""
+    data, store = tmp_path / "data", tmp_path / "data" / "hot.sqlite"
+    kept = tmp_path / "kept.sqlite"
+
+    async def run(value: int) -> None:
+        engine = opened(data)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(value)), Accepted)
+        await engine.seal()
+        await engine.checkpoint()
+        await engine.counting.save(engine.state.block)
+        if not kept.exists():
+            with closing(sqlite3.connect(store)) as db, closing(sqlite3.connect(kept)) as copy:
+                db.backup(copy)
+        await engine.close()
+
+    asyncio.run(run(1))
+    shutil.copy(kept, store)
+    again = opened(data)
+    assert [number for number, _ in again.blocks.numbers()] == [1]
+    assert (n_of_ann(again), list(again.unsealed)) == (1, [])
+    asyncio.run(again.close())
+    asyncio.run(run(2))
+    last = opened(data)
+    assert (n_of_ann(last), last.blocks.numbers(), last.lake.sealed()) == (2, [], 2)
+    asyncio.run(last.close())
 
 
 def test_blocks_stay_until_their_key_file_is_written(tmp_path: Path) -> None:

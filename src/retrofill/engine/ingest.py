@@ -153,6 +153,7 @@ class Engine:
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
         self._seals: set[asyncio.Task[None]] = set()
+        self._writing_back: asyncio.Task[None] | None = None
         self.rewriting = Rewriting(self, self._intents, directory.rewriting, self._sealer.refolder)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
@@ -353,6 +354,8 @@ class Engine:
         await self._release()
 
     async def _release(self) -> None:
+        if self._writing_back is not None:
+            await self._writing_back
         await self._sealer.close()
         self._let_go()
 
@@ -554,6 +557,21 @@ class Engine:
             or any(len(self.state.project(one).late) >= LATE_MARKS_MAX for one in folded.changes)
         ):
             self._due.set()
+        if self.blocks.write_back_is_due and (
+            self._writing_back is None or self._writing_back.done()
+        ):
+            self._writing_back = asyncio.create_task(self._write_back())
+
+    async def _write_back(self) -> None:
+        """Write the log of the hot store back into its file, most of it beside the commits."""
+        try:
+            await asyncio.to_thread(self.blocks.write_back)
+            await asyncio.get_running_loop().run_in_executor(
+                self._writer, self.blocks.write_back_rest
+            )
+        except StoreError as problem:
+            # All of it is in the log still, and synced.
+            log.warning("write_back_failed", reason=str(problem))
 
     def _count_stored(self, block: Block, batches: list[Batch]) -> None:
         first = 0

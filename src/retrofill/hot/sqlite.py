@@ -4,7 +4,8 @@ A commit is one row: the block as one blob with its checksum, in WAL mode with `
 on disk when `append` returns. The blob is packed with LZ4: SQLite copies and sums up each byte several times on its way
 (log, file, deletion), so a fifth of the bytes saves four times what packing costs. The writer has one connection and one thread at a time; each reader opens its own, so
 that a reader neither waits for the writer nor makes it wait. Blocks at or before both the lake and the checkpoint are
-deleted a few at a time: one large transaction would stall commits.
+deleted a few at a time: one large transaction would stall commits. So would writing the log back into the file: most of
+it is done on a connection of its own while commits go on (`write_back`), and the rest between two of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from retrofill.config import Project
 from retrofill.core import block as block_module
 from retrofill.core.block import Block
 from retrofill.errors import CorruptError, FullError, InputError, StoreError
+from retrofill.limits import LOG_PAGES, LOG_PAGES_MAX
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (
@@ -38,6 +40,9 @@ CREATE TABLE IF NOT EXISTS barred (
     PRIMARY KEY (project, block, row)
 ) WITHOUT ROWID;
 """
+
+_PAGE_BYTES = 16_384
+_PAGES_BESIDE = 3  # that a small transaction writes beside its block
 
 # Before a packed block: a mark, and the size that it unpacks to. A block as it is begins otherwise: with an array's byte.
 _PACKED = struct.Struct("<4sQ")
@@ -72,13 +77,15 @@ class Blocks:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._in_log = 0
         try:
             self._writer = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._writer.execute("PRAGMA page_size=16384")
+            self._writer.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             self._writer.execute("PRAGMA journal_mode=WAL")
             self._writer.execute("PRAGMA synchronous=FULL")
-            self._writer.execute("PRAGMA wal_autocheckpoint=2000")
+            self._writer.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
             self._writer.executescript(_SCHEMA)
+            self._beside = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         except sqlite3.Error as problem:
             raise store_error(problem, path) from problem
 
@@ -91,6 +98,7 @@ class Blocks:
             )
         except sqlite3.Error as problem:
             raise store_error(problem, self.path) from problem
+        self._in_log += len(blob) // _PAGE_BYTES + _PAGES_BESIDE
 
     def numbers(self) -> list[tuple[int, int]]:
         """Return (number, rows) of every block held, in order."""
@@ -101,11 +109,35 @@ class Blocks:
         return read_blocks(self.path, first, last)
 
     def delete(self, first: int, last: int) -> None:
-        """Delete blocks first..last in one small transaction."""
+        """Delete blocks first..last in one small transaction, on disk with the next block: until then they may come back."""
         try:
-            self._writer.execute("DELETE FROM blocks WHERE number BETWEEN ? AND ?", (first, last))
+            self._writer.execute("PRAGMA synchronous=NORMAL")
+            try:
+                self._writer.execute(
+                    "DELETE FROM blocks WHERE number BETWEEN ? AND ?", (first, last)
+                )
+            finally:
+                self._writer.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as problem:
             raise store_error(problem, self.path) from problem
+        self._in_log += _PAGES_BESIDE
+
+    @property
+    def write_back_is_due(self) -> bool:
+        """Whether so much stands in the log that it should be written back into the file."""
+        return self._in_log >= LOG_PAGES
+
+    def write_back(self) -> None:
+        """Write the log back into the file while blocks are appended; in any thread, one at a time. Raises StoreError.
+
+        What cannot be written stays in the log: nothing is lost by a failure.
+        """
+        self._in_log = 0
+        _write_back(self._beside, self.path)
+
+    def write_back_rest(self) -> None:
+        """Write back what was appended meanwhile, so that the log begins anew; by who appends. Raises StoreError."""
+        _write_back(self._writer, self.path)
 
     def blob(self, number: int) -> bytes:
         """Return a block as it is stored, damaged or not."""
@@ -127,8 +159,16 @@ class Blocks:
         return Projects(self._writer, self.path)
 
     def close(self) -> None:
-        """Close the writer; the WAL is folded into the file."""
+        """Close the writer; the log is written back into the file."""
+        self._beside.close()
         self._writer.close()
+
+
+def _write_back(connection: sqlite3.Connection, path: Path) -> None:
+    try:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    except sqlite3.Error as problem:
+        raise store_error(problem, path) from problem
 
 
 def read_blocks(path: Path, first: int, last: int) -> Iterator[Block]:
