@@ -105,10 +105,20 @@ QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
 LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
-REFOLD_PASSES_MAX = 6  # over what came meanwhile, before commits pause for the rest
+REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
+REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
+REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time
+REFOLD_TAIL_BYTES = 64 * 1024 * 1024  # or bodies and snapshots of this size
 REFOLD_TAIL_ROWS = (
     6_000  # rows that may be left for the pause; folding them takes some hundredths of a second
 )
+REFOLD_TRIES_MAX = (
+    3  # times that a change of history is begun, until it is asked for anew or called off
+)
+REFOLD_LOOK_S = 0.2  # how often it is looked whether more has come, while the lake changes its rows
+REFOLD_PACE = 0.6  # of the speed at which history is folded again, for what may come meanwhile
+REFOLD_PACE_ROWS = 20_000  # rows by which that speed is measured
+REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for it, at most
 HISTORY_MEMORY_BYTES = (
     768 * 1024 * 1024
 )  # what DuckDB may hold in the child that folds history again

@@ -246,6 +246,37 @@ def test_a_loaded_hour_goes_on_whatever_the_order_of_its_ids() -> None:
     assert over == ({"a": 4, "b": 5, "c": 6}, {})
 
 
+def test_rows_of_the_past_that_are_taken_back_or_come_again_count_as_if_they_had_been_so() -> None:
+    chance = random.Random(3)
+    for ids_max in (1000, 6):
+        quota, control = Quota(ids_max), Quota()
+        gone: dict[tuple[int, str], int] = {}
+        back: dict[tuple[int, str], int] = {}
+        for hour in range(30):
+            now = HOUR + hour * MS_PER_HOUR
+            for _ in range(20):
+                one, fate = f"d{chance.randrange(9)}", chance.randrange(3)
+                place = now // MS_PER_HOUR, one
+                if fate != 1:
+                    quota.add([one], [None], now_ms=now)
+                if fate != 2:
+                    control.add([one], [None], now_ms=now)
+                if fate == 1:
+                    back[place] = back.get(place, 0) + 1
+                if fate == 2:
+                    gone[place] = gone.get(place, 0) + 1
+        changes = [(*place, back.get(place, 0) - gone.get(place, 0)) for place in back | gone]
+        quota.change(changes, [], now_ms=now)
+        names: Ids = [f"d{index}" for index in range(9)]
+        for later in range(0, 30 * MS_PER_HOUR, MS_PER_HOUR):
+            mine = over(quota, names, limit=1, now_ms=now + later)
+            theirs = over(control, names, limit=1, now_ms=now + later)
+            if ids_max > len(names):
+                assert mine == theirs
+            else:  # some were forgotten on the way: they count less
+                assert all(0 < count <= theirs[one] for one, count in mine.items())
+
+
 def test_many_rows_within_one_hour_are_counted_whole() -> None:
     quota = Quota()
     names: Ids = [f"d{index}" for index in range(1000)]

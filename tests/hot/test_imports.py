@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def test_imports_and_counts_are_kept_and_scoped_to_their_project(tmp_path: Path)
         assert store.counts() == (9, {(1, "a"): Counted(3, 1), (2, "a"): Counted(0, 4)})
         store.forget_counts(1, "a")
         assert store.counts() == (9, {(2, "a"): Counted(0, 4)})
+
+
+def test_a_file_of_an_earlier_version_is_opened_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "imports.sqlite"
+    with closing(sqlite3.connect(path)) as earlier:
+        earlier.executescript(
+            "CREATE TABLE imports (project INTEGER, name TEXT, state TEXT NOT NULL, opened_ms INTEGER, "
+            "generation INTEGER NOT NULL, after INTEGER NOT NULL, until INTEGER NOT NULL, "
+            "undone_ms INTEGER NOT NULL, PRIMARY KEY (project, name)) WITHOUT ROWID;"
+            "INSERT INTO imports VALUES (1, 'a', 'undone', 5, 2, 7, 9, 11);"
+        )
+    for _ in range(2):
+        with closing(Imports(path)) as store:
+            assert store.everywhere() == [(1, Import("a", "undone", 5, 2, 7, 9, 11, "", 0))]
+    with closing(Imports(path)) as store:
+        store.put(1, Import("b", "undoing", former="closed", purged=3))
+        assert store.get(1, "b") == Import("b", "undoing", former="closed", purged=3)
 
 
 def test_a_change_that_is_refused_changes_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from retrofill.errors import StoreError
-from retrofill.hot.intents import Intents
+from retrofill.hot.intents import Intents, Tried
 
 
 def test_what_is_not_removed_is_there_again(tmp_path: Path) -> None:
@@ -20,6 +20,24 @@ def test_what_is_not_removed_is_there_again(tmp_path: Path) -> None:
     again.remove(second)
     assert again.all() == []
     assert again.add(b"three") > second
+    again.close()
+
+
+def test_tries_are_counted_and_the_last_reason_kept_until_an_intent_is_removed(
+    tmp_path: Path,
+) -> None:
+    intents = Intents(tmp_path / "intents.sqlite")
+    first, second = intents.add(b"one"), intents.add(b"two")
+    assert intents.tried() == {}
+    intents.begun(first)
+    intents.failed(first, "no room")
+    intents.begun(first)
+    intents.begun(second)
+    intents.close()
+    again = Intents(tmp_path / "intents.sqlite")
+    assert again.tried() == {first: Tried(2, "no room"), second: Tried(1)}
+    again.remove(first)
+    assert again.tried() == {second: Tried(1)}
     again.close()
 
 

@@ -154,7 +154,11 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
             *ImportRoutes(engine, reader, reads, clock).routes(),
             *HistoryRoutes(engine, reader, reads).routes(),
         ],
-        (lambda: deletions.run_due(reader, engine.forget), engine.counting.save),
+        (
+            lambda: deletions.run_due(reader, engine.forget),
+            engine.counting.save,
+            engine.purge,
+        ),
         close,
     )
 

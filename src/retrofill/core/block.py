@@ -148,6 +148,11 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
         """How many events the block holds, dropped ones included."""
         return len(self.kind)
 
+    @property
+    def payload_bytes(self) -> int:
+        """How large its bodies and snapshots are, by far most of it."""
+        return sum(len(part.body) for part in self.parts) + sum(map(len, self.tables))
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Block).decode

@@ -192,6 +192,33 @@ class _Window:
         self._peak += int(numbers.max(initial=0))
         self._past.append(_Step(number, slots, numbers))
 
+    def change(self, number: int, counts: dict[str, int]) -> None:
+        """Count ids more often, or less, in a step of the window, which must have been rolled."""
+        self._close()
+        less = [one for one, count in counts.items() if count < 0 and one in self._slot_of]
+        ids = [*less, *(one for one, count in counts.items() if count > 0)]
+        slots = np.array(self._slots(ids), np.int64)
+        by = np.array([counts[one] for one in ids], np.int64)
+        at = next((at for at, step in enumerate(self._past) if step.number >= number), None)
+        if at is not None and self._past[at].number == number:
+            before = self._past[at]
+            del self._past[at]
+        else:
+            before = _Step(number, slots[:0], by[:0])
+            at = len(self._past) if at is None else at
+        every, places = np.unique(np.concatenate([before.slots, slots]), return_inverse=True)
+        were, are = np.zeros(len(every), np.int64), np.zeros(len(every), np.int64)
+        were[places[: len(before.slots)]] = before.counts
+        np.add.at(are, places, np.concatenate([before.counts, by]))
+        # An id that was forgotten and came again counts less than it should, never less than nothing.
+        are = np.maximum(are, 0)
+        totals = self._totals
+        totals[every] += are - were
+        self._peak = int(totals.max())
+        if are.any():
+            self._past.insert(at, _Step(number, every[are > 0], are[are > 0]))
+        self._slot_of.release(every[(totals[every] == 0) & (every > 0)].tolist())
+
     def steps(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Yield (number, id → count) of each step in order, as `load` takes it."""
         self._close()
@@ -427,6 +454,23 @@ class Quota:
         for window, ids in ((self._devices, devices), (self._users, users)):
             window.roll(now_ms, HOURS)
             window.count(ids)
+
+    def change(
+        self,
+        devices: Iterable[tuple[int, str, int]],
+        users: Iterable[tuple[int, str, int]],
+        *,
+        now_ms: int,
+    ) -> None:
+        """Count stored rows of the past, or take some back: (hour, id, rows). Those of before the window are nothing."""
+        for window, rows in ((self._devices, devices), (self._users, users)):
+            window.roll(now_ms, HOURS)
+            hours: dict[int, dict[str, int]] = {}
+            for hour, one, count in rows:
+                hours.setdefault(hour, {})[one] = count
+            for hour, counts in hours.items():
+                if window.newest - HOURS < hour <= window.newest:
+                    window.change(hour, counts)
 
     def rows(self) -> tuple[list[tuple[int, dict[str, int]]], list[tuple[int, dict[str, int]]]]:
         """Return (hour, id → rows) of devices and of users, oldest first. hour: hours since the epoch."""

@@ -194,9 +194,16 @@ class Admission:
             dropped = [kind != Kind.EVENT for kind in kinds] if any(kinds) else None
             self._quota.add(*stored_ids(batch, dropped), now_ms=now_ms)
 
-    def forget_quota(self) -> None:
-        """Take what was counted back: all of it is read again."""
-        self._quota = Quota()
+    def count_again(
+        self,
+        devices: Iterable[tuple[int, str, int]],
+        users: Iterable[tuple[int, str, int]],
+        *,
+        now_ms: int,
+    ) -> None:
+        """So many rows of the past more, or less, are stored: (hour, id, rows)."""
+        if self.limits.daily_quota:
+            self._quota.change(devices, users, now_ms=now_ms)
 
     def load_quota(
         self,

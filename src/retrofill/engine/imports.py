@@ -30,6 +30,7 @@ from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
 from retrofill.engine.query import Reader, Statement, View
 from retrofill.errors import ConflictError, MissingError
 from retrofill.hot.imports import NAME, Counted, Import, Imports, State
+from retrofill.hot.intents import Tried
 from retrofill.limits import (
     IMPORTS_LISTED_MAX,
     IMPORTS_REFUSED_MAX,
@@ -62,7 +63,10 @@ class Stored(Struct, frozen=True):
 
 
 class Figures(Struct, frozen=True):
-    """One import as it is shown. duplicates: events. refusals: requests. For the others see `Stored`."""
+    """One import as it is shown. duplicates: events. refusals: requests. For the others see `Stored`.
+
+    tries: how often the undo or restore was begun that is under way. reason: why the last try failed.
+    """
 
     name: str
     state: State
@@ -77,6 +81,8 @@ class Figures(Struct, frozen=True):
     last_arrival_ms: int | None
     duplicates: int
     refusals: int
+    tries: int
+    reason: str | None
 
 
 # What the rows say.
@@ -114,10 +120,11 @@ def figures(
     project: int,
     *,
     name: str | None = None,
+    tried: Mapping[str, Tried],
 ) -> list[Figures]:
     """Return every import of a project, or one, the last one to do something first; IMPORTS_LISTED_MAX at most.
 
-    counted: what was not stored, by name. Before the view is opened: what was known of an import then is no newer than
+    counted: what was not stored, by name. tried: how undo or restore fared, by name. Before the view is opened: what was known of an import then is no newer than
     its rows.
     """
     records = {one.name: one for one in known.all(project)}
@@ -125,14 +132,19 @@ def figures(
         rows = stored(view, name)
     names = {*records, *rows, *counted} if name is None else {name} & {*records, *rows, *counted}
     found = [
-        _shown(records.get(one, Import(one)), rows.get(one, Stored()), counted.get(one, Counted()))
+        _shown(
+            records.get(one, Import(one)),
+            rows.get(one, Stored()),
+            counted.get(one, Counted()),
+            tried.get(one, Tried()),
+        )
         for one in names
     ]
     found.sort(key=lambda one: (-max(one.last_arrival_ms or 0, one.opened_ms or 0), one.name))
     return found[:IMPORTS_LISTED_MAX]
 
 
-def _shown(known: Import, rows: Stored, counted: Counted) -> Figures:
+def _shown(known: Import, rows: Stored, counted: Counted, tried: Tried) -> Figures:
     state, generation = known.state, known.generation
     if state == "undone" and rows != Stored():  # what came since begins the next generation
         state, generation = "open", generation + 1
@@ -150,6 +162,8 @@ def _shown(known: Import, rows: Stored, counted: Counted) -> Figures:
         rows.last_arrival_ms,
         counted.duplicates + rows.displaced,
         counted.refusals,
+        tried.times,
+        tried.reason or None,
     )
 
 
@@ -195,24 +209,49 @@ def closed(known: Imports, project: int, name: str) -> Import:
 
 def _next(before: Import, now_ms: int | None) -> Import:
     """Begin the generation after an undone one."""
-    return Import(before.name, "open", now_ms, before.generation + 1, before.until, before.until)
+    return Import(
+        before.name,
+        "open",
+        now_ms,
+        before.generation + 1,
+        before.until,
+        before.until,
+        purged=before.purged,
+    )
 
 
 def under_way(
     known: Imports, project: int, name: str, state: Literal["undoing", "restoring"]
 ) -> None:
     """Note that an import is being undone or restored."""
-    known.change(project, name, lambda before: replace(before or Import(name), state=state))
+
+    def make(before: Import | None) -> Import:
+        one = before or Import(name)
+        return replace(one, state=state, former=one.former or one.state)
+
+    known.change(project, name, make)
+
+
+def as_before(known: Imports, project: int, name: str) -> None:
+    """Note that an import is not being undone or restored any more, and nothing of it has changed."""
+
+    def make(before: Import | None) -> Import | None:
+        if before is None or before.state not in ("undoing", "restoring"):
+            return None
+        otherwise: State = "open" if before.state == "undoing" else "undone"
+        return replace(before, state=before.former or otherwise, former="")
+
+    known.change(project, name, make)
 
 
 def undone(before: Import, *, until: int, now_ms: int) -> Import:
     """Return what an import is whose rows up to block `until` are hidden now."""
-    return replace(before, state="undone", until=until, undone_ms=now_ms)
+    return replace(before, state="undone", until=until, undone_ms=now_ms, former="")
 
 
 def restored(before: Import) -> Import:
     """Return what an import is that was undone and whose rows are shown again."""
-    return replace(before, state="open", until=before.after, undone_ms=0)
+    return replace(before, state="open", until=before.after, undone_ms=0, former="")
 
 
 def begun_again(known: Imports, project: int, name: str) -> None:
@@ -239,7 +278,7 @@ def to_restore(known: Imports, project: int, name: str, *, again: bool, now_ms: 
             else f"The import {name} is {one.state}, not undone",
             mend="Undo those first" if again else "",
         )
-    if now_ms - one.undone_ms > UNDO_RETENTION_DAYS * MS_PER_DAY:
+    if expired(one, now_ms) or one.purged >= one.until > 0:
         raise ConflictError(
             f"The import {name} was undone more than {UNDO_RETENTION_DAYS} days ago, its rows are gone",
             mend="Send it again",
@@ -247,10 +286,36 @@ def to_restore(known: Imports, project: int, name: str, *, again: bool, now_ms: 
     return one
 
 
+def expired(one: Import, now_ms: int) -> bool:
+    """Say whether an undone import can no longer be restored."""
+    return one.state == "undone" and now_ms - one.undone_ms > UNDO_RETENTION_DAYS * MS_PER_DAY
+
+
+def to_purge(one: Import, now_ms: int) -> int:
+    """Return up to which block the hidden rows of an import are to be deleted, 0 if none are: nobody can restore them.
+
+    Those of generations before the last can never be restored.
+    """
+    last = one.until if expired(one, now_ms) else one.after
+    return last if last > one.purged else 0
+
+
+def purged(known: Imports, project: int, name: str, last: int) -> None:
+    """Note that hidden rows up to a block are deleted."""
+    known.change(
+        project,
+        name,
+        lambda before: replace(before, purged=max(before.purged, last)) if before else None,
+    )
+
+
 def _not_undoing(known: Import) -> None:
     if known.state in ("undoing", "restoring"):
         raise ConflictError(
-            f"The import {known.name} is being undone", mend="Ask again when its state is undone"
+            f"The import {known.name} is being undone"
+            if known.state == "undoing"
+            else f"The import {known.name} is being restored",
+            mend="Ask again when that has ended, or call it off",
         )
 
 

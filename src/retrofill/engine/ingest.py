@@ -18,6 +18,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ from retrofill.engine.enrich import Enricher
 from retrofill.engine.event_time import EventTime
 from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.moment import Moment
+from retrofill.engine.pace import Pace
 from retrofill.engine.recover import batches_of, fill_devices, refold
+from retrofill.engine.refolder import Counts
 from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
@@ -52,7 +56,7 @@ from retrofill.errors import BusyError, CorruptError, Error, StoreError
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
 from retrofill.hot.imports import Import, Imports
-from retrofill.hot.intents import Intents
+from retrofill.hot.intents import Intents, Tried
 from retrofill.hot.keys import ENDING
 from retrofill.hot.sqlite import Bar, Blocks
 from retrofill.lake import Lake
@@ -149,6 +153,7 @@ class Engine:
         self._wake, self._due = asyncio.Event(), asyncio.Event()
         self.sealing, self.saving = asyncio.Lock(), asyncio.Lock()
         self.committing = asyncio.Lock()
+        self.pace = Pace()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._sealer = sealer(self.blocks.path, self.lake)
         self._tasks: list[asyncio.Task[None]] = []
@@ -304,6 +309,7 @@ class Engine:
     async def start(self) -> None:
         """End the changes of history that a crash cut off, then begin to commit and to work in the background."""
         self.event_time.start()
+        await asyncio.to_thread(self._undoing.recover)
         await self.rewriting.resume()
         for run in (self._commit_loop, self._background_loop):
             self._tasks.append(asyncio.create_task(self._guarded(run)))
@@ -420,7 +426,12 @@ class Engine:
                     done.set_result(None)
             while self._queue:
                 async with self.committing:
-                    await self._commit(self._take())
+                    taken = self._take()
+                    await self._commit(taken)
+                rows = sum(len(batch.events) for batch, _ in taken)
+                wait_s = self.pace.wait_s(rows, now_s=time.monotonic())
+                if wait_s:
+                    await asyncio.sleep(wait_s)
             if self._closing:
                 return
 
@@ -647,9 +658,14 @@ class Engine:
                 raise
             await self._sealer.compact()
 
-    async def compacted(self) -> None:
-        """Wait until no compaction is under way."""
+    async def compact(self) -> None:
+        """Write lake files anew that must lose rows, or are many; nothing is done while a change of history is under way."""
+        await self._sealer.compact()
         await self._sealer.compacted()
+
+    def compaction_rests(self) -> AbstractContextManager[None]:
+        """Begin no compaction meanwhile."""
+        return self._sealer.compaction_rests()
 
     async def sealed(self, first: int, last: int) -> None:
         """Let go of blocks that the lake has now; the caller holds `sealing`."""
@@ -773,16 +789,32 @@ class Engine:
         return self.blocks.path
 
     @property
+    def arrived_rows(self) -> int:
+        """How many rows were committed since the start."""
+        return self._figures.events
+
+    @property
     def unsealed_rows(self) -> int:
         """How many rows are in no lake file."""
         return self._unsealed_events
 
-    def count_quota(self, project: int) -> None:
-        """Count the daily quota of a project anew, from the lake: every block is in it."""
-        admission = self._admissions[project]
-        if admission.limits.daily_quota:
-            admission.forget_quota()
-            admission.load_quota(*self.lake.quota_rows(project, self._clock.now_ms()))
+    def unsealed_after(self, block: int, rows_max: int) -> tuple[int, int]:
+        """Return the last of the unsealed blocks after one that hold so many rows at most, or the first; and their rows.
+
+        The block itself, and 0, if there is none.
+        """
+        last, rows = block, 0
+        known = block - self.unsealed[0].number + 1 if self.unsealed else 0
+        for one in islice(self.unsealed, max(0, known), None):
+            if rows and rows + one.rows > rows_max:
+                break
+            last, rows = one.number, rows + one.rows
+        return last, rows
+
+    def count_stored_again(self, project: int, devices: Counts, users: Counts) -> None:
+        """So many rows more, or less, count for the daily quota of these ids: by (hour, id)."""
+        now_ms = self.state.server_upload_ms
+        self._admissions[project].count_again(devices, users, now_ms=now_ms)
 
     async def undo(self, project: int, name: str) -> Import:
         """Take an import back with all its effects; it is undone when this returns. Again it changes nothing.
@@ -796,6 +828,20 @@ class Engine:
         """Bring an undone import back. Raises ConflictError if it cannot be, MissingError, StoreError."""
         self._may_change()
         return await self.rewriting.whole(self._undoing.restore(project, name))
+
+    async def purge(self) -> int:
+        """Delete the rows of undone imports that nobody can restore any more; return how many. Raises StoreError."""
+        self._may_change()
+        return await self.rewriting.whole(self._undoing.purge())
+
+    async def cancel(self, project: int, name: str) -> Import:
+        """Call off an undo or restore of an import that has changed nothing yet. Raises ConflictError, StoreError."""
+        self._may_change()
+        return await self.rewriting.whole(self._undoing.cancel(project, name))
+
+    def tried(self, project: int) -> dict[str, Tried]:
+        """Return how each undo or restore of a project fared that is not ended. Any thread."""
+        return self._undoing.tried(project)
 
     async def unmerge(self, project: int, block: int, row: int) -> Bar:
         """Take the merge back that the event at a position proved; it is when this returns. Again it changes nothing.

@@ -8,6 +8,7 @@ rows come in from `engine.refolder`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from retrofill.engine.duplicates import packed_of_rows
 from retrofill.lake import Lake, arrow, parquet
 from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
 from retrofill.lake.files import Files
-from retrofill.limits import REFOLD_FILE_ROWS, Limits
+from retrofill.limits import MS_PER_HOUR, REFOLD_FILE_ROWS, Limits
 
 Bools = NDArray[np.bool_]
 # What decides whether an event is a duplicate, with its place.
@@ -36,6 +37,7 @@ KEY_COLUMNS = (
     *("event_id", "client_event_time", "import_id"),
 )
 _BLOCK_MAX = 2**62
+_NEVER_MS = 2**62
 _SEEN = (int(Kind.EVENT), int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY))
 
 
@@ -114,15 +116,55 @@ class Keys(Struct):
         )
 
 
+class Stored:
+    """By how many rows the hours differ that count for the daily quota. after_ms: rows of before are not counted."""
+
+    def __init__(self, after_ms: int) -> None:
+        self._after_ms = after_ms
+        self._ids: dict[str, Counter[tuple[int, str]]] = {
+            name: Counter() for name in ("device_id", "user_id")
+        }
+
+    def change(self, rows: pa.Table, were: NDArray[np.uint8], are: NDArray[np.uint8]) -> None:
+        """Hear of rows that were of other kinds."""
+        times = rows["server_upload_time"].to_numpy()
+        for kinds, by in ((were, -1), (are, 1)):
+            some = np.flatnonzero((kinds == Kind.EVENT) & (times > self._after_ms))
+            hours = (times[some] // MS_PER_HOUR).tolist()
+            for name, counts in self._ids.items():
+                ids = rows[name].take(pa.array(some)).to_pylist()
+                for hour, one in zip(hours, ids, strict=True):
+                    if one:
+                        counts[hour, one] += by
+
+    def told(self) -> list[list[tuple[int, str, int]]]:
+        """Return what has changed since the last time: of devices and of users (hour, id, rows)."""
+        found = []
+        for name, counts in self._ids.items():
+            found.append([(*place, rows) for place, rows in counts.items() if rows])
+            self._ids[name] = Counter()
+        return found
+
+
 class Folding:
     """The rows of some people on their way through the fold. folder: where lake files are written.
 
     people: who they are, by amplitude_id, in rising order; whoever joins later is added. written, places: the files
     that hold the rows given to `keep`, and where these stood. gone, added: keys that rows held before, and hold now.
+    stored: what differs for the daily quota.
     """
 
-    def __init__(self, folder: Path, rule: Rule, refold: Refold, limits: Limits) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rule: Rule,
+        refold: Refold,
+        limits: Limits,
+        *,
+        quota_after_ms: int = _NEVER_MS,
+    ) -> None:
         self._folder = folder
+        self.stored = Stored(quota_after_ms if limits.daily_quota else _NEVER_MS)
         self._rule = rule
         self._limits = limits
         self.refold = refold
@@ -218,6 +260,7 @@ class Folding:
         if not len(changed):
             return
         some = rows.take(pa.array(changed))
+        self.stored.change(some, were[changed], are[changed])
         for keys, kinds in ((self.gone, were[changed]), (self.added, are[changed])):
             holds = kinds != Kind.UNDONE
             keys.of_rows(some.filter(pa.array(holds)), kinds[holds], self._limits)

@@ -9,8 +9,10 @@ reads those. One child does one change, in this order:
   so their earlier rows stay as they are and are folded only for the state they end in.
 - `Rekey`: write the key files anew, beside the old ones. Keys that change later are of blocks that no key file holds.
 - `Export`: what the fold has changed since the last export, as files for the server to read.
-- `Tail`: fold blocks that are in the hot store only, and write one lake file of all their rows, everybody's. What a
-  seal would write of these blocks is wrong already when it is made; so the two are one.
+- `Tail`: fold blocks that are in the hot store only, as many as fit, and write one lake file of all their rows,
+  everybody's. What a seal would write of these blocks is wrong already when it is made; so the two are one.
+
+Of a pass it holds some thousand rows at a time, and of tails one, whatever has come since the snapshot.
 
 Everything it writes is a file that nobody names yet. A child that dies leaves nothing to mend: another begins anew.
 """
@@ -31,13 +33,13 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.core import dedupe, order, person
-from retrofill.core.block import Kind
+from retrofill.core.block import Block, Kind
 from retrofill.core.fold import Changes, Group
 from retrofill.core.person import Person
 from retrofill.core.refold import Refold
 from retrofill.engine.child import Child, serve
 from retrofill.engine.closure import Closure, Members
-from retrofill.engine.refold import Folding, Keys, Rule, Seed, merge_row, write
+from retrofill.engine.refold import KEY_COLUMNS, Folding, Keys, Rule, Seed, merge_row, write
 from retrofill.errors import CorruptError, FullError, StoreError
 from retrofill.hot import keys as key_files
 from retrofill.hot.keys import KeyFile
@@ -47,7 +49,7 @@ from retrofill.lake.arrow import MERGES, SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
 from retrofill.lake.history import COLUMNS, History
-from retrofill.limits import REFOLD_ROWS, Limits
+from retrofill.limits import REFOLD_ROWS, REFOLD_TAIL_BYTES, Limits
 
 _NICE = 5
 _CHILD = "from retrofill.engine import refolder; refolder.main()"
@@ -64,7 +66,10 @@ class Sources(Struct, frozen=True):
 
 
 class Begin(Struct, frozen=True, tag="begin"):
-    """Find the closure. events: the folder for lake files. scratch: a folder for all else, gone at the end."""
+    """Find the closure. events: the folder for lake files. scratch: a folder for all else, gone at the end.
+
+    quota_after_ms: rows stored after this time are counted by the hour, where what becomes of them differs.
+    """
 
     project: int
     seed: Seed
@@ -73,6 +78,7 @@ class Begin(Struct, frozen=True, tag="begin"):
     sources: Sources
     events: Path
     scratch: Path
+    quota_after_ms: int
 
 
 class Pass(Struct, frozen=True, tag="pass"):
@@ -85,11 +91,15 @@ class Pass(Struct, frozen=True, tag="pass"):
 
 
 class Tail(Struct, frozen=True, tag="tail"):
-    """Fold blocks first … last of a hot store, which are not in the lake, and write all their rows."""
+    """Fold blocks first … last of a hot store, which are not in the lake, and write all their rows.
+
+    Large ones only up to REFOLD_TAIL_BYTES. ids: as of a `Pass`.
+    """
 
     blocks: Path
     first: int
     last: int
+    ids: tuple[int, int]
 
 
 class Export(Struct, frozen=True, tag="export"):
@@ -109,10 +119,13 @@ class Done(Struct, frozen=True, tag="done"):
 
     files: lake files. places: a Parquet file of the (block, row) of their
     rows, of a pass. changes, people, merges: what `Export` wrote; a tail gives the merges of everyone else. keys, returned:
-    the files of `Rekey`, and a Parquet file of the keys that came back. rows: of the closure, folded.
+    the files of `Rekey`, and a Parquet file of the keys that came back. rows: of the closure, folded. last, seen: the
+    last block of a tail, and how many rows there are in its blocks, everybody's.
     """
 
     nodes: int = 0
+    last: int = 0
+    seen: int = 0
     ids_left: int = 0
     rows: int = 0
     files: list[Path] = []
@@ -133,8 +146,15 @@ class Failed(Struct, frozen=True, tag="failed"):
     mend: str = ""
 
 
+Counts = list[tuple[int, str, int]]
+"""(hour since the epoch, id, rows)."""
+
+
 class Laid(Struct):
-    """What memory must take, as it lies in a file. people: encoded. gone, added: of blocks in no key file."""
+    """What memory must take, as it lies in a file. people: encoded. gone, added: of blocks in no key file.
+
+    stored_devices, stored_users: by how much the events differ that count for the daily quota.
+    """
 
     devices: dict[str, int]
     users: dict[str, int]
@@ -143,6 +163,8 @@ class Laid(Struct):
     last: list[tuple[order.Place, order.Key]]
     gone: list[tuple[int, bytes]]
     added: list[tuple[int, bytes, bytes]]
+    stored_devices: Counts = []
+    stored_users: Counts = []
 
 
 def _path(kind: type, value: object) -> Any:
@@ -171,6 +193,9 @@ class Refolder(Protocol):
     async def ask(self, task: Task) -> Done:
         """Do a task. Raises StoreError, FullError, CorruptError."""
 
+    async def interrupt(self) -> None:
+        """Have the task under way fail soon, if that can be."""
+
     async def stop(self) -> None:
         """Let go of everything."""
 
@@ -194,6 +219,10 @@ class ChildRefolder:
             raise _ERRORS[answer.error](answer.what, where=answer.where, mend=answer.mend)
         return answer
 
+    async def interrupt(self) -> None:
+        """End the child: whoever waits for it is told that it died."""
+        await self._child.stop()
+
     async def stop(self) -> None:
         """End the child."""
         await self._child.stop()
@@ -208,6 +237,9 @@ class ThreadRefolder:
     async def ask(self, task: Task) -> Done:
         """Do a task. Raises StoreError, FullError, CorruptError."""
         return await asyncio.to_thread(self._session.do, task)
+
+    async def interrupt(self) -> None:
+        """Let the task end: a thread cannot be stopped."""
 
     async def stop(self) -> None:
         """Close what was opened."""
@@ -270,7 +302,7 @@ class Session:
         self._told = False
         self._until = 0
         self._groups: set[Group] = set()  # whose properties the change touches
-        self._tails: list[pa.Table] = []  # of this project, as they were
+        self._tails: list[LakeFile] = []
 
     def do(self, task: Task) -> Done:
         """Do a task. Raises StoreError and whatever goes wrong in it."""
@@ -328,6 +360,7 @@ class Session:
             task.rule,
             refold,
             task.limits,
+            quota_after_ms=task.quota_after_ms,
         )
         self._named = self._members
         return Done(nodes=self._members.count)
@@ -356,13 +389,17 @@ class Session:
             "SELECT DISTINCT groups FROM events WHERE project = $1 AND groups IS NOT NULL",
             [self._project],
         ).fetchall()
-        wanted = [text for (text,) in texts if not self._groups.isdisjoint(_groups(text))]
+        wanted = self._shown_in(texts)
         found = ask(
             "SELECT DISTINCT amplitude_id FROM events WHERE project = $1 AND amplitude_id > 0 "
             "AND groups IN (SELECT unnest($2))",
             [self._project, wanted],
         ).to_arrow_table()
         return np.asarray(found["amplitude_id"].to_numpy())
+
+    def _shown_in(self, texts: list[Any]) -> list[str]:
+        """Return those of a column of group texts that name a group whose properties change."""
+        return [text for (text,) in texts if not self._groups.isdisjoint(_groups(text))]
 
     def _insert_ids(self) -> pa.Array:
         """Return the insert_ids of the change's rows whose keys count on other devices too."""
@@ -385,35 +422,33 @@ class Session:
             [self._project],
         ).to_arrow_table()
 
-    def _join(self, rows: pa.Table) -> None:
-        """Hear of rows that came since; take in whoever joins the closure by them, with their history."""
-        name, after, until = self._begun.rule.bounds
-        block = rows["block"]
-        mine = pc.and_(
-            pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False),
-            pc.and_(pc.greater(block, after), pc.less_equal(block, until)),
-        )
-        changing = pc.and_(mine, pc.equal(rows["event_type"], "$groupidentify"))
-        for sent in set(rows["sent_groups"].filter(changing).to_pylist()) - {None}:
+    def _join(self, source: str, values: list[Any]) -> None:
+        """Hear of rows that came since; take in whoever joins the closure by them, with their history.
+
+        source: these rows, as what stands after FROM, with a WHERE and the values of that.
+        """
+        ask, at = self._history.ask, len(values)
+        mine = f'coalesce(import_id = ${at + 1} AND "block" > ${at + 2} AND "block" <= ${at + 3}, false)'
+        bounded = [*values, *self._begun.rule.bounds]
+        changed = f"SELECT DISTINCT sent_groups FROM {source} AND event_type = '$groupidentify'"
+        for (sent,) in ask(f"{changed} AND {mine} AND sent_groups IS NOT NULL", bounded).fetchall():
             self._groups.update(_groups(sent))
-        seeds = mine
+        seeds = [mine]
         if self._groups:
-            texts = pc.unique(rows["groups"]).to_pylist()
-            showing = [one for one in texts if one and not self._groups.isdisjoint(_groups(one))]
-            seeds = pc.or_(
-                seeds, pc.is_in(rows["groups"], value_set=pa.array(showing, pa.string()))
-            )
+            texts = f"SELECT DISTINCT groups FROM {source} AND groups IS NOT NULL"
+            showing = self._shown_in(ask(texts, values).fetchall())
+            self._history.register("showing", pa.table({"id": pa.array(showing, pa.string())}))
+            seeds.append("coalesce(groups IN (SELECT id FROM showing), false)")
         if len(self._taking):
-            seeds = pc.or_(seeds, pc.is_in(rows["insert_id"], value_set=self._taking))
+            seeds.append("coalesce(insert_id IN (SELECT id FROM taking), false)")
         if self._begun.seed.whole:
-            seeds = pc.is_valid(rows["block"])
-        links = rows.select(["amplitude_id", "device_id", "user_id"])
-        links = (
-            links.append_column("seed", seeds)
-            .group_by(links.column_names)
-            .aggregate([("seed", "max")])
-        )
-        known, new = self._closure.join(links, links["seed_max"].to_numpy(zero_copy_only=False))
+            seeds.append("true")
+        links = ask(
+            f"SELECT amplitude_id, device_id, user_id, bool_or({' OR '.join(seeds)}) AS seed "
+            f"FROM {source} GROUP BY ALL",
+            bounded,
+        ).to_arrow_table()
+        known, new = self._closure.join(links, links["seed"].to_numpy(zero_copy_only=False))
         if known.count:
             self._take_in(known)
         self._members = self._members + known + new
@@ -422,23 +457,14 @@ class Session:
     def _take_in(self, known: Members) -> None:
         """Fold the rows so far of people whom the change did not touch until now."""
         self._register(known)
-        chosen = "amplitude_id IN (SELECT id FROM closure_ids)"
-        values = [self._project, self._until]
-        rows = self._history.ask(
-            f'SELECT {COLUMNS} FROM events WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
-            f'AND {chosen} ORDER BY "block", "row"',
-            values,
-        ).to_arrow_table()
-        kinds = pa.array([Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY], pa.uint8())
-        ids = pa.array(known.people, pa.int64())
-        for tail in self._tails:
-            there = pc.and_(
-                pc.is_in(tail["amplitude_id"], value_set=ids),
-                pc.is_in(tail["kind"], value_set=kinds),
+        for source in ("events", "tails") if self._tails else ("events",):
+            found = self._history.ask(
+                f'SELECT {COLUMNS} FROM {source} WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
+                'AND amplitude_id IN (SELECT id FROM closure_ids) ORDER BY "block", "row"',
+                [self._project, self._until],
             )
-            rows = pa.concat_tables([rows, tail.filter(there)])
-        for some in _pieces(rows):
-            self._folding.know(some)
+            for rows in _whole_blocks(found.to_arrow_reader(REFOLD_ROWS)):
+                self._folding.know(rows)
 
     def _register(self, members: Members) -> None:
         for name, ids in (
@@ -457,11 +483,9 @@ class Session:
         between = [self._project, task.after, task.until]
         if task.after:
             self._join(
-                ask(
-                    f'SELECT {COLUMNS} FROM events WHERE project = $1 AND "block" > $2 AND "block" <= $3 '
-                    f"AND kind IN ({_SEEN}, {int(Kind.DISPLACED)})",
-                    between,
-                ).to_arrow_table()
+                'events WHERE project = $1 AND "block" > $2 AND "block" <= $3 '
+                f"AND kind IN ({_SEEN}, {int(Kind.DISPLACED)})",
+                between,
             )
         folding = self._folding
         folding.people = np.sort(self._members.people)
@@ -471,11 +495,9 @@ class Session:
             "OR user_id IN (SELECT id FROM closure_users))"
         )
         where = 'project = $1 AND "block" > $2 AND "block" <= $3'
-        folding.contest(
-            ask(
-                f"SELECT {COLUMNS} FROM events WHERE {where} AND {displaced}", between
-            ).to_arrow_table()
-        )
+        keys = ", ".join(f'"{name}"' for name in KEY_COLUMNS)
+        contested = ask(f"SELECT {keys} FROM events WHERE {where} AND {displaced}", between)
+        folding.contest(contested.to_arrow_table())
         rule = self._begun.rule
         chosen = (
             f"SELECT {COLUMNS} FROM events WHERE {where} AND ("
@@ -485,8 +507,8 @@ class Session:
         )
         values = [*between, *rule.bounds]
         if rule.by_time and folding.contested:
-            contested = pa.array(folding.contested, pa.string())
-            self._history.register("contested", pa.table({"id": contested}))
+            inserts = pa.array(folding.contested, pa.string())
+            self._history.register("contested", pa.table({"id": inserts}))
             judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
             folding.judge(ask(judged, values).to_arrow_table())
         by = order.SQL if rule.by_time else '"block", "row"'
@@ -508,16 +530,15 @@ class Session:
         )
 
     def _tail(self, task: Tail) -> Done:
-        blocks = list(read_blocks(task.blocks, task.first, task.last))
-        if [block.number for block in blocks] != list(range(task.first, task.last + 1)):
-            raise CorruptError(
-                f"Blocks {task.first:,} to {task.last:,} are not whole", where=str(task.blocks)
-            )
+        self._ids.add(*task.ids)
+        blocks = _fitting(task)
+        last = blocks[-1].number
         every = arrow.table(blocks)
         here = pc.equal(every["project"], self._project)
         rows = every.filter(here)
         folding = self._folding
-        self._join(rows.filter(pc.not_equal(rows["kind"], int(Kind.ALIAS))))
+        self._history.register("coming", rows)
+        self._join("coming WHERE kind <> $1", [int(Kind.ALIAS)])
         folding.people = np.sort(self._members.people)
         chosen = self._chosen(rows)
         some = rows.filter(pa.array(chosen))
@@ -526,9 +547,11 @@ class Session:
         for piece in _pieces(some):
             new, own = folding.fold(piece)
             kept += [new.filter(pa.array(own)), piece.filter(pa.array(~own))]
-        self._tails.append(rows)
-        self._until = task.last
+        self._until = last
         written = pa.concat_tables(kept)
+        files = [write(self._begun.events, written)] if written.num_rows else []
+        self._tails += [LakeFile(path, written.num_rows, task.first, last) for path in files]
+        self._history.use(self._tails, "tails")
         people = set(self._members.people.tolist())
         merges = [
             row
@@ -538,8 +561,10 @@ class Session:
         return Done(
             nodes=self._members.count,
             ids_left=self._ids.left,
+            last=last,
+            seen=sum(block.rows for block in blocks),
             rows=some.num_rows,
-            files=[write(self._begun.events, written)] if written.num_rows else [],
+            files=files,
             merges=self._written("merges", _merge_table(merges)) if merges else None,
         )
 
@@ -577,6 +602,7 @@ class Session:
             [(kind, value, held) for (kind, value), held in changes.groups.items()],
             list(changes.last.items()),
             *self._recent_keys(),
+            *folding.stored.told(),
         )
         self._count += 1
         path = self._begun.scratch / f"changes-{self._count}.msgpack"
@@ -647,6 +673,24 @@ class Session:
         path = self._begun.scratch / f"{name}-{self._count}.parquet"
         pq.write_table(rows, path)
         return path
+
+
+def _fitting(task: Tail) -> list[Block]:
+    """Read the blocks of a tail, the first ones if all together are too large. Raises CorruptError, StoreError."""
+    blocks: list[Block] = []
+    left_bytes = REFOLD_TAIL_BYTES
+    for block in read_blocks(task.blocks, task.first, task.last):
+        if block.number != task.first + len(blocks):
+            break
+        blocks.append(block)
+        left_bytes -= block.payload_bytes
+        if left_bytes < 0:
+            return blocks
+    if len(blocks) != task.last - task.first + 1:
+        raise CorruptError(
+            f"Blocks {task.first:,} to {task.last:,} are not whole", where=str(task.blocks)
+        )
+    return blocks
 
 
 def _packed(keys: Keys) -> bytes:

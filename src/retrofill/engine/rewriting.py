@@ -6,8 +6,10 @@ An `Intent` says what shall change: where the closure starts (`Seed`), what the 
 1. the intent is stored: from here on it will be done, by the next start if not by this one;
 2. beside the traffic: a child process (`engine.refolder`) finds the closure and folds it again from a pinned snapshot,
    then what was sealed since, and so on until little is left; it writes lake files, key files and the values of state.
-   Then sealing rests, and a lake transaction is opened that takes the old rows out and puts the new files in;
-3. commits pause: the blocks that no lake file has yet are folded, few by now, and the transaction commits;
+   Then sealing rests, and a lake transaction is opened that takes the old rows out and puts the new files in, while the
+   child goes on with blocks that no lake file has yet. Where events arrive faster than they are folded, blocks are put
+   off (`engine.pace`), so that each time around less is left;
+3. commits pause: the last blocks are folded, few by now, and the transaction commits;
 4. memory follows: state before any reader can begin, dedupe keys and quotas before the next commit. Commits go on.
    The checkpoint is written, the kind's `ended` is told, and the intent is removed.
 
@@ -38,8 +40,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -53,9 +57,11 @@ from msgspec.structs import replace
 
 from retrofill.core.fold import Changes, together
 from retrofill.engine.duplicates import Duplicates
+from retrofill.engine.pace import Pace
 from retrofill.engine.refold import Rule, Seed
 from retrofill.engine.refolder import (
     Begin,
+    Counts,
     Done,
     Export,
     Laid,
@@ -64,20 +70,33 @@ from retrofill.engine.refolder import (
     Rekey,
     Sources,
     Tail,
+    Task,
     ThreadRefolder,
     read_changes,
 )
 from retrofill.engine.state import State
-from retrofill.errors import CorruptError
-from retrofill.hot.intents import Intents
+from retrofill.errors import ConflictError, CorruptError
+from retrofill.hot.intents import Intents, Tried
 from retrofill.hot.keys import ENDING
 from retrofill.lake import Lake, Swap
 from retrofill.lake.files import Files
-from retrofill.limits import REFOLD_PASSES_MAX, REFOLD_TAIL_ROWS, Limits
+from retrofill.limits import (
+    MS_PER_DAY,
+    MS_PER_HOUR,
+    REFOLD_LOOK_S,
+    REFOLD_PASSES_MAX,
+    REFOLD_TAIL_MAX,
+    REFOLD_TAIL_ROWS,
+    REFOLD_TAILS_MAX,
+    REFOLD_TRIES_MAX,
+    Limits,
+)
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+_IDS_AT_ONCE = 1000  # looked up before others have their turn
 
 # What the next block is folded by changes with these, in `ended`: no block may come before it.
 _WAITED_FOR = ("property_time", "unmerge")
@@ -103,6 +122,7 @@ class Host(Protocol):
     lake: Lake
     state: State
     duplicates: Duplicates
+    pace: Pace
     sealing: asyncio.Lock
     saving: asyncio.Lock
     committing: asyncio.Lock
@@ -112,20 +132,30 @@ class Host(Protocol):
         """The hot store, whose blocks others may read."""
 
     @property
+    def arrived_rows(self) -> int:
+        """How many rows were committed since the start."""
+
+    @property
     def unsealed_rows(self) -> int:
-        """How many rows are in no lake file."""
+        """How many of them are in no lake file."""
+
+    def unsealed_after(self, block: int, rows_max: int) -> tuple[int, int]:
+        """Return the last of the unsealed blocks after one that hold so many rows at most, or the first; and their rows.
+
+        The block itself, and 0, if there is none.
+        """
 
     def limits(self, number: int) -> Limits:
         """Return the limits of a project."""
 
-    def count_quota(self, project: int) -> None:
-        """Count the daily quota of a project anew, from the lake: every block is in it."""
+    def count_stored_again(self, project: int, devices: Counts, users: Counts) -> None:
+        """So many rows more, or less, count for the daily quota of these ids: by (hour, id)."""
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
 
-    async def compacted(self) -> None:
-        """Wait until no compaction is under way."""
+    def compaction_rests(self) -> AbstractContextManager[None]:
+        """Begin no compaction meanwhile."""
 
     def sound(self) -> None:
         """Raise StoreError if nobody knows what is on disk."""
@@ -156,6 +186,7 @@ class Rewriting:
         self._one = asyncio.Lock()
         self.kinds: dict[str, Ended] = {}
         self._asked: set[asyncio.Task[Any]] = set()
+        self._running: _Change | None = None
 
     async def whole(self, change: Coroutine[Any, Any, T]) -> T:
         """Do what was asked from outside to its end, also when whoever asked has gone."""
@@ -201,21 +232,71 @@ class Rewriting:
 
         Nothing of one that broke off is in place, so late events may be folded again before it: readers wait for that.
         begun: called in a thread once the intent is stored; a crash may leave it out. held: commits wait already.
-        Raises StoreError: it was never begun, or the next start ends it.
+        Raises StoreError: it was never begun, or is tried again by the next start. ConflictError: it was called off, or
+        one that broke off was tried so often that somebody has to say what shall become of it.
         """
         assert self._one.locked()
         assert intent.kind in self.kinds
         stored = msgspec.json.encode(intent)
         done = False
+        tried = await asyncio.to_thread(self._intents.tried)
         for number, one in await asyncio.to_thread(self._intents.all):
             broken = _decode(one)
             if one == stored or (broken.project == intent.project and intent.kind != "late"):
+                if one != stored and self._given_up(number, tried):
+                    raise ConflictError(
+                        f"The {broken.kind} of {broken.argument} has failed {tried[number].times} times: "
+                        f"{tried[number].reason or 'the server stopped each time'}",
+                        mend="Call it off or ask for it again first",
+                    )
                 await self._do(number, broken, held=held)  # later it would undo what is done now
                 done |= one == stored
         if not done:
             number = await asyncio.to_thread(self._intents.add, stored)
             await asyncio.to_thread(begun)
             await self._do(number, intent, held=held)
+
+    # One that fails.
+
+    def begun(self, kinds: Sequence[str]) -> dict[tuple[int, str], Tried]:
+        """Return how each intent of these kinds fared that is not ended, by project and argument. Any thread."""
+        tried, found = self._intents.tried(), {}
+        for number, stored in self._intents.all():
+            intent = _decode(stored)
+            if intent.kind in kinds:
+                found[intent.project, intent.argument] = tried.get(number, Tried())
+        return found
+
+    @contextlib.asynccontextmanager
+    async def called_off(
+        self, project: int, kinds: Sequence[str], argument: str
+    ) -> AsyncIterator[bool]:
+        """Remove an intent that has changed nothing yet, stopped if it is under way; then be `alone`. Gives whether there was one.
+
+        Raises ConflictError if it is in the lake already.
+        """
+
+        def meant(intent: Intent) -> bool:
+            return (intent.project, intent.argument) == (project, argument) and intent.kind in kinds
+
+        running = self._running
+        if running is not None and meant(running.intent):
+            await running.stop()
+        async with self._one:
+            found = False
+            for number, stored in await asyncio.to_thread(self._intents.all):
+                if meant(_decode(stored)):
+                    if await asyncio.to_thread(self._host.lake.rewritten, number) is not None:
+                        raise ConflictError(
+                            "It is done already", mend="Ask again when it has ended"
+                        )
+                    await asyncio.to_thread(self._intents.remove, number)
+                    found = True
+            yield found
+
+    @staticmethod
+    def _given_up(number: int, tried: Mapping[int, Tried]) -> bool:
+        return tried.get(number, Tried()).times >= REFOLD_TRIES_MAX
 
     # A start.
 
@@ -243,13 +324,22 @@ class Rewriting:
     async def resume(self) -> None:
         """End what a crash cut off: at once what the lake has, and the rest beside the traffic."""
         left = []
+        tried = await asyncio.to_thread(self._intents.tried)
         for number, stored in await asyncio.to_thread(self._intents.all):
             block = await asyncio.to_thread(self._host.lake.rewritten, number)
             intent = _decode(stored)
             if block is not None:
                 await self._end(number, intent, block)
+            elif self._given_up(number, tried) and intent.kind != "late":
+                log.error("history_change_given_up", kind=intent.kind, reason=tried[number].reason)
+                if intent.kind in _WAITED_FOR:
+                    await asyncio.to_thread(self._intents.remove, number)
             elif self._waited_for(intent):
-                await self._do(number, intent)
+                try:
+                    await self._do(number, intent)
+                except Exception as problem:  # noqa: BLE001 - told; nothing of it is in place
+                    self._host.sound()
+                    log.warning("history_change_failed", reason=str(problem))
             else:
                 left.append((number, intent))
         if left:
@@ -295,7 +385,10 @@ class Rewriting:
         self, number: int, intent: Intent, refolder: Refolder, *, paused: bool
     ) -> None:
         scratch = self._scratch(number)
-        change = _Change(self._host, self._intents, number, intent, scratch, refolder)
+        await asyncio.to_thread(self._intents.begun, number)
+        self._running = change = _Change(
+            self._host, self._intents, number, intent, scratch, refolder
+        )
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="swap") as thread:
                 change.thread, change.paused = thread, paused
@@ -303,11 +396,21 @@ class Rewriting:
         except BaseException as problem:
             if change.committed:
                 self._host.fail(problem)  # the next start ends it
+            elif isinstance(problem, Exception):
+                await asyncio.to_thread(self._failed, number, intent, str(problem))
             raise
         finally:
+            self._running = None
             await refolder.stop()
         await self._end(number, intent, block)
         log.info("history_changed", kind=intent.kind, rows=change.rows)
+
+    def _failed(self, number: int, intent: Intent, reason: str) -> None:
+        """Nothing of it is in place: one that commits have waited for is forgotten, another one is tried again."""
+        if intent.kind in _WAITED_FOR:
+            self._intents.remove(number)
+        else:
+            self._intents.failed(number, reason)
 
     async def _end(self, number: int, intent: Intent, block: int) -> None:
         try:
@@ -335,7 +438,8 @@ class _Change:
         self._host = host
         self._intents = intents
         self._number = number
-        self._intent = intent
+        self.intent = intent
+        self._called_off = self._decided = False
         self._scratch = scratch
         self._refolder = refolder
         self.thread = ThreadPoolExecutor(1)
@@ -344,6 +448,9 @@ class _Change:
         self._pins = contextlib.ExitStack()
         self._pinned = 0
         self._until = 0  # everything up to this block is folded
+        self._arrived = 0  # rows, when that was pinned
+        self._tailed = 0  # rows of blocks folded since sealing rests
+        self._steps: list[asyncio.Future[Any]] = []  # of the lake transaction, in order
         self._ids_left = 0
         self._nodes = 0
         self._files: list[Path] = []
@@ -354,34 +461,66 @@ class _Change:
         """Do all of it; return the last block whose rows are changed, memory and lake alike."""
         host = self._host
         try:
-            await host.seal()
-            await self._fold(await self._begin(seed, rule))
-            for _ in range(REFOLD_PASSES_MAX):
-                if host.unsealed_rows <= REFOLD_TAIL_ROWS:
-                    break
+            # What one under way makes of rows that are changed here is not taken into the lake.
+            with host.compaction_rests():
                 await host.seal()
-                await self._pass()
-            # A compaction would change the files under the swap; none begins while sealing rests.
-            await host.compacted()
-            async with host.sealing:
-                await host.compacted()
-                return await self._swap()
+                self._arrived = host.arrived_rows - host.unsealed_rows
+                began = time.perf_counter()
+                sources = await self._begin(seed, rule)
+                await self._fold(sources)
+                rows = sum(file.rows for file in sources.files)
+                host.pace.follow(rows, time.perf_counter() - began)
+                for _ in range(REFOLD_PASSES_MAX):
+                    if self._behind <= REFOLD_TAIL_ROWS:
+                        break
+                    began, arrived = time.perf_counter(), self._arrived
+                    await host.seal()
+                    await self._pass()
+                    host.pace.follow(self._arrived - arrived, time.perf_counter() - began)
+                async with host.sealing:
+                    return await self._swap()
         finally:
+            host.pace.end()
             self._pins.close()  # the last ones: each pass has others
+
+    @property
+    def _behind(self) -> int:
+        """How many rows have come since the last pass."""
+        return self._host.arrived_rows - self._arrived
+
+    async def stop(self) -> None:
+        """Let it end where it stands, with a ConflictError. Raises one if it is too late for that."""
+        if self._decided:
+            raise ConflictError("It is nearly done", mend="Ask again when it has ended")
+        self._called_off = True
+        await self._refolder.interrupt()
+
+    def _still_wanted(self) -> None:
+        if self._called_off:
+            raise ConflictError("It was called off, nothing has changed")
+
+    async def _ask(self, task: Task) -> Done:
+        """Have a task done, unless the change was called off."""
+        self._still_wanted()
+        try:
+            return await self._refolder.ask(task)
+        finally:
+            self._still_wanted()
 
     # Beside the traffic.
 
     async def _begin(self, seed: Seed, rule: Rule) -> Sources:
         sources = await asyncio.to_thread(self._pin)
-        begun = await self._refolder.ask(
+        begun = await self._ask(
             Begin(
-                self._intent.project,
+                self.intent.project,
                 seed,
                 rule,
-                self._host.limits(self._intent.project),
+                self._host.limits(self.intent.project),
                 sources,
                 self._host.lake.events,
                 self._scratch,
+                self._host.state.server_upload_ms - MS_PER_DAY - MS_PER_HOUR,
             )
         )
         self._nodes = begun.nodes
@@ -393,7 +532,7 @@ class _Change:
             snapshot = pins.enter_context(self._host.lake.snapshot())
             merges = self._scratch / f"known-{snapshot.sealed}.parquet"
             snapshot.cursor.execute(
-                f"COPY (SELECT absorbed, surviving FROM lake.merges WHERE project = {self._intent.project}) "
+                f"COPY (SELECT absorbed, surviving FROM lake.merges WHERE project = {self.intent.project}) "
                 f"TO '{_quoted(merges)}' (FORMAT parquet)"
             )
             sources = Sources(snapshot.files(), merges)
@@ -409,10 +548,16 @@ class _Change:
             await self._fold(sources)
 
     async def _fold(self, sources: Sources) -> None:
-        ids = await self._reserved(2 * self._nodes + self._host.unsealed_rows + REFOLD_TAIL_ROWS)
-        task = Pass(sources, self._until, self._pinned, ids)
-        self._take(await self._refolder.ask(task))
-        self._until = self._pinned
+        """Fold what a snapshot has since the last one."""
+        host = self._host
+        arrived = host.arrived_rows - host.unsealed_rows
+        ids = await self._reserved(2 * self._nodes + self._behind + REFOLD_TAIL_ROWS)
+        done = await self._ask(Pass(sources, self._until, self._pinned, ids))
+        self._take(done)
+        self._files += done.files
+        if done.places is not None:
+            self._places.append(done.places)
+        self._until, self._arrived = self._pinned, arrived
 
     async def _reserved(self, wanted: int) -> tuple[int, int]:
         """Set aside amplitude_ids, so that so many are left for the child."""
@@ -439,49 +584,91 @@ class _Change:
         return first, first + count - 1
 
     def _take(self, done: Done) -> None:
-        self._files += done.files
-        if done.places is not None:
-            self._places.append(done.places)
         self._ids_left = done.ids_left
         self._nodes = done.nodes
         self.rows += done.rows
 
-    async def _in_swap(self, step: Callable[..., T], *values: Any, **named: Any) -> T:
-        """Do a step of the lake transaction, in the one thread that does."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.thread, partial(step, *values, **named)
-        )
+    def _in_swap(self, step: Callable[..., T], *values: Any, **named: Any) -> asyncio.Future[T]:
+        """Have a step of the lake transaction done, after those before, in the one thread that does."""
+        run = partial(step, *values, **named)
+        return asyncio.get_running_loop().run_in_executor(self.thread, run)
+
+    def _then(self, step: Callable[..., Any], *values: Any, **named: Any) -> None:
+        """As `_in_swap`, and hear of it by `_done`."""
+        self._steps.append(self._in_swap(step, *values, **named))
+
+    async def _done(self, *, every: bool = True) -> None:
+        """Wait for all steps, or look whether one has failed. Raises what it raised."""
+        if every and self._steps:
+            await asyncio.wait(self._steps)
+        while self._steps and self._steps[0].done():
+            self._steps.pop(0).result()
 
     async def _swap(self) -> int:
         host = self._host
         await self._pass()  # what was sealed before sealing came to rest
-        rekeyed = await self._refolder.ask(
+        rekeyed = await self._ask(
             Rekey(host.duplicates.folder, host.duplicates.files(), f"{ENDING}{self._number}")
         )
-        exported = await self._refolder.ask(Export())
-        changes, laid = await self._exported(exported)
+        first = self._until + 1
+        exported = await self._ask(Export())
+        changed = [await self._exported(exported)]
         await self._fingerprints(rekeyed)
         swap = await self._in_swap(host.lake.swap_history)
         try:
-            await self._in_swap(self._replace, swap, exported)
-            first = self._until + 1
-            for _ in range(REFOLD_PASSES_MAX):
-                if host.unsealed_rows <= REFOLD_TAIL_ROWS:
-                    break
-                await self._tail(swap, host.state.block)
-            async with host.saving, self._between_commits():
-                await self._pause(swap, [(changes, laid)], rekeyed)
+            self._then(self._replace, swap, exported)
+            await self._catch_up(swap)
+            async with host.saving:  # a checkpoint under way would have more come meanwhile
+                await self._catch_up(swap)
+                changed.append(await self._export(swap))
+                await self._at_hand(changed)
+                await self._catch_up(swap)
+                await self._tail(swap)  # while it is folded fewer come
+                async with self._between_commits():
+                    self.paused = True
+                    await self._pause(swap, changed, rekeyed)
             await host.sealed(first, self._until)
         finally:
+            await asyncio.gather(*self._steps, return_exceptions=True)
             await self._in_swap(swap.close)
         return self._until
 
     def _replace(self, swap: Swap, exported: Done) -> None:
         for places in self._places:
-            swap.take_out(self._intent.project, places)
+            swap.take_out(self.intent.project, places)
         swap.put_in(self._files)
-        swap.merge(self._intent.project, without=exported.people, add=exported.merges)
+        swap.merge(self.intent.project, without=exported.people, add=exported.merges)
         swap.sync()
+
+    async def _catch_up(self, swap: Swap) -> None:
+        """Fold the blocks that came since, until few are left and the transaction has what was handed to it."""
+        tails = 0
+        while True:
+            await self._done(every=False)
+            left = self._host.unsealed_rows - self._tailed
+            if left > REFOLD_TAIL_ROWS and tails < REFOLD_TAILS_MAX:
+                await self._tail(swap)
+                tails += 1
+            elif self._steps:
+                await asyncio.wait(self._steps[-1:], timeout=REFOLD_LOOK_S)
+            else:
+                return
+
+    async def _at_hand(self, changed: list[tuple[Changes, Laid]]) -> None:
+        """Have in memory who owns these ids: in the pause they would be read one after another."""
+        state = self._host.state.project(self.intent.project)
+        for changes, _ in changed:
+            for shelf, ids in ((state.devices, changes.devices), (state.users, changes.users)):
+                every = list(ids)
+                for at in range(0, len(every), _IDS_AT_ONCE):
+                    shelf.want(every[at : at + _IDS_AT_ONCE])
+                    await asyncio.sleep(0)
+
+    async def _export(self, swap: Swap) -> tuple[Changes, Laid]:
+        """Have what has changed since the last export, its merges in the transaction."""
+        done = await self._ask(Export())
+        self._then(swap.merge, self.intent.project, without=done.people, add=done.merges)
+        return await self._exported(done)
 
     async def _exported(self, done: Done) -> tuple[Changes, Laid]:
         assert done.changes is not None
@@ -500,27 +687,33 @@ class _Change:
                 self._host.duplicates.expect(keys[mine], block, forever=forever[mine])
                 await asyncio.sleep(0)
 
-    async def _tail(self, swap: Swap, last: int) -> None:
-        """Fold blocks that are in no lake file, up to one, and have their file in the transaction."""
+    async def _tail(self, swap: Swap) -> None:
+        """Fold the next blocks that are in no lake file, and have theirs in the transaction."""
+        host = self._host
+        last, rows = host.unsealed_after(self._until, REFOLD_TAIL_MAX)
         if last <= self._until:
             return
-        task = Tail(self._host.blocks_path, self._until + 1, last)
-        done = await self._refolder.ask(task)
+        began = time.perf_counter()
+        ids = await self._reserved(rows)
+        done = await self._ask(Tail(host.blocks_path, self._until + 1, last, ids))
+        host.pace.follow(done.seen, time.perf_counter() - began)
         self._take(done)
-        await self._in_swap(swap.put_in, done.files)
+        if done.files:
+            self._then(swap.put_in, done.files)
         if done.merges is not None:
-            await self._in_swap(swap.merge, self._intent.project, add=done.merges)
-        self._until = last
+            self._then(swap.merge, self.intent.project, add=done.merges)
+        self._until = done.last
+        self._tailed += done.seen
 
     # While commits pause.
 
     async def _pause(self, swap: Swap, changed: list[tuple[Changes, Laid]], rekeyed: Done) -> None:
-        host, project = self._host, self._intent.project
+        host, project = self._host, self.intent.project
         host.sound()  # a block of which nobody knows whether it is on disk would be left out
-        await self._tail(swap, host.state.block)
-        exported = await self._refolder.ask(Export())
-        changed.append(await self._exported(exported))
-        await self._in_swap(swap.merge, project, without=exported.people, add=exported.merges)
+        while self._until < host.state.block:
+            await self._tail(swap)
+        changed.append(await self._export(swap))
+        await self._done()
         # At once: whom the first export alone tells of would be gone by the second.
         whole = together([changes for changes, _ in changed])
 
@@ -528,13 +721,15 @@ class _Change:
             host.state.replace(project, whole)
             host.state.in_time(project)
 
+        self._still_wanted()
+        self._decided = True
         try:
             await self._in_swap(swap.commit, self._number, block=self._until, then=follow)
             self.committed = True
             host.duplicates.adopt(rekeyed.keys)
             for _, laid in changed:
                 host.duplicates.mend(laid.gone, laid.added)
-            await asyncio.to_thread(host.count_quota, project)
+                host.count_stored_again(project, laid.stored_devices, laid.stored_users)
         except BaseException as problem:
             host.fail(problem)  # nobody knows whether the lake has it: the next start does
             raise

@@ -100,6 +100,7 @@ class Sealer:
         self._sealing = _Child(_SEAL_NICE, _KEEP_MEMORY)
         self._compacting = _Child(_COMPACT_NICE, _KEEP_FOR_A_SECOND)
         self._round: asyncio.Task[None] | None = None
+        self._resting = 0
 
     async def seal(self, first: int, last: int) -> SealResult:
         """Move blocks first … last into the lake, as one file or a few. They are adopted when this returns.
@@ -132,8 +133,17 @@ class Sealer:
 
         Nothing is lost by a compaction that fails: it is told in the log and tried again with the next call.
         """
-        if self._round is None or self._round.done():
+        if not self._resting and (self._round is None or self._round.done()):
             self._round = asyncio.create_task(self._compact())
+
+    @contextlib.contextmanager
+    def compaction_rests(self) -> Iterator[None]:
+        """Begin to merge nothing meanwhile; what is under way goes on."""
+        self._resting += 1
+        try:
+            yield
+        finally:
+            self._resting -= 1
 
     async def compacted(self) -> None:
         """Wait until nothing is left to merge, or until it fails."""
@@ -151,7 +161,7 @@ class Sealer:
 
     async def _compact(self) -> None:
         try:
-            while await self._merge_some():
+            while not self._resting and await self._merge_some():
                 pass
         except StoreError as problem:
             log.warning("compaction_failed", reason=str(problem))
@@ -248,7 +258,7 @@ class _Taken:
             self.last = block.number
             self.merges += arrow.merges([block])
             yield block
-            left_bytes -= sum(len(part.body) for part in block.parts) + sum(map(len, block.tables))
+            left_bytes -= block.payload_bytes
             if left_bytes < 0:
                 return
         if self.last < self._task.last:

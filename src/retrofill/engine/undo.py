@@ -1,17 +1,28 @@
-"""Taking an import back, and bringing it back: `rewriting` with its rows hidden, or shown again."""
+"""Taking an import back, and bringing it back: `rewriting` with its rows hidden, or shown again.
+
+Hidden rows are kept for UNDO_RETENTION_DAYS, and then deleted.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Protocol
 
+import structlog
+
 from retrofill.clock import Clock
 from retrofill.engine import imports
 from retrofill.engine.imports import Counting
 from retrofill.engine.refold import Rule, Seed, Which
 from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.errors import ConflictError
 from retrofill.hot.imports import Import, Imports
+from retrofill.hot.intents import Tried
 from retrofill.lake import Lake
+
+log = structlog.get_logger()
+
+_KINDS = ("undo", "restore")
 
 
 class Host(Protocol):
@@ -23,6 +34,9 @@ class Host(Protocol):
 
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
+
+    async def compact(self) -> None:
+        """Write lake files anew that must lose rows, or are many; nothing is done while a change of history is under way."""
 
 
 class Undoing:
@@ -77,6 +91,59 @@ class Undoing:
         return imports.to_restore(
             host.imports, project, name, again=again, now_ms=self._clock.now_ms()
         )
+
+    async def cancel(self, project: int, name: str) -> Import:
+        """Call off an undo or restore that has changed nothing yet; the import is then what it was before.
+
+        Raises ConflictError if there is none, or it is too late.
+        """
+        async with self._rewriting.called_off(project, _KINDS, name) as found:
+            if self._known(project, name).state not in ("undoing", "restoring") and not found:
+                raise ConflictError(f"The import {name} is neither being undone nor restored")
+            await asyncio.to_thread(imports.as_before, self._host.imports, project, name)
+        return self._known(project, name)
+
+    async def purge(self) -> int:
+        """Delete the hidden rows that nobody can restore any more; they are in no file when this returns.
+
+        Returns how many were deleted. Nothing is noted before it is done, so it is done again after a stop; that changes
+        nothing more. Raises StoreError.
+        """
+        now_ms = self._clock.now_ms()
+        due = [
+            (project, one.name)
+            for project, one in await asyncio.to_thread(self._host.imports.everywhere)
+            if imports.to_purge(one, now_ms)
+        ]
+        if not due:
+            return 0
+        lake, done, gone = self._host.lake, [], 0
+        async with self._rewriting.alone():
+            for project, name in due:
+                last = imports.to_purge(self._known(project, name), now_ms)
+                if last:
+                    gone += await asyncio.to_thread(lake.purge, project, name, last)
+                    done.append((project, name, last))
+            left = await asyncio.to_thread(lake.event_files)
+        holding = {file.path for file in left if file.deleted is not None}
+        await self._host.compact()
+        if holding.isdisjoint(file.path for file in await asyncio.to_thread(lake.event_files)):
+            for project, name, last in done:
+                await asyncio.to_thread(imports.purged, self._host.imports, project, name, last)
+            log.info("purged", imports=len(done), rows=gone)
+        return gone
+
+    def recover(self) -> None:
+        """Mend what a stop left between an intent that was called off and the import's state."""
+        begun = self._rewriting.begun(_KINDS)
+        for project, one in self._host.imports.everywhere():
+            if one.state in ("undoing", "restoring") and (project, one.name) not in begun:
+                imports.as_before(self._host.imports, project, one.name)
+
+    def tried(self, project: int) -> dict[str, Tried]:
+        """Return how each undo or restore of a project fared that is not ended. Any thread."""
+        found = self._rewriting.begun(_KINDS)
+        return {name: tried for (number, name), tried in found.items() if number == project}
 
     async def _undone(self, intent: Intent, block: int) -> None:
         await self._host.counting.forget(intent.project, intent.argument)

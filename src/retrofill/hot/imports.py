@@ -29,6 +29,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS imports (
     project INTEGER, name TEXT, state TEXT NOT NULL, opened_ms INTEGER, generation INTEGER NOT NULL,
     after INTEGER NOT NULL, until INTEGER NOT NULL, undone_ms INTEGER NOT NULL,
+    former TEXT NOT NULL DEFAULT '', purged INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (project, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counted (
@@ -37,7 +38,9 @@ CREATE TABLE IF NOT EXISTS counted (
 CREATE TABLE IF NOT EXISTS counted_to (only INTEGER PRIMARY KEY CHECK (only = 1), block INTEGER NOT NULL);
 """
 
-_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms"
+_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms, former, purged"
+# What a file of an earlier version lacks.
+_LATER = ("former TEXT NOT NULL DEFAULT ''", "purged INTEGER NOT NULL DEFAULT 0")
 _ADD = """
 INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     duplicates = duplicates + excluded.duplicates, refusals = refusals + excluded.refusals
@@ -48,7 +51,8 @@ class Import(Struct, frozen=True):
     """One import. opened_ms: None if it never was. generation: counts from 1, one more each time it begins anew.
 
     after, until: the rows of the generation that is undone (or being undone, or restored) are those of blocks after
-    `after` up to `until`; without one both are the last block of the generation before, 0 for the first.
+    `after` up to `until`; without one both are the last block of the generation before, 0 for the first. former: its
+    state before it was being undone or restored. purged: hidden rows up to this block are deleted.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Import(Struct, frozen=True):
     after: int = 0
     until: int = 0
     undone_ms: int = 0
+    former: State | Literal[""] = ""
+    purged: int = 0
 
 
 class Counted(Struct, frozen=True):
@@ -82,6 +88,10 @@ class Imports:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            known = {name for _, name, *_ in self._db.execute("PRAGMA table_info(imports)")}
+            for column in _LATER:
+                if column.split()[0] not in known:
+                    self._db.execute(f"ALTER TABLE imports ADD COLUMN {column}")
         except sqlite3.Error as problem:
             raise store_error(problem, path) from problem
 
@@ -102,6 +112,11 @@ class Imports:
         )
         return [Import(*row) for row in rows]
 
+    def everywhere(self) -> list[tuple[int, Import]]:
+        """Return every import that is known here, with its project."""
+        rows = self._read(f"SELECT project, {_FIELDS} FROM imports ORDER BY project, name")  # noqa: S608 - names of ours
+        return [(project, Import(*row)) for project, *row in rows]
+
     def put(self, project: int, made: Import) -> None:
         """Store what is known of an import, in place of what was."""
         self.change(project, made.name, lambda _: made)
@@ -119,7 +134,12 @@ class Imports:
                 assert made.name == name
                 row = (project, *msgspec.structs.astuple(made))
                 self._write(
-                    [("INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row])]
+                    [
+                        (
+                            "INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                            [row],
+                        )
+                    ]
                 )
             return made
 

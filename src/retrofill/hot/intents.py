@@ -3,6 +3,9 @@
 A SQLite file of its own. An intent is on disk when `add` returns, before anything of it is done; `remove` comes when
 everything of it is on disk. Numbers are never used a second time, so the lake can say by number what it holds of one.
 
+How often an intent was tried is on disk before each try, and why the last one failed after it, so that one which can
+never be done is not tried for ever, even if it takes the process with it.
+
 A change takes amplitude_ids for people it may make. Blocks after that count on behind them, and fold to the same people
 at a start only if it knows where: `reserve` is on disk before the next block.
 """
@@ -13,12 +16,22 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from msgspec import Struct
+
 from retrofill.hot.sqlite import store_error
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS intents (number INTEGER PRIMARY KEY AUTOINCREMENT, intent BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS reserved (block INTEGER NOT NULL, fresh INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS tried (number INTEGER PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL);
 """
+
+
+class Tried(Struct, frozen=True):
+    """How often an intent was tried, and why the last try that ended failed; empty if none did."""
+
+    times: int = 0
+    reason: str = ""
 
 
 class Intents:
@@ -51,10 +64,41 @@ class Intents:
         return number
 
     def remove(self, number: int) -> None:
-        """Note that all of an intent is done."""
+        """Note that all of an intent is done, or that nothing of it will be."""
         try:
             with self._lock:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.execute("DELETE FROM tried WHERE number = ?", (number,))
                 self._db.execute("DELETE FROM intents WHERE number = ?", (number,))
+                self._db.execute("COMMIT")
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def begun(self, number: int) -> None:
+        """Note that an intent is tried now."""
+        try:
+            with self._lock:
+                self._db.execute(
+                    "INSERT INTO tried VALUES (?, 1, '') ON CONFLICT DO UPDATE SET times = times + 1",
+                    (number,),
+                )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def failed(self, number: int, reason: str) -> None:
+        """Note why the try failed that was begun last."""
+        try:
+            with self._lock:
+                self._db.execute("UPDATE tried SET reason = ? WHERE number = ?", (reason, number))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
+    def tried(self) -> dict[int, Tried]:
+        """Return how each intent that was tried fared, by number."""
+        try:
+            with self._lock:
+                rows = self._db.execute("SELECT number, times, reason FROM tried").fetchall()
+                return {number: Tried(*rest) for number, *rest in rows}
         except sqlite3.Error as problem:
             raise store_error(problem, self._path) from problem
 

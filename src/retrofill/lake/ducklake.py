@@ -312,6 +312,21 @@ class Lake:
         self._commit(change)
         return gone
 
+    def purge(self, project: int, name: str, last: int) -> int:
+        """Delete the hidden rows of an import in blocks up to one; return how many there were."""
+        gone = 0
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            nonlocal gone
+            gone = cursor.execute(
+                'DELETE FROM lake.events WHERE project = ? AND import_id = ? AND "block" <= ? '  # noqa: S608 - a number of ours
+                f"AND kind = {int(Kind.UNDONE)}",
+                [project, name, last],
+            ).fetchall()[0][0]
+
+        self._commit(change)
+        return gone
+
     def holds_import(self, project: int, name: str, after: int) -> bool:
         """Say whether there are rows of an import in blocks after one that were not undone."""
         with self.snapshot() as snapshot, _told(self.folder):

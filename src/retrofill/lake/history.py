@@ -21,7 +21,7 @@ COLUMNS = ", ".join(f'"{name}"' for name in SCHEMA.names)
 
 
 class History:
-    """A DuckDB of its own with the view `events`, of the columns of the lake table."""
+    """A DuckDB of its own with the view `events`, and others if wanted, of the columns of the lake table."""
 
     def __init__(self, spill: Path) -> None:
         self._db = duckdb.connect(
@@ -50,15 +50,15 @@ class History:
         """Name a table for statements, in place of one of that name."""
         self._db.register(name, rows)
 
-    def use(self, files: Sequence[LakeFile]) -> None:
-        """Let `events` be the rows of these files, without those that their delete files name."""
+    def use(self, files: Sequence[LakeFile], view: str = "events") -> None:
+        """Let a view be the rows of these files, without those that their delete files name."""
         whole = [str(file.path) for file in files if file.deleted is None]
         parts = []
         if whole:
             parts.append(f"FROM read_parquet({_texts(whole)}, union_by_name=true)")
         for number, file in enumerate(one for one in files if one.deleted is not None):
             assert file.deleted is not None
-            gone = f"gone_{number}"
+            gone = f"{view}_gone_{number}"
             self.register(gone, pq.read_table(file.deleted, columns=["pos"]))
             rows = f"FROM read_parquet({_texts([str(file.path)])}, file_row_number=true)"
             parts.append(rows + f" ANTI JOIN {gone} ON file_row_number = pos")
@@ -66,7 +66,7 @@ class History:
             self.register("no_events", SCHEMA.empty_table())
             parts.append("FROM no_events")
         self._db.execute(
-            "CREATE OR REPLACE TEMP VIEW events AS "
+            f"CREATE OR REPLACE TEMP VIEW {view} AS "
             + " UNION ALL ".join(f"SELECT {COLUMNS} {one}" for one in parts)
         )
 

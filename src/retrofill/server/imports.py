@@ -55,6 +55,7 @@ class ImportRoutes:
             Route("/api/1/imports/{id}", self.show, methods=["GET"]),
             Route("/api/1/imports/{id}", self.undo, methods=["DELETE"]),
             Route("/api/1/imports/{id}/restore", self.restore, methods=["POST"]),
+            Route("/api/1/imports/{id}/cancel", self.cancel, methods=["POST"]),
             Route("/api/1/imports/{id}/close", self.close, methods=["POST"]),
             Route("/api/1/imports/{id}/export", self.export, methods=["GET"]),
         ]
@@ -104,6 +105,13 @@ class ImportRoutes:
         await self._engine.restore(number, name)
         return await self._answer(request, lambda: self._one(number, name))
 
+    async def cancel(self, request: Request) -> Response:
+        """POST /api/1/imports/{id}/cancel: an undo or restore that has changed nothing yet is called off."""
+        number, name = request.state.project.number, request.path_params["id"]
+        await self._answer(request, lambda: self._one(number, name))
+        await self._engine.cancel(number, name)
+        return await self._answer(request, lambda: self._one(number, name))
+
     async def export(self, request: Request) -> Response:
         """GET /api/1/imports/{id}/export."""
         name = request.path_params["id"]
@@ -113,7 +121,8 @@ class ImportRoutes:
 
     def _figures(self, project: int, name: str | None = None) -> Sequence[Figures]:
         known, counted = self._engine.imports, self._engine.counting.of(project)
-        return imports.figures(self._reader, known, counted, project, name=name)
+        tried = self._engine.tried(project)
+        return imports.figures(self._reader, known, counted, project, name=name, tried=tried)
 
     def _one(self, project: int, name: str) -> Figures:
         found = self._figures(project, name)

@@ -422,6 +422,8 @@ _IMPORT = _object(
         "last_arrival_ms",
         "duplicates",
         "refusals",
+        "tries",
+        "reason",
     ),
     name=_TEXT,
     state={"enum": ["open", "closed", "undoing", "undone", "restoring"]},
@@ -436,6 +438,8 @@ _IMPORT = _object(
     last_arrival_ms=_NULLABLE_INT,
     duplicates=_INT,
     refusals=_INT,
+    tries=_INT,
+    reason={"type": ["string", "null"]},
 )
 _ONE_IMPORT = _json(_IMPORT, "the import")
 _IMPORT_ID: Json = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
@@ -471,8 +475,25 @@ _IMPORTS: Json = {
         "delete": {
             "summary": "Undo an import with all its effects; again changes nothing",
             "parameters": [_IMPORT_ID],
-            "responses": {"200": _ONE_IMPORT, "404": _EITHER, **_READ_ANSWERS},
+            "responses": {
+                "200": _ONE_IMPORT,
+                "404": _EITHER,
+                "409": _json("Problem", "it was called off, or another one has failed too often"),
+                **_READ_ANSWERS,
+            },
         },
+    },
+    "/api/1/imports/{id}/cancel": {
+        "post": {
+            "summary": "Call off an undo or restore that has changed nothing yet",
+            "parameters": [_IMPORT_ID],
+            "responses": {
+                "200": _ONE_IMPORT,
+                "404": _EITHER,
+                "409": _json("Problem", "nothing is under way, or it is nearly done"),
+                **_READ_ANSWERS,
+            },
+        }
     },
     "/api/1/imports/{id}/restore": {
         "post": {
