@@ -164,6 +164,7 @@ def test_an_unmerge_cut_off_is_ended_by_the_next_start(
         server.run(server.engine._unmerging.unmerge(1, 3, 0))
     monkeypatch.undo()
     server.crash()
+    server.run(server.engine.rewriting.ended())
     assert merges(server) == []
     assert [one.id for one in merges(server, state="unmerged")] == [merge.id]
     assert person(server, "ann-111").properties == {"b": 2, "c": 3, "d": 4}
@@ -191,14 +192,26 @@ def test_random_lives_with_merges_taken_back_are_what_their_history_says(
 ) -> None:
     seeded = random.Random(seed)
     server = Server(tmp_path / "data", FakeClock(), seeded.choice(["none", "amplitude"]))
-    taken = 0
-    for number in range(5, 200, 5):
+    taken = number = 0
+
+    async def more() -> None:
+        nonlocal number
+        number += 5
         server.clock.ms += 1000
         wire, path = _request(seeded, number, server.clock.ms, name=seeded.choice(["", "old-shop"]))
         for one in wire:  # devices enough to be joined
             if one.get("device_id"):
                 one["device_id"] += f"-{seeded.randrange(9)}"
-        server.send(wire, path)
+        await server.post(wire, path)
+
+    async def meddle() -> None:  # while a merge is taken back
+        if seeded.random() < 0.4:
+            await more()
+
+    server.meddle = meddle
+    for _ in range(40):
+        server.run(server.engine.rewriting.ended())
+        server.run(more())
         chance = seeded.random()
         found = merges(server) if chance < 0.3 else []
         if found:

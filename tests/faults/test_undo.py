@@ -23,7 +23,10 @@ pytestmark = pytest.mark.slow
 
 IMPORT = "old-shop"
 ANSWER_S = 90
-SETTINGS = "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_TAIL_ROWS=20 REFOLD_ROWS=200"
+SETTINGS = (
+    "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_ROWS=200 "
+    "REFOLD_TAIL_ROWS=20 REFOLD_TAIL_MAX=50 REFOLD_PACE_ROWS=50"
+)
 
 # Steps at which the server is killed: a method, and whether it was done by then. Once in the life of a directory.
 STEPS = [

@@ -32,7 +32,8 @@ project as well must be put into the rule of every intent: that is for `Rewritin
 
 Where properties go by event time, a row that comes later may belong between others: commits wait for all of such a
 change, from 2 until the intent is removed, and a thread of this process folds, which begins sooner than a child. A
-switch between the orders and an unmerge are such changes as well: the next block is folded by another rule.
+switch between the orders is such a change as well. After an unmerge the next block is folded by another rule: its pause
+lasts until the intent is removed.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ T = TypeVar("T")
 
 _IDS_AT_ONCE = 1000  # looked up before others have their turn
 
-# What the next block is folded by changes with these, in `ended`: no block may come before it.
-_WAITED_FOR = ("property_time", "unmerge")
+# What the next block is folded by changes with these, in `ended`: no block may come before it. If they fail they are
+# forgotten, since who asks again begins anew.
+_CHANGES_RULE = ("property_time", "unmerge")
 
 
 class Intent(Struct, frozen=True):
@@ -332,7 +334,7 @@ class Rewriting:
                 await self._end(number, intent, block)
             elif self._given_up(number, tried) and intent.kind != "late":
                 log.error("history_change_given_up", kind=intent.kind, reason=tried[number].reason)
-                if intent.kind in _WAITED_FOR:
+                if intent.kind in _CHANGES_RULE:
                     await asyncio.to_thread(self._intents.remove, number)
             elif self._waited_for(intent):
                 try:
@@ -379,35 +381,34 @@ class Rewriting:
     def _waited_for(self, intent: Intent) -> bool:
         """Say whether commits wait for all of a change."""
         by_time = self._host.state.project(intent.project).by_time
-        return by_time or intent.kind in _WAITED_FOR
+        return by_time or intent.kind == "property_time"
 
     async def _change(
         self, number: int, intent: Intent, refolder: Refolder, *, paused: bool
     ) -> None:
         scratch = self._scratch(number)
         await asyncio.to_thread(self._intents.begun, number)
-        self._running = change = _Change(
-            self._host, self._intents, number, intent, scratch, refolder
-        )
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="swap") as thread:
-                change.thread, change.paused = thread, paused
-                block = await change.run(*self.told(intent))
-        except BaseException as problem:
-            if change.committed:
-                self._host.fail(problem)  # the next start ends it
-            elif isinstance(problem, Exception):
-                await asyncio.to_thread(self._failed, number, intent, str(problem))
-            raise
-        finally:
-            self._running = None
-            await refolder.stop()
-        await self._end(number, intent, block)
+        change = _Change(self._host, self._intents, number, intent, scratch, refolder)
+        self._running, change.paused = change, paused
+        async with change.pause:
+            try:
+                with ThreadPoolExecutor(1, thread_name_prefix="swap") as change.thread:
+                    block = await change.run(*self.told(intent))
+            except BaseException as problem:
+                if change.committed:
+                    self._host.fail(problem)  # the next start ends it
+                elif isinstance(problem, Exception):
+                    await asyncio.to_thread(self._failed, number, intent, str(problem))
+                raise
+            finally:
+                self._running = None
+                await refolder.stop()
+            await self._end(number, intent, block)
         log.info("history_changed", kind=intent.kind, rows=change.rows)
 
     def _failed(self, number: int, intent: Intent, reason: str) -> None:
-        """Nothing of it is in place: one that commits have waited for is forgotten, another one is tried again."""
-        if intent.kind in _WAITED_FOR:
+        """Nothing of it is in place."""
+        if intent.kind in _CHANGES_RULE:
             self._intents.remove(number)
         else:
             self._intents.failed(number, reason)
@@ -442,8 +443,9 @@ class _Change:
         self._called_off = self._decided = False
         self._scratch = scratch
         self._refolder = refolder
-        self.thread = ThreadPoolExecutor(1)
+        self.thread: ThreadPoolExecutor
         self.paused = False
+        self.pause = contextlib.AsyncExitStack()  # ends it
         self.committed = False
         self._pins = contextlib.ExitStack()
         self._pinned = 0
@@ -482,6 +484,11 @@ class _Change:
         finally:
             host.pace.end()
             self._pins.close()  # the last ones: each pass has others
+
+    @property
+    def _lasts(self) -> bool:
+        """Whether the pause lasts until the intent is removed."""
+        return self.intent.kind in _CHANGES_RULE
 
     @property
     def _behind(self) -> int:
@@ -618,15 +625,20 @@ class _Change:
         try:
             self._then(self._replace, swap, exported)
             await self._catch_up(swap)
+            if self._lasts:
+                await host.checkpoint()  # little is left for the one inside the pause
             async with host.saving:  # a checkpoint under way would have more come meanwhile
                 await self._catch_up(swap)
                 changed.append(await self._export(swap))
                 await self._at_hand(changed)
                 await self._catch_up(swap)
                 await self._tail(swap)  # while it is folded fewer come
-                async with self._between_commits():
+                if not self.paused:
+                    await self.pause.enter_async_context(host.committing)
                     self.paused = True
-                    await self._pause(swap, changed, rekeyed)
+                await self._pause(swap, changed, rekeyed)
+                if not self._lasts:
+                    await self.pause.aclose()
             await host.sealed(first, self._until)
         finally:
             await asyncio.gather(*self._steps, return_exceptions=True)
