@@ -101,6 +101,49 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     assert "hush" not in str(refused.value)
 
 
+_NO_MEMORY = """
+from pathlib import Path
+from retrofill.engine.refolder import ChildRefolder
+from retrofill.errors import StoreError
+real = ChildRefolder.ask
+async def ask(self, task):
+    if Path({armed!r}).exists():
+        raise StoreError("There is no memory")
+    return await real(self, task)
+ChildRefolder.ask = ask
+"""
+
+
+def test_an_undo_that_cannot_be_done_says_why_and_is_called_off(tmp_path: Path) -> None:
+    armed = tmp_path / "armed"
+    armed.touch()
+    server = Process(tmp_path / "data", first=_NO_MEMORY.format(armed=str(armed)))
+    origin = {"source_name": "retrofill", "source_version": "old"}
+    try:
+        server.start()
+        server.wait_until_ready()
+        server.send([{"user_id": "user-1", "event_type": "Seen", "ingestion_metadata": origin}])
+        to = ["--to", server.url, *KEYS]
+        with pytest.raises(Error, match="There is no memory"):
+            call("undo", "old", *to, "--yes")
+        shown = json.loads(server.ask("GET", "/api/1/imports/old")[1])
+        found = [shown[name] for name in ("state", "tries", "reason", "events")]
+        assert found == ["undoing", 1, "There is no memory", 1]
+        done = call("undo", "old", *to, "--cancel")
+        assert "tried 1 times, the last one failed: There is no memory" in done.stderr
+        assert "called off, nothing has changed: the import is open" in done.stderr
+        shown = json.loads(server.ask("GET", "/api/1/imports/old")[1])
+        found = [shown[name] for name in ("state", "tries", "reason", "events")]
+        assert found == ["open", 0, None, 1]
+        with pytest.raises(FinalError, match="neither being undone nor restored"):
+            call("undo", "old", *to, "--cancel")
+        armed.unlink()
+        assert call("undo", "old", *to, "--yes").exit_code == 0
+        assert server.ask("GET", "/api/1/imports/old/export")[0] == 404
+    finally:
+        server.end()
+
+
 def failing(url: str) -> Error:
     with pytest.raises(Error) as failed:
         call("undo", "old", "--to", url, "--api-key", "key", "--secret-key", "secret", "--yes")

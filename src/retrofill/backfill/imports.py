@@ -33,6 +33,8 @@ class Shown(Struct, frozen=True):
     first_event_ms: int | None = None
     last_event_ms: int | None = None
     duplicates: int = 0
+    tries: int = 0
+    reason: str | None = None
 
     @property
     def undone(self) -> bool:
@@ -73,6 +75,14 @@ def restore(to: Target, keys: Keys, name: str) -> Shown:
     return _ended(found, name, undone=False)
 
 
+def cancel(to: Target, keys: Keys, name: str) -> Shown:
+    """Call off an undo or restore that has changed nothing yet. Raises FinalError, RetryError."""
+    found = _ask(to, keys, name, "POST", "/cancel", seconds=CHANGE_S)
+    if found is None:
+        raise unknown(name)
+    return found
+
+
 def unknown(name: str) -> FinalError:
     """Return the error for an import that the destination does not have."""
     return FinalError(
@@ -109,7 +119,7 @@ def begin(work: Path, to: Target, keys: Keys, name: str) -> Begun:
     if found.state in {"undoing", "restoring"}:
         raise RetryError(
             f"The import {name} is {found.state} at the destination",
-            mend="Run the same line again when that is done",
+            mend="Run the same line again when that is done; `retrofill undo --cancel` calls off what cannot be done",
         )
     now = found.next_generation
     if not (work / "journal.db").exists():

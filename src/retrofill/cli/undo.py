@@ -25,6 +25,7 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     secret_key: options.SecretKey = None,
     key_file: options.KeyFile = None,
     restore: Annotated[bool, typer.Option("--restore", help="Bring it back instead.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Call off an undo or restore.")] = False,
     yes: options.Yes = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -45,6 +46,9 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     if before is None:
         raise imports.unknown(import_)
     _tell("import", before, as_json=as_json)
+    if cancel:
+        _called_off(imports.cancel(where, keys, import_), as_json=as_json)
+        return
     if before.undone and not restore:
         if not as_json:
             say("it is undone already: nothing is left to do")
@@ -64,6 +68,15 @@ def _tell(what: str, one: Shown, *, as_json: bool, **more: float) -> None:
         emit({"event": what, **msgspec.structs.asdict(one), **more})
     else:
         say(f"import {one.name}, generation {one.generation}, {one.state}: {_figures(one)}")
+        if one.reason:
+            say(f"tried {one.tries} times, the last one failed: {one.reason}")
+
+
+def _called_off(after: Shown, *, as_json: bool) -> None:
+    if as_json:
+        _tell("called_off", after, as_json=True)
+    else:
+        say(f"called off, nothing has changed: the import is {after.state}")
 
 
 def _figures(one: Shown) -> str:
