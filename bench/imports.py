@@ -1,7 +1,7 @@
 """What an import costs to take back: how long, how much CPU and memory, and what live traffic notices of it.
 
 Stored are 1 M events of 10 k people, a tenth of them of an import that touched a fifth of the people and a third of all
-other events (`--long`: ten times that; `--quick`: a fifth). Then the import is undone and restored: alone, under requests
+other events (`--long`: ten times that; `--quick`: a tenth). Then the import is undone and restored: alone, under requests
 at a set pace, and under as many as the server takes. Rows are added by a function in ROWS, with its goals in GOALS.
 """
 
@@ -34,7 +34,7 @@ from server import API_KEY, SECRET_KEY, Server, peak_rss
 IMPORT = "old-shop"
 LOG = ROOM / "server.log"
 PACED = 200  # requests a second, of 10 events, while it is measured what they notice
-ALONE_S = 6  # of full load, to compare with
+ALONE_S = {"quick": 2, "usual": 6, "long": 20}  # of full load, to compare with
 
 REFOLD_CPU = Goal("refold: CPU for a million rows, undo alone, all processes", 20, 10, "s")
 UNDO = Goal("undo of a tenth of all events, a third further ones folded again", 120, 30, "s")
@@ -55,6 +55,7 @@ class Stored:
 
     server: Server
     count: int
+    size: str
 
 
 # The history.
@@ -116,7 +117,7 @@ class Sending:
         return Result(**json.loads(said))
 
 
-def _store(count: int) -> Stored:
+def _store(count: int, size: str) -> Stored:
     people = count // 100
     live = _lines("live", people, _anybody(people))
     old = _lines("old", people, _touched(people))
@@ -127,7 +128,7 @@ def _store(count: int) -> Stored:
     for cache, share in ((live, 0.45), (old, 0.1), (live, 0.45)):
         Sending(server, cache, requests=int(share * count) // 1000).end(wait=True)
     _settled(server)
-    return Stored(server, count)
+    return Stored(server, count, size)
 
 
 def _settled(server: Server) -> None:
@@ -210,7 +211,7 @@ def row_full(report: Report, stored: Stored) -> None:
     server, people = stored.server, stored.count // 100
     cache = _lines("live", people, _anybody(people))
     alone = Sending(server, cache, requests=10**6)
-    threading.Event().wait(ALONE_S)
+    threading.Event().wait(ALONE_S[stored.size])
     without = alone.end()
     beside = Sending(server, cache, requests=10**6)
     with peak_rss(server) as peak:
@@ -241,9 +242,10 @@ def row_rehearsal(report: Report, stored: Stored) -> None:
     )
 
 
-def row_event_time(report: Report, _stored: Stored) -> None:
+def row_event_time(report: Report, stored: Stored) -> None:
     """What live traffic in order costs more where properties go by event time: in this process, nothing else stored."""
-    arrival, event, more = event_time.ratio(event_time.EVENTS, 1000)
+    count = min(event_time.EVENTS, stored.count)
+    arrival, event, more = event_time.ratio(count, 1000)
     said = f"{event:.1f} against {arrival:.1f} s/M, 1000 a request, turn by turn, without HTTP and sealing"
     report.add(EVENT_TIME, more, said)
 
@@ -260,16 +262,17 @@ ROWS: list[Callable[[Report, Stored], None]] = [
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="with 200 k events stored")
+    parser.add_argument("--quick", action="store_true", help="with 100 k events stored")
     parser.add_argument("--long", action="store_true", help="with 10 M events stored")
     chosen = parser.parse_args()
-    count = 200_000 if chosen.quick else 10_000_000 if chosen.long else 1_000_000
+    size = "quick" if chosen.quick else "long" if chosen.long else "usual"
+    count = {"quick": 100_000, "usual": 1_000_000, "long": 10_000_000}[size]
     ROOM.mkdir(exist_ok=True)
     report = Report(GOALS)
     started = time.perf_counter()
     stored = None
     try:
-        stored = _store(count)
+        stored = _store(count, size)
         for row in ROWS:
             row(report, stored)
         stored.server.stop()

@@ -14,7 +14,7 @@ from tests.engine.test_undo import Interrupted, Server, _CutError, _event, one_i
 from tests.stateful.test_engine import FakeClock
 
 from retrofill.core.throttle import Quota
-from retrofill.engine import imports, refolder, rewriting
+from retrofill.engine import change, imports, refolder, rewriting
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.refolder import Done, Rekey, Tail, Task, ThreadRefolder
 from retrofill.errors import ConflictError, StoreError
@@ -56,8 +56,8 @@ class Flooded(ThreadRefolder):
 def test_what_comes_while_an_import_is_undone_is_folded_some_blocks_at_a_time(
     tail_bytes: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewriting, "REFOLD_TAIL_ROWS", 2)
-    monkeypatch.setattr(rewriting, "REFOLD_TAIL_MAX", 5)
+    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", 2)
+    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 5)
     monkeypatch.setattr(refolder, "REFOLD_TAIL_BYTES", tail_bytes)
     seeded = random.Random(11)
     subject, control = Server(tmp_path / "subject", clock), Server(tmp_path / "control", clock)
@@ -122,11 +122,11 @@ def test_the_daily_quota_follows_an_undo_and_a_restore(
         subject.run(more())
     subject.meddle = more
     seen = []
-    for change in (subject.engine.undo, subject.engine.restore, subject.engine.undo):
+    for ask in (subject.engine.undo, subject.engine.restore, subject.engine.undo):
         counted, stored = quota_of(subject)
         assert counted == stored
         seen.append(counted)
-        subject.run(change(1, "old-shop"))
+        subject.run(ask(1, "old-shop"))
     assert seen[0] != seen[1]
     counted, stored = quota_of(subject)
     assert counted == stored

@@ -20,7 +20,7 @@ from retrofill.core import person as people
 from retrofill.core.block import Kind
 from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted
-from retrofill.engine import refolder, rewriting
+from retrofill.engine import change, refolder
 from retrofill.engine.ingest import Engine
 from retrofill.engine.refolder import Done, Export, Task, ThreadRefolder
 from retrofill.errors import ConflictError, CorruptError, FullError, MissingError, StoreError
@@ -293,9 +293,9 @@ def test_traffic_and_crashes_while_an_import_is_undone_leave_no_trace_of_it(
     seed: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above, with requests answered between any two steps of undo and restore, and stops there."""
-    monkeypatch.setattr(rewriting, "REFOLD_TAIL_ROWS", seed % 4)
-    monkeypatch.setattr(rewriting, "REFOLD_TAIL_MAX", 1 + seed % 5)
-    monkeypatch.setattr(rewriting, "REFOLD_TAILS_MAX", seed % 3)
+    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", seed % 4)
+    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 1 + seed % 5)
+    monkeypatch.setattr(change, "REFOLD_TAILS_MAX", seed % 3)
     monkeypatch.setattr(refolder, "REFOLD_TAIL_BYTES", 10**9 * (seed % 2))
     story = Story(1000 + seed, Server(tmp_path / "subject", clock))
     control = Server(tmp_path / "control", clock)

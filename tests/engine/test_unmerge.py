@@ -143,14 +143,14 @@ def test_nobody_else_owns_the_device_that_a_barred_user_was_first_seen_on(server
 def test_an_unmerge_cut_off_is_ended_by_the_next_start(
     name: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retrofill.engine import rewriting  # noqa: PLC0415 # to cut it off there
+    from retrofill.engine import change  # noqa: PLC0415 # to cut it off there
 
     (merge,) = merges(server)
     owner: Any = {
         "commit": Swap,
         "checkpoint": server.engine,
         "bar": server.engine.projects_store,
-        "read_changes": rewriting,
+        "read_changes": change,
     }[name]
     real = getattr(owner, name)
 

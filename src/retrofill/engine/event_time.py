@@ -20,8 +20,9 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from retrofill.engine.admission import ProjectSettings, PropertyTime
+from retrofill.engine.change import Intent
 from retrofill.engine.refold import Rule, Seed
-from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.state import State
 from retrofill.errors import StoreError
 

@@ -12,9 +12,10 @@ import structlog
 
 from retrofill.clock import Clock
 from retrofill.engine import imports
+from retrofill.engine.change import Intent
 from retrofill.engine.imports import Counting
 from retrofill.engine.refold import Rule, Seed, Which
-from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.engine.rewriting import Rewriting
 from retrofill.errors import ConflictError
 from retrofill.hot.imports import Import, Imports
 from retrofill.hot.intents import Tried

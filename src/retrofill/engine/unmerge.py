@@ -19,9 +19,10 @@ from msgspec.structs import replace
 from retrofill.clock import Clock
 from retrofill.core import row as row_of
 from retrofill.core.block import Kind
+from retrofill.engine.change import Intent
 from retrofill.engine.query import Statement, View
 from retrofill.engine.refold import Rule, Seed
-from retrofill.engine.rewriting import Intent, Rewriting
+from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.state import State
 from retrofill.errors import MissingError
 from retrofill.hot.sqlite import Bar, Projects
