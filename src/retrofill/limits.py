@@ -173,7 +173,7 @@ LAKE_MERGES_KEPT = 200_000  # merges kept for readers, of the last snapshot alon
 SEAL_BYTES_MAX = (
     128 * 1024 * 1024
 )  # bodies and snapshots of one lake file: bounds the sealer's memory
-COMPACT_FILES = 8  # neighbours of one tier that become one file
+COMPACT_FILES = 10  # neighbours of one tier that become one file
 COMPACT_FILES_MIN = 3  # fewer are merged if they fill a file of the largest size
 COMPACT_ROWS_MAX = 5_000_000  # rows of the largest file
 

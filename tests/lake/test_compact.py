@@ -31,7 +31,8 @@ def test_enough_neighbours_of_a_size_become_one() -> None:
 
 
 def test_a_small_file_between_large_ones_goes_with_them() -> None:
-    found = files(*[SEAL_EVENTS] * 4, 10, *[SEAL_EVENTS] * 4)
+    half = [SEAL_EVENTS] * (COMPACT_FILES // 2)
+    found = files(*half, 10, *half)
     assert choose(found) == found[:COMPACT_FILES]
 
 
