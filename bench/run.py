@@ -22,6 +22,7 @@ import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,15 +32,17 @@ from rich.console import Console
 from rich.table import Table
 
 import server as servers
-from events import bodies, lines, templates
+from events import PEOPLE, bodies, lines, templates
 from load import Order, Result
 from retrofill.core.event import Event
+from retrofill.hot.checkpoint import FIRST_AMPLITUDE_ID
 from server import API_KEY, SECRET_KEY, Server
 
 HERE = Path(__file__).parent
 ROOM = (
     HERE.parent / ".bench"
 )  # on the disk of the checkout: a folder in memory would sync for nothing
+HALF_S = 180  # at half rate, at most
 HOUR_KEY, HOUR_SECRET = "hour-key", "hour-secret"
 HOUR_PROJECT = ("--project", f"hour:{HOUR_KEY}:{HOUR_SECRET}")
 MB = 1e6
@@ -60,7 +63,7 @@ class Size:
     limits: int  # for the physical limits
 
 
-QUICK = Size(large=400_000, small=300_000, hour=150_000, lookups=200, seals=2, limits=100_000)
+QUICK = Size(large=300_000, small=150_000, hour=100_000, lookups=100, seals=2, limits=100_000)
 USUAL = Size(large=2_000_000, small=500_000, hour=500_000, lookups=500, seals=2, limits=200_000)
 LONG = Size(large=10_000_000, small=300_000, hour=500_000, lookups=500, seals=2, limits=200_000)
 
@@ -165,9 +168,10 @@ def large(server: Server, events: int, api_key: str = API_KEY) -> Result:
     return load(server, requests=events // 1000, events_per_request=1000, api_key=api_key)
 
 
-def small(server: Server, events: int, rate: float = 0) -> Result:
-    """Send at 10 a request over 16 connections, `rate` in requests a second."""
-    return load(server, requests=events // 10, events_per_request=10, connections=16, rate=rate)
+def small(server: Server, events: int, rate: float = 0, stop: str = "") -> Result:
+    """Send at 10 a request over 16 connections, `rate` in requests a second, until a file `stop` is there."""
+    order = {"connections": 16, "rate": rate, "stop": stop}
+    return load(server, requests=events // 10, events_per_request=10, **order)
 
 
 # The physical limits.
@@ -240,8 +244,17 @@ def limit_sync(report: Report, folder: Path) -> None:
 # The rows.
 
 
-def row_large(report: Report, server: Server, events: int, *, idle_cpu_s: float) -> Server:
+@dataclass
+class Spent:
+    """CPU seconds of the server and its children for so many events, of all loads at 1000 a request."""
+
+    cpu_s: float = 0.0
+    events: int = 0
+
+
+def row_large(report: Report, server: Server, events: int, spent: Spent) -> Server:
     """Send much at 1000 a request, then stop in good order, so that every event is sealed; start again."""
+    idle_cpu_s = server.cpu_s()
     seals, sealed = (
         server.metric(f"retrofill_{name}_total") for name in ("seals", "sealed_events")
     )
@@ -249,10 +262,13 @@ def row_large(report: Report, server: Server, events: int, *, idle_cpu_s: float)
     waiting = events - server.metric("retrofill_sealed_events_total") + sealed
     seals = server.metric("retrofill_seals_total") - seals
     cpu_s = server.cpu_s() + server.stop() - idle_cpu_s
+    spent.cpu_s += cpu_s
+    spent.events += events
     said = (
-        f"{events / 1e6:g} M events, generator {result.client_cpu_s * 1e6 / events:.1f} s beside it"
+        f"{spent.events / 1e6:g} M events, generator {result.client_cpu_s * 1e6 / events:.1f} s beside it, "
+        f"the last {events / 1e6:g} M {cpu_s * 1e6 / events:.1f} s"
     )
-    report.add(CPU, cpu_s * 1e6 / events, said)
+    report.add(CPU, spent.cpu_s * 1e6 / spent.events, said)
     rate = result.events / result.seconds / 1e3
     slow = min(result.by_second[1:-1], default=0) / 1e3
     report.add(
@@ -283,15 +299,19 @@ def row_small(report: Report, server: Server, size: Size) -> float:
 def row_half(report: Report, server: Server, rate: float, seals: int) -> None:
     """Send at a fixed rate until so many seals have happened."""
     before = server.metric("retrofill_seals_total")
-    p99 = longest = seconds = 0.0
-    while server.metric("retrofill_seals_total") - before < seals and seconds < 180:
-        result = small(server, int(rate * 20) * 10, rate)
-        p99, longest = max(p99, result.p99_ms), max(longest, result.max_ms)
-        seconds += result.seconds
+    stop = ROOM / "stop"
+    stop.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(small, server, int(rate * HALF_S) * 10, rate, str(stop))
+        while not sending.done() and server.metric("retrofill_seals_total") - before < seals:
+            time.sleep(0.5)
+        stop.touch()
+        result = sending.result()
+    stop.unlink()
     seen = server.metric("retrofill_seals_total") - before
-    said = f"{rate * 10 / 1e3:.1f} k/s for {seconds:.0f} s, {seen:.0f} seals"
-    report.add(P99, p99, said)
-    report.add(MAX, longest, said)
+    said = f"{rate * 10 / 1e3:.1f} k/s for {result.seconds:.0f} s, {seen:.0f} seals"
+    report.add(P99, result.p99_ms, said)
+    report.add(MAX, result.max_ms, said)
 
 
 def _read(server: Server, path: str, keys: str) -> urllib.request.Request:
@@ -304,24 +324,16 @@ def _read(server: Server, path: str, keys: str) -> urllib.request.Request:
 def row_latest(report: Report, server: Server, lookups: int, stored: int) -> None:
     """Ask for the latest 100 events of people drawn evenly."""
     keys = f"{API_KEY}:{SECRET_KEY}"
-    seeded = random.Random(7)
-    users = [f"user-{person:06d}" for person in seeded.sample(range(20_000), lookups * 2)]
-    found = []
-    for user in users:
-        with urllib.request.urlopen(
-            _read(server, f"/api/2/usersearch?user={user}", keys)
-        ) as answer:
-            found += [one["amplitude_id"] for one in json.load(answer)["matches"]]
-        if len(found) >= lookups:
-            break
     times = []
     events = 0
-    for one in found:
+    for one in random.Random(7).sample(range(PEOPLE), lookups):
+        path = f"/api/2/useractivity?user={FIRST_AMPLITUDE_ID + one}&limit=100"
         started = time.perf_counter()
-        path = f"/api/2/useractivity?user={one}&limit=100"
         with urllib.request.urlopen(_read(server, path, keys)) as answer:
-            events += len(json.load(answer)["events"])
-        times.append((time.perf_counter() - started) * 1e3)
+            found = len(json.load(answer)["events"])
+        if found:  # for one or the other person no event was drawn
+            times.append((time.perf_counter() - started) * 1e3)
+            events += found
     times.sort()
     report.add(
         LATEST,
@@ -405,9 +417,7 @@ def limits(report: Report, size: Size) -> None:
 def usual(report: Report, size: Size) -> None:
     """Every row at the size at hand."""
     limits(report, size)
-    server = start()
-    idle_cpu_s = server.cpu_s()
-    server = row_large(report, server, size.large, idle_cpu_s=idle_cpu_s)
+    server = row_large(report, start(), size.large, Spent())
     rate = row_small(report, server, size)
     row_half(report, server, rate / 2, size.seals)
     row_export(report, server, size.hour)
@@ -430,13 +440,11 @@ def finish(report: Report, server: Server, size: Size) -> None:
 def long(report: Report, size: Size) -> None:
     """Fill ten million events once and measure what names them."""
     limits(report, size)
-    server = start()
-    idle_cpu_s = server.cpu_s()
-    server = row_large(report, server, 1_000_000, idle_cpu_s=idle_cpu_s)
+    spent = Spent()
+    server = row_large(report, start(), 1_000_000, spent)
     before = _probe(server, size)
     stored = 1_000_000 + 2 * size.small
-    idle_cpu_s = server.cpu_s()
-    server = row_large(report, server, size.large - stored, idle_cpu_s=idle_cpu_s)
+    server = row_large(report, server, size.large - stored, spent)
     after = _probe(server, size)
     said = ", ".join(
         f"{name} {first / 1e3:.0f} → {last / 1e3:.0f} k/s"

@@ -203,6 +203,10 @@ def test_blocks_that_come_back_after_a_stop_are_deleted_again(tmp_path: Path) ->
     asyncio.run(run(2))
     last = opened(data)
     assert (n_of_ann(last), last.blocks.numbers(), last.lake.sealed()) == (2, [], 2)
+    with closing(sqlite3.connect(store)) as db:
+        assert db.execute("PRAGMA freelist_count").fetchall() == [
+            (0,)
+        ]  # closing leaves no room unused
     asyncio.run(last.close())
 
 

@@ -131,3 +131,19 @@ def test_a_deletion_that_a_stop_takes_back_leaves_the_blocks_that_were_there(
         after = _copied(path, tmp_path / "after", log_bytes=log.stat().st_size)
     assert list(read_blocks(before, 1, 2)) == written[:1]
     assert list(read_blocks(after, 1, 2)) == written[1:]
+
+
+def test_the_room_of_deleted_blocks_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "hot.sqlite"
+    world = World(seed=1)
+    with closing(Blocks(path)) as blocks:
+        for one in world.blocks(20, rows=300):
+            blocks.append(one.number, one.rows, block_codec.encode(one))
+        blocks.write_back()
+        blocks.delete(1, 19)
+        large = path.stat().st_size
+        blocks.shrink()
+        assert [number for number, _ in blocks.numbers()] == [20]
+    assert path.stat().st_size < large // 5
+    with closing(Blocks(path)) as blocks:
+        assert [number for number, _ in blocks.numbers()] == [20]

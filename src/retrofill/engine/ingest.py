@@ -328,8 +328,18 @@ class Engine:
                 await self.checkpoint()
                 await self.counting.save(self.state.block)
                 await self._delete_blocks()
+                await self._shrink()
         finally:
             await self._release()
+
+    async def _shrink(self) -> None:
+        """Leave no more of the hot store than what is in it: next to nothing, now that every block is in the lake."""
+        if self._writing_back is not None:
+            await self._writing_back
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._writer, self.blocks.shrink)
+        except StoreError as problem:
+            log.warning("shrink_failed", reason=str(problem))  # it only is larger than it need be
 
     @property
     def figures(self) -> Figures:

@@ -154,6 +154,13 @@ class Blocks:
         except sqlite3.Error as problem:
             raise store_error(problem, self.path) from problem
 
+    def shrink(self) -> None:
+        """Give the room of deleted blocks back to the disk; nobody else may use the file. Raises StoreError."""
+        try:
+            self._writer.execute("VACUUM")
+        except sqlite3.Error as problem:
+            raise store_error(problem, self.path) from problem
+
     def projects(self) -> Projects:
         """The projects of this installation, stored beside the blocks."""
         return Projects(self._writer, self.path)
