@@ -102,7 +102,7 @@ def serving(data: Exporting, *, health: bytes = b"{}") -> Iterator[Exporting]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     data.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield data

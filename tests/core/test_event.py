@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -465,9 +466,10 @@ def test_depth_in_ignored_keys_does_not_matter() -> None:
     ],
     ids=lambda sent: f"{sent[:30]!r}",
 )
-@pytest.mark.timeout(10)
 def test_20_mb_of_nothing_is_refused_in_no_time(hostile: bytes) -> None:
+    began = time.thread_time()
     assert isinstance(read(hostile, "/batch"), Refusal)
+    assert time.thread_time() - began < 10  # of CPU: what others do meanwhile does not count
 
 
 def test_half_a_surrogate_becomes_the_replacement_character() -> None:

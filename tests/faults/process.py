@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 API_KEY, SECRET_KEY = "key-of-faults", "secret-of-faults"
-READY_S = 60
+READY_S = 120
 READ_S = 120
 
 Row = dict[str, Any]
@@ -48,7 +48,8 @@ class Process:
         self, data: Path, *, settings: str = "", first: str = "", limits: str = "none"
     ) -> None:
         self.data = data
-        self.port = _free_port()
+        self._held = held_port()
+        self.port: int = self._held.getsockname()[1]
         self.log = data.with_name(f"{data.name}.log")
         self._command = [
             *(sys.executable, "-c", _START, settings, first, "serve", "--data", str(data)),
@@ -100,6 +101,7 @@ class Process:
             self.running.kill()
             self.running.wait(30)
             self.running = None
+        self._held.close()
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -140,7 +142,12 @@ class Process:
         return rows
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
+def held_port() -> socket.socket:
+    """Bind a free port that nobody else is given as long as this socket lives; a server that names it may listen there.
+
+    Nor does a connection begin there: one that asks for the port while nothing listens could else be its own peer.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held

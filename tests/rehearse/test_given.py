@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def answering(body: bytes, length: int) -> Iterator[Target]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         address = f"http://127.0.0.1:{server.server_port}"
         try:
@@ -69,7 +70,15 @@ def test_an_answer_that_is_none_is_told(name: str, monkeypatch: pytest.MonkeyPat
         ASKS[name](to)
     with answering(b'{"a":', 500) as to, pytest.raises(RetryError, match="cut off"):
         ASKS[name](to)
-    monkeypatch.setattr(given, "ANSWER_S", 0.3)
+    # No patience once the answer has begun.
+    opened = given._open
+
+    def impatient(*asked: Any) -> Any:
+        answer: Any = opened(*asked)
+        answer.fp.raw._sock.settimeout(0.05)
+        return answer
+
+    monkeypatch.setattr(given, "_open", impatient)
     with answering(b'{"a":', STALLED) as to, pytest.raises(RetryError, match="cut off"):
         ASKS[name](to)
 

@@ -29,6 +29,7 @@ from retrofill.server import log, run
 KEY = "0123456789abcdef0123456789abcdef"
 SECRET = "fedcba9876543210fedcba9876543210"
 UPLOADED_MS = 1_700_000_000_123
+WAIT_S = 60  # for what is to come; it comes at once unless the machine is busy
 
 
 class Figures(msgspec.Struct):
@@ -116,12 +117,13 @@ class Live:
         self.listens = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self.listens.wait(10)
+        assert self.listens.wait(WAIT_S)
 
     def _run(self) -> None:
         async def life() -> None:
             self.loop = asyncio.get_running_loop()
             self.server = run.Server(self.listening, clock=SystemClock())
+            self.server._sweep = _asleep  # type: ignore[method-assign] # time goes on by `tick` alone
             self.listens.set()
             await self.server.run(self._open, lambda _: self.ready.set())
 
@@ -139,7 +141,7 @@ class Live:
         async def doing() -> Any:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(doing(), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(doing(), self.loop).result(WAIT_S)
 
     def tick(self, seconds: int) -> None:
         """Let the connections' time go on."""
@@ -172,11 +174,11 @@ class Live:
             self.loop.call_soon_threadsafe(self.server.stop)
 
     def join(self) -> None:
-        self._thread.join(30)
+        self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), 20)
+        return socket.create_connection(("127.0.0.1", self.port), WAIT_S)
 
     def ask(
         self,
@@ -185,7 +187,7 @@ class Live:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
         try:
             connection.request(method, path, body, headers or {})
             return _answer(connection.getresponse())
@@ -196,6 +198,10 @@ class Live:
         return self.ask(
             "POST", path, json.dumps({"api_key": KEY, "events": events, **more}).encode()
         )
+
+
+async def _asleep() -> None:
+    await asyncio.Event().wait()
 
 
 def _answer(response: http.client.HTTPResponse) -> Answer:
@@ -238,12 +244,14 @@ def _quiet() -> None:
 def live() -> Iterator[Live]:
     server = Live()
     try:
-        assert server.ready.wait(10)
+        assert server.ready.wait(WAIT_S)
         yield server
     finally:
         if server.engine.gate is not None:
             server.open_gate()
-        server.stop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "_SETTLE_S", 0)  # nothing is on its way
+            server.stop()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -20,7 +21,7 @@ from retrofill.errors import BusyError, InputError
 from retrofill.limits import BODY_IDLE_S, HEADERS_BYTES_MAX, KEEP_ALIVE_S, LINGER_S, READ_IDLE_S
 from retrofill.server import log, run
 
-from .conftest import KEY, SECRET, Live, read_answer
+from .conftest import KEY, SECRET, WAIT_S, Live, read_answer
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,7 @@ def test_garbage_after_a_request_leaves_its_answer_alone(live: Live, event: dict
     live.close_gate()
     with live.connect() as client:
         client.sendall(post(upload(event)) + b"\x00garbage\r\n\r\n")
-        assert live.engine.taken.wait(10)
+        assert live.engine.taken.wait(WAIT_S)
         live.open_gate()
         assert read_answer(client).status == 200
         assert read_answer(client).status == 400
@@ -258,7 +259,7 @@ def test_a_server_answers_503_until_its_engine_is_open(event: dict[str, Any]) ->
         assert live.ask("OPTIONS", "/batch").status == 204
         assert live.ask("GET", "/openapi.json").status == 200
         may_open.set()
-        assert live.ready.wait(10)
+        assert live.ready.wait(WAIT_S)
         assert live.send([event]).status == 200
     finally:
         may_open.set()
@@ -290,12 +291,12 @@ def test_an_engine_that_does_not_open_ends_the_server() -> None:
 
 def test_a_stop_answers_what_was_read_and_closes_the_rest(event: dict[str, Any]) -> None:
     live = Live()
-    assert live.ready.wait(10)
+    assert live.ready.wait(WAIT_S)
     body = upload(event)
     live.close_gate()
     with live.connect() as waiting, live.connect() as idle, live.connect() as sending:
         waiting.sendall(post(body))
-        assert live.engine.taken.wait(10)
+        assert live.engine.taken.wait(WAIT_S)
         idle.sendall(GET)
         assert read_answer(idle).status == 200
         sending.sendall(post(body)[:-1])
@@ -318,12 +319,19 @@ def test_a_stop_answers_what_was_read_and_closes_the_rest(event: dict[str, Any])
 
 def test_a_request_on_a_kept_connection_is_answered_while_stopping(event: dict[str, Any]) -> None:
     live = Live()
-    assert live.ready.wait(10)
+    assert live.ready.wait(WAIT_S)
     with live.connect() as client:
         client.sendall(GET)
         assert read_answer(client).status == 200
-        live.call(live.server.stop)
-        client.sendall(post(upload(event)))
+
+        async def send_when_stopping() -> None:
+            live.server.stop()
+            while not live.server.shared.stopping:  # noqa: ASYNC110 # the flag tells no event
+                await asyncio.sleep(0)
+            client.sendall(post(upload(event)))
+
+        # On its own loop: it waits a tenth of a second for what is on its way, and another thread may be late.
+        asyncio.run_coroutine_threadsafe(send_when_stopping(), live.loop).result(WAIT_S)
         answer = read_answer(client)
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         live.join()
@@ -331,7 +339,7 @@ def test_a_request_on_a_kept_connection_is_answered_while_stopping(event: dict[s
 
 def test_a_second_signal_waits_for_no_client(event: dict[str, Any]) -> None:
     live = Live()
-    assert live.ready.wait(10)
+    assert live.ready.wait(WAIT_S)
     with live.connect() as client:
         client.sendall(post(upload(event))[:-1])
         live.ask("GET", "/healthz")
@@ -386,7 +394,7 @@ def test_chores_are_done_and_a_failing_one_is_logged(logged: io.StringIO) -> Non
         done.set()
 
     live = Live(chores=(fails, works))
-    assert done.wait(10)
+    assert done.wait(WAIT_S)
     live.stop()
     assert "chore_failed" in logged.getvalue()
 

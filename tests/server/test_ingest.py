@@ -19,7 +19,7 @@ from retrofill.core.throttle import Silenced, Throttled
 from retrofill.errors import BusyError, StoreError
 from retrofill.limits import BODY_IDLE_S, BODY_S_MAX, Limits
 
-from .conftest import KEY, UPLOADED_MS, Live, read_answer
+from .conftest import KEY, UPLOADED_MS, WAIT_S, Live, read_answer
 
 pytestmark = pytest.mark.slow
 
@@ -352,7 +352,7 @@ def test_a_client_that_breaks_off_leaves_nothing(live: Live, event: Event) -> No
         client.shutdown(socket.SHUT_WR)
         assert client.recv(1) == b""
     assert live.engine.stored == []
-    end = time.monotonic() + 10
+    end = time.monotonic() + WAIT_S
     while live.server.app.ingest._held_bytes and time.monotonic() < end:
         time.sleep(0.005)  # the server's own thread hears of the end after we do
     assert live.server.app.ingest._held_bytes == 0
@@ -365,7 +365,7 @@ def test_a_client_that_goes_while_it_waits_is_stored(live: Live, event: Event) -
         client.sendall(
             b"POST /batch HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        assert live.engine.taken.wait(10)
+        assert live.engine.taken.wait(WAIT_S)
     live.open_gate()
     assert live.send([event]).status == 200
     assert len(live.engine.stored) == 2
@@ -379,7 +379,7 @@ def test_a_body_that_stalls_is_answered_408(live: Live) -> None:
         client.settimeout(0.05)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        client.settimeout(20)
+        client.settimeout(WAIT_S)
         live.tick(1)
         answer = read_answer(client)
         assert answer.json == {"code": 408, "error": "Request timeout"}
@@ -410,7 +410,7 @@ def test_bodies_at_their_bound_are_refused(
         client.sendall(
             b"POST /batch HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        assert live.engine.taken.wait(10)
+        assert live.engine.taken.wait(WAIT_S)
         for headers in ({}, {"Content-Encoding": "gzip"}):
             packed = gzip.compress(body) if headers else body
             answer = live.ask("POST", "/batch", packed, headers)
