@@ -57,6 +57,12 @@ _SEALED = pa.schema([("partition", pa.int32()), ("block", pa.int64())])
 # A change of stored history, by the number of its intent, and the last block whose rows it changed.
 _REWRITTEN = pa.schema([("intent", pa.int64()), ("block", pa.int64())])
 _TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED, "rewritten": _REWRITTEN}
+# The tables there are, each with how many rows it keeps in the catalog, as text.
+_FOUND = f"""
+SELECT table_name, value FROM {CATALOG}.ducklake_table LEFT JOIN {CATALOG}.ducklake_metadata
+ON scope = 'table' AND scope_id = table_id AND key = 'data_inlining_row_limit'
+WHERE end_snapshot IS NULL
+"""  # noqa: S608 - a name of ours
 _PIN = """
 SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
 """
@@ -523,16 +529,19 @@ class Lake:
         return self.folder / "files"
 
     def _make_tables(self) -> None:
-        """Make what is missing of the three tables, all in one transaction."""
-        self._db.execute("BEGIN TRANSACTION")
-        for name, schema in _TABLES.items():
-            fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
-        self._db.execute("COMMIT")
+        """Make what is missing of the tables, all in one transaction, then what is missing of their options."""
+        found = dict(self._db.execute(_FOUND).fetchall())
+        if found.keys() != _TABLES.keys():
+            self._db.execute("BEGIN TRANSACTION")
+            for name, schema in _TABLES.items():
+                fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
+                self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
+            self._db.execute("COMMIT")
         for name in ("merges", "sealed", "rewritten"):
-            self._db.execute(
-                f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{name}')"
-            )
+            if found.get(name) != str(LAKE_MERGES_INLINE):
+                self._db.execute(
+                    f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{name}')"
+                )
 
     def _remove_unnamed(self) -> None:
         """Remove files that the catalog does not name: what a crash left between writing and adopting."""
