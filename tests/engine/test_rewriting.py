@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from retrofill.engine import change, imports, refolder, rewriting
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.refolder import Done, Rekey, Tail, Task, ThreadRefolder
 from retrofill.errors import ConflictError, StoreError
-from retrofill.hot.intents import Tried
+from retrofill.hot.intents import Intents, Tried
 from retrofill.limits import MS_PER_DAY, REFOLD_TRIES_MAX, UNDO_RETENTION_DAYS
 
 
@@ -283,6 +284,37 @@ def test_a_stop_while_an_undo_is_called_off_leaves_the_import_whole(
     assert one.state == ("open" if after else "undoing")
     assert subject.seen() == before
     subject.meddle = None
+    subject.close()
+
+
+def test_a_stop_leaves_an_undo_under_way_to_the_next_start(subject: Server) -> None:
+    one_import(subject)
+    engine: Any = subject.engine
+    asked: list[Any] = []
+
+    async def begun_and_closed() -> None:
+        asked.append(asyncio.create_task(engine.undo(1, "old-shop")))
+        await closing.wait()
+        await engine.close()
+
+    closing = asyncio.Event()
+
+    async def close() -> None:
+        closing.set()
+        while engine.rewriting._running._unwanted is None:  # noqa: ASYNC110 - a flag, no event
+            await asyncio.sleep(0)
+
+    engine.rewriting._refolder = lambda: Interrupted(close)
+    subject.run(begun_and_closed())
+    with pytest.raises(StoreError, match="The server is stopping"):
+        subject.run(asked[0])
+    with contextlib.closing(Intents(subject.folder / "intents.sqlite")) as intents:
+        assert list(intents.tried().values()) == [Tried(0)]  # this one does not count
+    subject.open()
+    subject.run(subject.engine.rewriting.ended())
+    one = subject.engine.imports.get(1, "old-shop")
+    assert one is not None
+    assert one.state == "undone"
     subject.close()
 
 

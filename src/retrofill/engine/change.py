@@ -35,7 +35,7 @@ from retrofill.engine.refolder import (
     read_changes,
 )
 from retrofill.engine.state import State
-from retrofill.errors import ConflictError
+from retrofill.errors import ConflictError, Error, StoreError
 from retrofill.hot.intents import Intents
 from retrofill.hot.keys import ENDING
 from retrofill.lake import Lake, Swap
@@ -139,7 +139,9 @@ class Change:
         self._intents = intents
         self._number = number
         self.intent = intent
-        self._called_off = self._decided = False
+        self._unwanted: Error | None = None  # why it goes no further
+        self._decided = False
+        self.put_off = False
         self._scratch = scratch
         self._refolder = refolder
         self.thread: ThreadPoolExecutor
@@ -198,12 +200,19 @@ class Change:
         """Let it end where it stands, with a ConflictError. Raises one if it is too late for that."""
         if self._decided:
             raise ConflictError("It is nearly done", mend="Ask again when it has ended")
-        self._called_off = True
+        self._unwanted = ConflictError("It was called off, nothing has changed")
         await self._refolder.interrupt()
 
+    async def leave(self) -> None:
+        """Let it end where it stands, with a StoreError, unless it is nearly done: the next start begins it again."""
+        if not self._decided and self._unwanted is None:
+            self.put_off = True
+            self._unwanted = StoreError("The server is stopping", mend="Its next start ends this")
+            await self._refolder.interrupt()
+
     def _still_wanted(self) -> None:
-        if self._called_off:
-            raise ConflictError("It was called off, nothing has changed")
+        if self._unwanted is not None:
+            raise self._unwanted
 
     async def _ask(self, task: Task) -> Done:
         """Have a task done, unless the change was called off."""

@@ -317,6 +317,7 @@ class Engine:
     async def close(self) -> None:
         """Answer what waits, commit, seal, save and give the directory up."""
         self._closing = True
+        await self.rewriting.leave()
         self._wake.set()
         self._due.set()
         try:

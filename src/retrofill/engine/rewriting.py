@@ -43,6 +43,7 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ from retrofill.core.fold import Changes, together
 from retrofill.engine.change import CHANGES_RULE, Change, Host, Intent
 from retrofill.engine.refold import Rule, Seed
 from retrofill.engine.refolder import Refolder, ThreadRefolder, read_changes
-from retrofill.errors import ConflictError, CorruptError
+from retrofill.errors import ConflictError, CorruptError, StoreError
 from retrofill.hot.intents import Intents, Tried
 from retrofill.lake.files import Files
 from retrofill.limits import REFOLD_TRIES_MAX
@@ -84,6 +85,7 @@ class Rewriting:
         self.kinds: dict[str, Ended] = {}
         self._asked: set[asyncio.Task[Any]] = set()
         self._running: Change | None = None
+        self._leaving = False
 
     async def whole(self, change: Coroutine[Any, Any, T]) -> T:
         """Do what was asked from outside to its end, also when whoever asked has gone."""
@@ -91,6 +93,12 @@ class Rewriting:
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
         return await asyncio.shield(task)
+
+    async def leave(self) -> None:
+        """Begin nothing more, and leave what is under way to the next start, unless it is nearly done."""
+        self._leaving = True
+        if self._running is not None:
+            await self._running.leave()
 
     async def ended(self, *, abandon: bool = False) -> None:
         """Wait for what was asked for; abandon: stop it where it stands."""
@@ -134,6 +142,8 @@ class Rewriting:
         """
         assert self._one.locked()
         assert intent.kind in self.kinds
+        if self._leaving:
+            raise StoreError("The server is stopping", mend="Ask again when it has started")
         stored = msgspec.json.encode(intent)
         done = False
         tried = await asyncio.to_thread(self._intents.tried)
@@ -293,7 +303,8 @@ class Rewriting:
                 if change.committed:
                     self._host.fail(problem)  # the next start ends it
                 elif isinstance(problem, Exception):
-                    await asyncio.to_thread(self._failed, number, intent, str(problem))
+                    failed = partial(self._failed, number, intent, str(problem))
+                    await asyncio.to_thread(failed, put_off=change.put_off)
                 raise
             finally:
                 self._running = None
@@ -301,9 +312,11 @@ class Rewriting:
             await self._end(number, intent, block)
         log.info("history_changed", kind=intent.kind, rows=change.rows)
 
-    def _failed(self, number: int, intent: Intent, reason: str) -> None:
+    def _failed(self, number: int, intent: Intent, reason: str, *, put_off: bool) -> None:
         """Nothing of it is in place."""
-        if intent.kind in CHANGES_RULE:
+        if put_off:
+            self._intents.put_off(number)
+        elif intent.kind in CHANGES_RULE:
             self._intents.remove(number)
         else:
             self._intents.failed(number, reason)

@@ -85,6 +85,14 @@ class Intents:
         except sqlite3.Error as problem:
             raise store_error(problem, self._path) from problem
 
+    def put_off(self, number: int) -> None:
+        """Note that the try that was begun last does not count: the server was asked to stop."""
+        try:
+            with self._lock:
+                self._db.execute("UPDATE tried SET times = times - 1 WHERE number = ?", (number,))
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
     def failed(self, number: int, reason: str) -> None:
         """Note why the try failed that was begun last."""
         try:
