@@ -164,7 +164,7 @@ LAKE_SPILL_BYTES = 20 * 1024 * 1024 * 1024  # what DuckDB may spill
 LAKE_GROUP_ROWS = 8_000
 LAKE_LARGE_GROUP_ROWS = 20_000
 LAKE_SMALL_FILE_ROWS = 1_500_000  # a file of more rows is a large one
-LAKE_SYNC_BYTES = 4 * 1024 * 1024  # written of a lake file until they are synced
+LAKE_SYNC_BYTES = 4 * 1024 * 1024  # written of a lake file or a key file until they are synced
 LAKE_MERGES_INLINE = (
     1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
 )

@@ -307,3 +307,24 @@ def test_one_thread_may_search_what_another_merges(tmp_path: Path) -> None:
     # The old files are unlinked, but whoever still holds the old tuple reads on.
     wanted = np.frombuffer(packed, "<u8").reshape(-1, 2)
     assert any((file.find(wanted)[0] == block).all() for file in before)
+
+
+def test_a_large_file_is_synced_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left for the last sync is little, so no commit waits long for it."""
+    sizes: list[int] = []
+    sync = os.fsync
+
+    def weighing(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        sync(file)
+
+    monkeypatch.setattr(keys_module, "LAKE_SYNC_BYTES", 20_000)
+    monkeypatch.setattr(keys_module, "_STEP_BYTES", 7_000)
+    monkeypatch.setattr(os, "fsync", weighing)
+    path = write(tmp_path, 1, 9, packed := random_keys(10_000, 1), np.full(10_000, 5))
+    of_file, folder = sizes[:-1], sizes[-1]
+    assert np.diff([0, *of_file]).max() < 2 * 20_000
+    assert of_file[-1] == path.stat().st_size != folder
+    assert (KeyFile(path).find(np.frombuffer(packed, "<u8").reshape(-1, 2))[0] == 5).all()

@@ -38,7 +38,7 @@ from retrofill.core.dedupe import (
     table_of,
 )
 from retrofill.errors import CorruptError, Error, FullError, StoreError
-from retrofill.limits import KEY_FILE_KEYS_MAX, KEY_FILES_MERGED
+from retrofill.limits import KEY_FILE_KEYS_MAX, KEY_FILES_MERGED, LAKE_SYNC_BYTES
 
 log = structlog.get_logger()
 
@@ -50,6 +50,7 @@ _START = 64
 _NAMES = "keys-" + "-".join(["[0-9]" * 12 + "*"] * 2)
 ENDING = ".next-"  # of files written anew for a change of history, before its number
 _KEY_SIZE = 8 + 8 + 4
+_STEP_BYTES = 1024 * 1024  # written at a time
 _FOREVER = np.uint32(1 << 31)
 _IMPORTED = np.uint32(1 << 30)
 _LOW = (1 << 30) - 1
@@ -490,16 +491,23 @@ def _write(
     order = np.argsort(
         high, kind="stable"
     )  # stable: of equal keys the one that came last stays last
-    body = b"".join(part[order].tobytes() for part in (high, low, values))
+    body = [part[order].view(np.uint8).data for part in (high, low, values)]
     forever = int(np.count_nonzero(values >= _FOREVER))
     header = _HEADER.pack(_MAGIC, _VERSION, 0, first, last, len(high), forever)
-    head = header + _CHECKSUM.pack(_checksum(header, body))
+    head = header + _CHECKSUM.pack(_checksum(header, *body))
     path = (folder / _name(first, last)).with_suffix(ending)
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
             file.write(head.ljust(_START, b"\0"))
-            file.write(body)
+            unsynced = 0
+            for part in body:
+                for at in range(0, len(part), _STEP_BYTES):
+                    unsynced += file.write(part[at : at + _STEP_BYTES])
+                    if unsynced >= LAKE_SYNC_BYTES:  # all at once at the end would hold up commits
+                        file.flush()
+                        os.fsync(file.fileno())
+                        unsynced = 0
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
@@ -539,9 +547,10 @@ def _in_order(files: Iterable[KeyFile]) -> tuple[KeyFile, ...]:
     return tuple(sorted(files, key=lambda file: (file.first, file.last)))
 
 
-def _checksum(header: bytes, body: bytes | memoryview) -> int:
+def _checksum(header: bytes, *body: memoryview) -> int:
     digest = xxhash.xxh3_64(header)
-    digest.update(body)
+    for part in body:
+        digest.update(part)
     return digest.intdigest()
 
 
