@@ -44,6 +44,7 @@ class Limits(Struct, frozen=True):
     project_requests_per_s: _Rate = 0  # all requests of a project; 100 for `starter`
     daily_quota: _Rate = 500_000  # stored rows of a device or user in 24 rolling hours of 1 h steps
     property_updates_per_h: _Rate = 1800  # of one amplitude_id, rolling hour of server time
+    merges_per_user: _Rate = 500  # people whom one user_id may absorb; ours, decision 0017
     export_bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)] = (
         4_000_000_000  # estimated size of one export answer
     )
@@ -76,6 +77,7 @@ PROFILES: dict[str, Limits] = {
         usermap_per_s=0,
         daily_quota=0,
         property_updates_per_h=0,
+        merges_per_user=0,
         deletions_per_s=0,
         export_bytes=0,
     ),

@@ -63,6 +63,7 @@ class History:
             server_upload_ms=now_ms,
             fresh=self.fresh,
             updates_max={1: self.limits.property_updates_per_h},
+            merges_max={1: self.limits.merges_per_user},
             dropped=[0] * len(events),
             keys=bytes(16 * len(events)),
         )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from tests.core.history import History, event
 
+from retrofill.core.block import Flag
+from retrofill.limits import Limits
+
 # (device_id, user_id, person). Persons are numbered as they first appear.
 SCENARIOS = {
     "never a user id": [
@@ -74,3 +77,66 @@ def test_another_device_of_an_absorbed_person_leads_to_the_survivor() -> None:
     history.send(event(device_id="Y", user_id="David"))
     history.send(event(device_id="D1", user_id="David"))
     assert history.send(event(device_id="D2"))[0][1] == 2
+
+
+# A user who may absorb one person. (device_id, user_id, person, held).
+HELD = {
+    "the first is absorbed, the second stays apart with the device": [
+        ("A", None, 1, False), ("B", None, 2, False), ("Y", "guest", 3, False),
+        ("A", "guest", 3, False), ("A", None, 3, False),
+        ("B", "guest", 3, True), ("B", None, 2, False), ("B", "guest", 3, True),
+    ],
+    "who was there first is adopted, which is no merge": [
+        ("A", None, 1, False), ("A", "guest", 1, False), ("B", None, 2, False),
+        ("B", "guest", 1, False), ("C", None, 3, False), ("C", "guest", 1, True),
+    ],
+    "a device that nobody had is the user's": [
+        ("A", None, 1, False), ("Y", "guest", 2, False), ("A", "guest", 2, False),
+        ("N", "guest", 2, False), ("N", None, 2, False),
+    ],
+    "somebody held logs in under an id of their own": [
+        ("A", None, 1, False), ("B", None, 2, False), ("Y", "guest", 3, False),
+        ("A", "guest", 3, False), ("B", "guest", 3, True), ("B", "Ann", 2, False),
+        ("B", "guest", 3, False),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_user_absorbs_no_more_people_than_allowed(name: str) -> None:
+    history = History(Limits(merges_per_user=1))
+    found = []
+    for device, user, _, _ in HELD[name]:
+        _, person, _ = history.send(event(device_id=device, user_id=user))[0]
+        found.append((person, bool(history.blocks[-1].flags[0] & Flag.HELD)))
+    assert found == [tuple(step[2:]) for step in HELD[name]]
+    assert sum(len(block.merges) for block in history.blocks) <= 1
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_one_request_holds_the_same_people_as_many(name: str) -> None:
+    history = History(Limits(merges_per_user=1))
+    steps = HELD[name]
+    rows = history.send(*(event(device_id=device, user_id=user) for device, user, *_ in steps))
+    assert [row[1] for row in rows] == [step[2] for step in steps]
+    flags = [bool(flag & Flag.HELD) for flag in history.blocks[-1].flags]
+    assert flags == [step[3] for step in steps]
+
+
+def test_another_limit_holds_from_then_on_and_joins_who_is_still_apart() -> None:
+    history = History(Limits(merges_per_user=1))
+    history.send(*(event(device_id=one) for one in "AB"), event(device_id="Y", user_id="guest"))
+    history.send(*(event(device_id=one, user_id="guest") for one in "AB"))
+    assert history.people[3].joined == 1
+    history.limits = Limits(merges_per_user=2)
+    assert history.send(event(device_id="B", user_id="guest"))[0][1] == 3
+    assert history.blocks[-1].merges[0].absorbed == 2
+    assert history.people[3].joined == 2
+
+
+def test_without_a_limit_nobody_is_counted() -> None:
+    history = History(Limits(merges_per_user=0))
+    history.send(event(device_id="A"), event(device_id="Y", user_id="guest"))
+    history.send(event(device_id="A", user_id="guest"))
+    assert len(history.blocks[-1].merges) == 1
+    assert history.people[2].joined == 0

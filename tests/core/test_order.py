@@ -33,7 +33,8 @@ class _Absent(dict[str, int]):
 class Project:
     """One project in event time, in plain dicts, folded as events come."""
 
-    def __init__(self) -> None:
+    def __init__(self, merges_max: int = 0) -> None:
+        self.merges_max = merges_max
         self.devices: dict[str, int] = _Absent()
         self.users: dict[str, int] = _Absent()
         self.people: dict[int, Person] = {}
@@ -63,6 +64,7 @@ class Project:
             server_upload_ms=DAY_ONE_MS + len(self.blocks),
             fresh=self.fresh,
             updates_max={1: UPDATES_MAX},
+            merges_max={1: self.merges_max},
             dropped=[0] * count,
             keys=bytes(16 * count),
         )
@@ -194,9 +196,9 @@ def seen(rows: Iterable[dict[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
-def arrive(sent: list[Sent], seeded: random.Random) -> Project:
+def arrive(sent: list[Sent], seeded: random.Random, merges_max: int = 0) -> Project:
     """Let events come in this order, cut into requests and blocks anyhow."""
-    project = Project()
+    project = Project(merges_max)
     waiting: list[tuple[str, list[Event]]] = []
     for path, wire in sent:
         one = event(**wire)
@@ -239,8 +241,27 @@ def values(refold: Refold, rows: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(200))
 def test_any_order_of_arrival_ends_in_the_same(seed: int) -> None:
     seeded = random.Random(seed % 10)
-    sent = history(seeded, 60, crowd=seed % 5 * 5 + 1)
-    truth = arrive(sent, seeded).rows()
+    in_any_order(seed, history(seeded, 60, crowd=seed % 5 * 5 + 1), seeded)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_order_of_arrival_holds_the_same_people(seed: int) -> None:
+    """A guest on many devices, and whose they are, with no more than a few merges for a user."""
+    seeded = random.Random(seed % 10)
+    sent = history(seeded, 60, crowd=1)
+    for _, wire in sent:
+        if wire.get("device_id"):
+            wire["device_id"] += f"-{seeded.randrange(3)}"
+        if wire.get("user_id"):
+            wire["user_id"] = seeded.choice(["guest-1", f"someone-{seeded.randrange(9)}"])
+    rows = in_any_order(seed, sent, seeded, merges_max=1)
+    assert seed or any(one["flags"] & Flag.HELD for one in rows)
+
+
+def in_any_order(
+    seed: int, sent: list[Sent], seeded: random.Random, merges_max: int = 0
+) -> list[dict[str, Any]]:
+    truth = arrive(sent, seeded, merges_max).rows()
     whole = values(again(truth), truth)
     seeded = random.Random(seed)
     mixed = sent.copy()
@@ -248,12 +269,13 @@ def test_any_order_of_arrival_ends_in_the_same(seed: int) -> None:
         seeded.shuffle(mixed)
     else:  # nearly in order, as live traffic with a few late ones
         mixed.sort(key=lambda one: one[1]["time"] + seeded.choice([0] * 9 + [HOUR_MS]))
-    project = arrive(mixed, seeded)
+    project = arrive(mixed, seeded, merges_max)
     rows = project.rows()
     # Those whom no late event concerns are right as they came; the rest is right after a second fold of it alone.
     again(rows, closure(rows, project.late))
     assert seen(rows) == seen(truth)
     assert values(again(rows), rows) == whole
+    return rows
 
 
 def test_events_in_order_mark_nobody() -> None:
@@ -294,6 +316,14 @@ def _open(device: str, time: int, **fields: Any) -> Sent:
 
 
 GROUP = (order.CHANGED, "org", "acme")
+# A guest who may absorb one person has, so that phone-2 stays whose it is.
+_HELD = [
+    _open("phone-1", 1),
+    _open("desk-5", 2, user_id="guest-1"),
+    _open("phone-1", 3, user_id="guest-1"),
+    _open("phone-2", 4),
+    _open("phone-2", 9, user_id="guest-1"),
+]
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["blocks", "one block"])
@@ -331,10 +361,14 @@ GROUP = (order.CHANGED, "org", "acme")
         # People who share nothing do not wait for each other.
         ([_open("phone-1", 2), _open("phone-2", 1)], set()),
         ([_grow(2), _open("phone-1", 1)], set()),
+        # Whose a device is decided that somebody is held, and that came later.
+        ([*_HELD, _open("phone-2", 6, user_id="ann-111")], {3}),
+        ([*_HELD, _open("phone-2", 10, user_id="ann-111")], set()),
+        ([*_HELD, _open("phone-2", 11), _open("phone-2", 10, user_id="guest-1")], {2}),
     ],
 )
 def test_who_is_marked(sent: list[Sent], marked: set[order.Place], *, together: bool) -> None:
-    project = Project()
+    project = Project(merges_max=1)
     requests = [(path, [event(**wire)]) for path, wire in sent]
     for some in [requests] if together else [[one] for one in requests]:
         project.send(*some)

@@ -85,6 +85,7 @@ def test_a_row_has_what_its_event_sent() -> None:
         "said": 0,
         "sent_groups": None,
         "updates_max": 0,
+        "merges_max": 0,
     }
     assert found == expected
     assert list(found) == arrow.SCHEMA.names

@@ -20,7 +20,7 @@ FORBIDDEN = {
 
 
 def _text(path: Path) -> str:
-    if path.suffix in {".gz", ".zip", ".parquet", ".png"}:
+    if path.suffix in {".gz", ".xz", ".zip", ".parquet", ".png"}:
         return ""
     return path.read_text(encoding="utf-8")
 

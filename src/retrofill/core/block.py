@@ -33,6 +33,7 @@ class Flag(IntFlag):
     FIRST_EVENT = 2  # the first event received of this person
     UPDATE_DROPPED = 4  # over the hourly property updates: the table was not changed
     REVENUE = 8  # carries revenue
+    HELD = 16  # its user has absorbed as many as it may: who is anonymous on its device stays apart
 
 
 # The built-in columns of the property table, in the order in which a Table carries them.
@@ -104,7 +105,8 @@ class Part(Struct, array_like=True, frozen=True, gc=False):
     """One request of a block. body: JSON object with the array `events`; see `core.event.Batch`.
 
     updates_max: the hourly property updates that were allowed when it was folded, 0 = any number. The operator may
-    change that at any time, and what was decided must fold the same.
+    change that at any time, and what was decided must fold the same. merges_max: the same of the people whom one user
+    may absorb.
     """
 
     project: int
@@ -115,6 +117,7 @@ class Part(Struct, array_like=True, frozen=True, gc=False):
     rows: int
     body: bytes
     updates_max: int = 0
+    merges_max: int = 0
 
 
 class Block(Struct, array_like=True, frozen=True, gc=False):

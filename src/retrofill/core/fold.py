@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -56,8 +57,9 @@ _EVENT, _IDENTIFY, _GROUP_IDENTIFY, _ALIAS, _DISPLACED = (
     int(kind)
     for kind in (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DISPLACED)
 )
-_SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE = (
-    int(flag) for flag in (Flag.SKIP, Flag.FIRST_EVENT, Flag.UPDATE_DROPPED, Flag.REVENUE)
+_SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE, _HELD = (
+    int(flag)
+    for flag in (Flag.SKIP, Flag.FIRST_EVENT, Flag.UPDATE_DROPPED, Flag.REVENUE, Flag.HELD)
 )
 _TABLE_KINDS = frozenset({_EVENT, _IDENTIFY})
 _kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
@@ -70,6 +72,7 @@ _SAID_MAX = 65_536
 
 _encode = msgspec.json.Encoder().encode
 _NO_TABLE = -1
+_NO_MAX: Mapping[int, int] = MappingProxyType({})
 
 
 class Known(Struct):
@@ -150,6 +153,7 @@ def fold(
     updates_max: Mapping[int, int],
     dropped: Sequence[int],
     keys: bytes,
+    merges_max: Mapping[int, int] = _NO_MAX,
     forgotten: Sequence[tuple[int, int]] = (),
     partition: int = 0,
 ) -> Folded:
@@ -157,7 +161,8 @@ def fold(
 
     batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, for a duplicate
     the kind it becomes (DROPPED, or DISPLACED with a row that shows what the event alone said), 0 for others. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
-    updates_max: the property updates of a person in an hour, by project, 0 = any number.
+    updates_max: the property updates of a person in an hour, by project, 0 = any number. merges_max: people whom one user
+    may absorb, the same.
     forgotten: (project, amplitude_id) of people to delete before the first event.
     """
     columns = _Columns(
@@ -206,6 +211,7 @@ def fold(
             server_upload_ms=server_upload_ms,
             fresh=fresh,
             updates_max=updates_max[project],
+            merges_max=merges_max.get(project, 0),
             dropped=dropped[first : first + rows],
         )
         if walks and project in walks:
@@ -214,6 +220,7 @@ def fold(
                 columns.amplitude_id[first:],
                 columns.event_time_ms[first:],
                 columns.kind[first:],
+                columns.flags[first:],
             )
         parts.append(
             Part(
@@ -225,6 +232,7 @@ def fold(
                 rows,
                 batch.body,
                 updates_max[project],
+                merges_max.get(project, 0),
             )
         )
         first += rows
@@ -264,6 +272,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     server_upload_ms: int,
     fresh: int,
     updates_max: int,
+    merges_max: int,
     dropped: Sequence[int],
 ) -> int:
     devices, users, people = known.devices, known.users, known.people
@@ -329,11 +338,13 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             found = new_people.get(amplitude_id) or people.get(amplitude_id)
             if found is None or (user is not None and found.user_id != user) or found.merged_into:
                 user_person = 0 if user is None else new_users.get(user) or users[user]
+                full = False
                 if found is not None and found.merged_into:
                     amplitude_id, found = _follow(found, people, new_people)
                 if user is not None and user_person and user_person != amplitude_id:
                     owner = new_people.get(user_person) or people[user_person]
                     user_person = 0 if owner.merged_into == FORGOTTEN else user_person
+                    full = 0 < merges_max <= owner.joined
                 if (
                     known.barred
                     and (device, user) in known.barred
@@ -347,9 +358,13 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     user=user,
                     user_person=user_person,
                     fresh=fresh,
+                    full=full,
                 )
                 amplitude_id = resolution.amplitude_id
-                new_devices[device] = amplitude_id  # type: ignore[index]
+                if resolution.held:
+                    flags = _HELD
+                else:
+                    new_devices[device] = amplitude_id  # type: ignore[index]
                 if user is not None and user_person != amplitude_id:
                     new_users[user] = amplitude_id
                 if resolution.fresh:
@@ -362,6 +377,8 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                 if resolution.absorbed:
                     other = new_people.get(resolution.absorbed) or people[resolution.absorbed]
                     found = person.merged(found, other)
+                    if merges_max:
+                        found = _replaced(found, joined=found.joined + 1)
                     new_people[resolution.absorbed] = _replaced(other, merged_into=amplitude_id)
                     columns.merges.append(
                         Merge(row, batch.project, resolution.absorbed, amplitude_id, event_time)
@@ -430,6 +447,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                         now_ms,
                         updates,
                         0,
+                        who.joined,
                         b"",
                         said,
                     )

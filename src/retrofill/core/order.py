@@ -34,6 +34,7 @@ FIRST: Key = (-1, -1, "")  # before every event
 SHOWN, CHANGED = "shown", "changed"
 
 _IDENTIFY, _GROUP_IDENTIFY = int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY)
+_HELD = int(Flag.HELD)
 
 # What an event says, as far as a fold looks at it or a row shows it: nothing here depends on another event.
 _CONTENT = (
@@ -76,13 +77,14 @@ class Walk:
         people: Sequence[int],
         times: Sequence[int],
         kinds: Sequence[int],
+        flags: Sequence[int],
     ) -> None:
-        """Look at the next events. people, times, kinds: what the fold decided of each."""
+        """Look at the next events. people, times, kinds, flags: what the fold decided of each."""
         last, new, late = self._last, self._new, self._late
         devices, moved, owners = self._devices, self._moved, self._owners
         groups, known = self._groups, self._people
         now: Key
-        for event, one, time, kind in zip(events, people, times, kinds, strict=True):
+        for event, one, time, kind, flag in zip(events, people, times, kinds, flags, strict=True):
             if kind > _GROUP_IDENTIFY:
                 continue
             number = event.event_id
@@ -99,7 +101,9 @@ class Walk:
                 else:
                     new[one] = now
                 device = event.device_id or ""
-                if moved and device in moved:  # the others stay with the person whom they lead to
+                if flag & _HELD:
+                    self._hold(one, owners.get(device) or devices[device], now)
+                elif moved and device in moved:  # the others stay with the person whom they lead to
                     owner = owners.get(device) or devices[device]
                     if owner != one:
                         owners[device] = one
@@ -117,6 +121,15 @@ class Walk:
         theirs = groups.get(owner, set()) | set(named(who.groups if who is not None else {}))
         if theirs:
             groups[one] = groups.get(one, set()) | theirs
+
+    def _hold(self, one: int, other: int, now: Key) -> None:
+        """That a device stays another person's was decided by whose it was."""
+        who = self._people.get(other)
+        before = self._new.get(other) or (FIRST if who is None else self._last[other])
+        if now <= before:
+            self._late.add(one)
+        else:
+            self._new[other] = now
 
     def _show(self, event: Event, one: int, kind: int, now: Key) -> None:
         last, new, late = self._last, self._new, self._late

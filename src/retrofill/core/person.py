@@ -25,6 +25,7 @@ class Person(Struct, array_like=True, gc=False):
     updated_ms: server time of the last change of the table, or event time where properties go by that. updates: rolling
     hour of the same time, see `throttle.UpdateWindow`.
     merged_into: the surviving amplitude_id if this person was absorbed, FORGOTTEN if deleted, else 0.
+    joined: how many people it has absorbed while a limit of them was in force.
     """
 
     amplitude_id: int
@@ -36,6 +37,7 @@ class Person(Struct, array_like=True, gc=False):
     updated_ms: int = 0
     updates: list[int] = []
     merged_into: int = 0
+    joined: int = 0
     shown: bytes = b""
     sent: tuple[str | None, ...] | None = None
 
@@ -57,6 +59,7 @@ def encode(person: Person) -> bytes:
             person.updated_ms,
             person.updates,
             person.merged_into,
+            person.joined,
         )
     )
 
@@ -88,4 +91,5 @@ def merged(survivor: Person, absorbed: Person) -> Person:
         min(seen, default=-1),
         newer.updated_ms,
         [number for stamp in stamps for number in stamp],
+        joined=survivor.joined,
     )

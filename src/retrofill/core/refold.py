@@ -57,6 +57,7 @@ class Rows(Struct):
     sent_groups: list[str | None]
     said: list[int]
     updates_max: list[int]
+    merges_max: list[int | None]
     foreign: list[bool]
     said_columns: list[list[str | None]]
 
@@ -136,8 +137,9 @@ class Refold:
         places = array("q")
         events = _events(rows)
         first = 0
-        # One block has one server time. In event time only the limit that was allowed is the same for several rows.
-        for _, run in groupby(rows.updates_max if self._by_time else rows.block):
+        # One block has one server time. In event time only the limits that held are the same for several rows.
+        limits = zip(rows.updates_max, rows.merges_max, strict=True)
+        for _, run in groupby(limits if self._by_time else rows.block):
             last = first + sum(1 for _ in run)
             folded = fold.fold(
                 self._batches(rows, events, first, last),
@@ -146,6 +148,7 @@ class Refold:
                 server_upload_ms=rows.server_upload_time[first],
                 fresh=self._next,
                 updates_max={self._project: rows.updates_max[first]},
+                merges_max={self._project: rows.merges_max[first] or 0},
                 dropped=bytes(last - first),
                 keys=b"",
             )

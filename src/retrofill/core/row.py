@@ -263,6 +263,7 @@ def columns(blocks: Sequence[Block], vocabulary: Vocabulary) -> dict[str, Column
         "table": _tables(blocks, in_blocks, vocabulary),
         "said": _packed([block.said for block in blocks], np.int32)[kept],
         "updates_max": in_parts.numbers([part.updates_max for part in parts]),
+        "merges_max": in_parts.numbers([part.merges_max for part in parts]),
         "path": Repeated([part.path for part in parts], in_parts.index()),
     }
 

@@ -553,6 +553,7 @@ def _fields(one: Person | None) -> dict[str, Any]:
         "updated": one.updated_ms,
         "updates": one.updates,
         "merged_into": one.merged_into,
+        "joined": one.joined,
         **dict(zip(COLUMNS, one.columns, strict=True)),
     }
 

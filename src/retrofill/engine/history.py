@@ -48,6 +48,7 @@ WHOLE = (
     *BRIEF,
     *("flags", "client_event_time", "client_upload_time", "server_received_time", "event_id"),
     *("session_id", "event_properties", "sent", "sent_groups", "path", "said", "updates_max"),
+    "merges_max",
     *COLUMNS,
 )
 
@@ -129,6 +130,7 @@ class Someone(Struct, frozen=True, tag_field="kind", tag="person"):
     updated_ms: int = 0
     updates: list[int] = []
     merged_into: int = 0
+    joined: int = 0
 
     @classmethod
     def of(cls, one: Person) -> Someone:
@@ -144,6 +146,7 @@ class Someone(Struct, frozen=True, tag_field="kind", tag="person"):
             one.updated_ms,
             one.updates,
             one.merged_into,
+            one.joined,
         )
 
     def person(self) -> Person:
@@ -158,6 +161,7 @@ class Someone(Struct, frozen=True, tag_field="kind", tag="person"):
             self.updated_ms,
             self.updates,
             self.merged_into,
+            self.joined,
         )
 
 

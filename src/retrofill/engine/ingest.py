@@ -512,6 +512,10 @@ class Engine:
             number: admission.limits.property_updates_per_h
             for number, admission in self._admissions.items()
         }
+        merges_max = {
+            number: admission.limits.merges_per_user
+            for number, admission in self._admissions.items()
+        }
         folded = self.state.fold(
             batches,
             lambda known: fold.fold(
@@ -521,6 +525,7 @@ class Engine:
                 server_upload_ms=server_upload_ms,
                 fresh=self.state.fresh,
                 updates_max=updates_max,
+                merges_max=merges_max,
                 dropped=dropped,
                 keys=keyed.packed,
                 forgotten=forgotten,

@@ -24,7 +24,7 @@ from retrofill.lake import arrow
 from retrofill.limits import EXPORT_CHUNK_ROWS, MS_PER_DAY, MS_PER_S
 
 # What a line is made of. Left out: what was sent, and the kind (always an event's).
-_LEFT_OUT = {"sent", "kind", "said", "sent_groups", "updates_max"}
+_LEFT_OUT = {"sent", "kind", "said", "sent_groups", "updates_max", "merges_max"}
 COLUMNS = tuple(name for name in arrow.SCHEMA.names if name not in _LEFT_OUT)
 # `core.row` makes a row's uuid and event_id of this text.
 HASH_SQL = "md5(concat(project, '/', partition, '/', block, '/', row))"

@@ -55,6 +55,7 @@ def refold(state: State, block: Block, batches: list[Batch]) -> None:
             server_upload_ms=block.server_upload_ms,
             fresh=state.fresh,
             updates_max={part.project: part.updates_max for part in block.parts},
+            merges_max={part.project: part.merges_max for part in block.parts},
             dropped=block.kind.translate(_DROPPED),
             keys=block.keys,
             forgotten=block.forgotten,

@@ -401,7 +401,7 @@ def rows_of(rows: pa.Table, foreign: np.ndarray[Any, Any]) -> Rows:
 _FOLDED = (
     *("block", "row", "amplitude_id", "flags", "user_id", "device_id", "event_type"),
     *("insert_id", "event_id", "event_time", "server_upload_time", "path"),
-    *("sent", "sent_groups", "said", "updates_max"),
+    *("sent", "sent_groups", "said", "updates_max", "merges_max"),
 )
 
 

@@ -272,7 +272,7 @@ def _salvaged(path: Path, deleted: Path | None) -> tuple[list[pa.Table], list[An
             else:
                 if gone is not None:
                     table = parquet.without(table, gone, first)
-                kept.append(table)
+                kept.append(parquet.whole(table))
             first += rows
     return kept, lost
 

@@ -133,7 +133,7 @@ def complete(table: pa.Table) -> pa.Table:
             columns.append(table[field.name])
         elif field.name == "event_properties":
             columns.append(pa.repeat(pa.scalar("{}"), count))
-        elif field.name in ("flags", "said", "updates_max"):
+        elif field.name in ("flags", "said", "updates_max", "merges_max"):
             columns.append(pa.array(np.zeros(count, np.int32)).cast(field.type))
         else:
             columns.append(pa.nulls(count, field.type))

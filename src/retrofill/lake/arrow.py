@@ -59,6 +59,7 @@ SCHEMA = pa.schema(
         ("said", pa.int32()),
         ("sent_groups", pa.string()),
         ("updates_max", pa.int32()),
+        ("merges_max", pa.int32()),  # null on rows of before there was one: no limit
     ]
 )
 JSON_COLUMNS = frozenset(

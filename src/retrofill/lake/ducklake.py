@@ -63,6 +63,10 @@ SELECT table_name, value FROM {CATALOG}.ducklake_table LEFT JOIN {CATALOG}.duckl
 ON scope = 'table' AND scope_id = table_id AND key = 'data_inlining_row_limit'
 WHERE end_snapshot IS NULL
 """  # noqa: S608 - a name of ours
+_COLUMNS = f"""
+SELECT column_name FROM {CATALOG}.ducklake_column JOIN {CATALOG}.ducklake_table USING (table_id)
+WHERE table_name = 'events' AND ducklake_table.end_snapshot IS NULL AND ducklake_column.end_snapshot IS NULL
+"""  # noqa: S608 - a name of ours
 _PIN = """
 SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
 """
@@ -529,7 +533,7 @@ class Lake:
         return self.folder / "files"
 
     def _make_tables(self) -> None:
-        """Make what is missing of the tables, all in one transaction, then what is missing of their options."""
+        """Make what is missing of the tables and of their columns, then what is missing of their options."""
         found = dict(self._db.execute(_FOUND).fetchall())
         if found.keys() != _TABLES.keys():
             self._db.execute("BEGIN TRANSACTION")
@@ -537,6 +541,12 @@ class Lake:
                 fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
                 self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
             self._db.execute("COMMIT")
+        there = {name for (name,) in self._db.execute(_COLUMNS).fetchall()}
+        for field in SCHEMA:
+            if field.name not in there:  # null in the files of before
+                self._db.execute(
+                    f'ALTER TABLE lake.events ADD COLUMN "{field.name}" {_TYPES[field.type]}'
+                )
         for name in ("merges", "sealed", "rewritten"):
             if found.get(name) != str(LAKE_MERGES_INLINE):
                 self._db.execute(

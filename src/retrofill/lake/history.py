@@ -36,6 +36,10 @@ class History:
             }
         )
         self._db.execute("SET enable_progress_bar = false")
+        # Read with every file, so that those that are older than a column have it too.
+        self._columns = spill.with_name("columns.parquet")
+        spill.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(SCHEMA.empty_table(), self._columns)
         self.use([])
 
     def close(self) -> None:
@@ -55,12 +59,13 @@ class History:
         whole = [str(file.path) for file in files if file.deleted is None]
         parts = []
         if whole:
-            parts.append(f"FROM read_parquet({_texts(whole)}, union_by_name=true)")
+            parts.append(f"FROM read_parquet({self._named(whole)}, union_by_name=true)")
         for number, file in enumerate(one for one in files if one.deleted is not None):
             assert file.deleted is not None
             gone = f"{view}_gone_{number}"
             self.register(gone, pq.read_table(file.deleted, columns=["pos"]))
-            rows = f"FROM read_parquet({_texts([str(file.path)])}, file_row_number=true)"
+            names = self._named([str(file.path)])
+            rows = f"FROM read_parquet({names}, union_by_name=true, file_row_number=true)"
             parts.append(rows + f" ANTI JOIN {gone} ON file_row_number = pos")
         if not parts:
             self.register("no_events", SCHEMA.empty_table())
@@ -70,7 +75,7 @@ class History:
             + " UNION ALL ".join(f"SELECT {COLUMNS} {one}" for one in parts)
         )
 
-
-def _texts(paths: Sequence[str]) -> str:
-    quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-    return f"[{quoted}]"
+    def _named(self, paths: Sequence[str]) -> str:
+        names = [str(self._columns), *paths]
+        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
+        return f"[{quoted}]"

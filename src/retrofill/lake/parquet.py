@@ -175,9 +175,17 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
         # Buffers of a set size: otherwise a whole file is read ahead, of each file that is merged.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened:
             for batch in opened.iter_batches(_READ_ROWS, use_threads=False):
-                table = pa.Table.from_batches([batch])
+                table = whole(pa.Table.from_batches([batch]))
                 yield table if gone is None else without(table, gone, first)
                 first += len(batch)
+
+
+def whole(table: pa.Table) -> pa.Table:
+    """Return rows of a lake file with every column that there is now: null where the file is older than the column."""
+    for field in FILE:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(FILE.names)
 
 
 def verify(path: Path, deleted: Path | None) -> int:

@@ -150,7 +150,12 @@ def _rows(
     opened: pq.ParquetFile, group: int, columns: Sequence[str], places: np.ndarray[Any, Any]
 ) -> pa.Table:
     """Return some rows of a row group, with the types of the lake table."""
-    found = opened.read_row_group(group, list(columns)).take(pa.array(places))
+    there = set(opened.schema_arrow.names)
+    found = opened.read_row_group(group, [one for one in columns if one in there])
+    found = found.take(pa.array(places))
+    for name in columns:
+        if name not in there:  # the file is older than the column
+            found = found.append_column(name, pa.nulls(len(places), SCHEMA.field(name).type))
     return found.select(columns).cast(pa.schema([SCHEMA.field(name) for name in columns]))
 
 
