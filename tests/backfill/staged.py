@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from retrofill.backfill.manifest import (
-    SET_SCHEMA,
     Duplicates,
     File,
     Kiosk,
@@ -20,6 +18,7 @@ from retrofill.backfill.manifest import (
     Options,
     SetFile,
 )
+from retrofill.backfill.sets import SCHEMA, SetWriter
 
 START_MS = 1_600_000_000_000
 
@@ -102,13 +101,16 @@ def write(
             "user_id": [m.user for m in mine],
             "insert_id": [m.insert_id for m in mine],
             "event_type": ["type"] * len(mine),
-            "json": [m.text for m in mine],
+            "text": [f",{m.text}" for m in mine],
             "bytes": [len(m.text.encode()) for m in mine],
             "file": [0] * len(mine),
             "line": list(range(1, len(mine) + 1)),
         }
-        name = f"set-{number}.parquet"
-        pq.write_table(pa.table(columns, schema=SET_SCHEMA), stage / name, row_group_size=group)
+        name = f"set-{number}.arrow"
+        writer = SetWriter(stage / name, packed=number % 2 == 1)
+        for rows in pa.table(columns, schema=SCHEMA).to_batches(max_chunksize=group):
+            writer.write(rows)
+        writer.close()
         people = len({m.person for m in mine})
         files.append(SetFile(name, len(mine), sum(len(m.text.encode()) for m in mine), people))
     manifest = Manifest(

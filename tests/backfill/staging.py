@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow.parquet as pq
+import pyarrow as pa
 import yaml
 
 from retrofill.backfill import mapping_file
 from retrofill.backfill.manifest import Manifest, Options
+from retrofill.backfill.sets import JSON, SCHEMA, TEXT, Set
 from retrofill.backfill.stage import Asked, stage
 from retrofill.core import mapping
 
 Json = dict[str, Any]
+COLUMNS = [JSON if name == TEXT else name for name in SCHEMA.names]
 
 
 def ndjson(path: Path, rows: Sequence[Json | str]) -> Path:
@@ -45,11 +47,21 @@ def run(
     return stage(work, asked, Options(**{"import_id": "spring", "sets": 2, **options}))
 
 
+def table(path: Path) -> pa.Table:
+    """A whole set."""
+    schema = pa.schema([SCHEMA.field(TEXT if name == JSON else name) for name in COLUMNS])
+    with Set(path) as one:
+        found = [*one.batches(COLUMNS)]
+    return pa.Table.from_batches(
+        found, None if found else schema.empty_table().rename_columns(COLUMNS).schema
+    )
+
+
 def rows(work: Path) -> list[Json]:
     """All staged rows, set after set, in the order of sending."""
     found: list[Json] = []
-    for path in sorted((work / "stage").glob("set-*.parquet")):
-        found += pq.read_table(path).to_pylist()
+    for path in sorted((work / "stage").glob("set-*.arrow")):
+        found += table(path).to_pylist()
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.backfill.staging import letters, run
+from tests.backfill.staging import letters, run, table
 
 from retrofill.backfill import original, stage
 from retrofill.backfill.journal import Dead, Journal
@@ -104,8 +104,8 @@ def test_what_the_destination_refuses_shows_its_row(
     told: dict[int, str] = {}
     journal = Journal(work, threaded=False)
     for number, one in enumerate(found.sets):
-        table = pq.read_table(work / "stage" / one.path)
-        for row in table.slice(0, 1).to_pylist():
+        rows = table(work / "stage" / one.path)
+        for row in rows.slice(0, 1).to_pylist():
             letter = {"file": found.files[0].name, "line": row["line"], "reason": "no"}
             line = json.dumps(letter | {"row": row["json"]}, separators=(",", ":"))
             journal.died(Dead(number, 0, "no", line))

@@ -10,14 +10,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.backfill.staging import events, letters, ndjson, rows, run
+from tests.backfill.staging import COLUMNS, events, letters, ndjson, rows, run
+from tests.backfill.staging import table as whole
 
 from retrofill.backfill import manifest, order, people
-from retrofill.backfill.manifest import SET_SCHEMA
 from retrofill.backfill.spill import Spill
 from retrofill.errors import CorruptError, InputError
 
@@ -92,8 +91,8 @@ def check_order(work: Path) -> None:
     found = manifest.read(work / "stage")
     assert found is not None
     for number, one in enumerate(found.sets):
-        table = pq.read_table(work / "stage" / one.path)
-        assert table.schema == SET_SCHEMA
+        table = whole(work / "stage" / one.path)
+        assert table.schema.names == COLUMNS
         assert table.num_rows == one.events
         assert sum(table["bytes"].to_pylist()) == one.bytes
         assert table["seq"].to_pylist() == list(range(one.events))
@@ -296,7 +295,7 @@ def test_a_crash_while_staging_leaves_no_stage_and_the_next_run_makes_it(
     assert manifest.read(tmp_path / "work" / "stage") is None
     # What a killed process leaves behind is in nobody's way.
     (tmp_path / "work" / "stage.new").mkdir()
-    (tmp_path / "work" / "stage.new" / "set-0.parquet").write_bytes(b"half")
+    (tmp_path / "work" / "stage.new" / "set-0.arrow").write_bytes(b"half")
     (tmp_path / "work" / "scratch").mkdir()
     (tmp_path / "work" / "scratch" / "spill.arrow").write_bytes(b"half")
     assert run(tmp_path / "work", source, MAPPING).events == 5

@@ -30,6 +30,9 @@ Verdict = Literal["taken", "throttled", "refused", "large", "forbidden", "again"
 
 CONNECT_S = 10.0  # contract, ingest 7: what the official SDK waits for a connection
 ANSWER_S = 60.0  # contract, ingest 7: client REC for backfill
+COPIED_BYTES = (
+    64 * 1024
+)  # ours: a larger request is written as it lies in memory, a smaller one in one piece
 ANSWER_BYTES_MAX = 8 * 1024 * 1024  # ours: longer answers are not read
 RETRY_AFTER_MAX_S = 86_400.0  # ours: a longer pause is taken as a mistake
 
@@ -247,9 +250,13 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._reset()
         waiter = self._waiter = loop.create_future()
-        length = b"%d\r\n\r\n" % sum(map(len, body))
+        size = sum(map(len, body))
+        request = (self._head, b"%d\r\n\r\n" % size, *body)
         assert self._transport is not None
-        self._transport.write(b"".join((self._head, length, *body)))
+        if size > COPIED_BYTES:
+            self._transport.writelines(request)
+        else:
+            self._transport.write(b"".join(request))
         timer = loop.call_later(ANSWER_S, self._give_up)
         try:
             answer: Answer = await waiter

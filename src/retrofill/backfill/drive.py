@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import uvloop
 from msgspec import Struct
 
@@ -76,6 +77,8 @@ def drive(asked: Drive) -> Outcome:
 
     Raises BusyError, InputError, StoreError, FinalError.
     """
+    # Groups of rows come and go: Arrow's own pool asks the machine for fresh memory each time, malloc keeps some.
+    pa.set_memory_pool(pa.system_memory_pool())
     return uvloop.run(_drive(asked))
 
 

@@ -8,7 +8,7 @@ their own, with stretches that say whose limits count.
 People with a long way to go cannot wait until the stream comes by: they are *lanes*, opened at once, the longest first,
 and read a chunk at a time. The people who share a kiosk's device are one lane too: that device is what takes long.
 
-A `Block` is the text of consecutive rows, each followed by a comma: rows a..b are one slice of it.
+A `Block` is the text of consecutive rows, each behind a comma: rows a..b are one slice of it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from retrofill.backfill.journal import Rows, Span
 from retrofill.backfill.manifest import Manifest
+from retrofill.backfill.sets import COMMA, TEXT, Set
 from retrofill.core.schedule import Rates, Stretch, Work
 from retrofill.errors import CorruptError
 
@@ -49,7 +49,7 @@ UPDATE = (
     '"user_properties":{'  # stands in every event that is a property update, and hardly in others
 )
 
-DETAILS = ["person", "json", "device_id", "user_id", "insert_id", "file", "line"]
+DETAILS = ["person", TEXT, "device_id", "user_id", "insert_id", "file", "line"]
 
 Ints = NDArray[np.int64]
 
@@ -62,14 +62,11 @@ class Block:
     def __init__(
         self, number: int, first: int, text: pa.Array, people: Ints, meter: list[int]
     ) -> None:
-        joined = pc.binary_join_element_wise(text, "", ",")
-        kind = np.int64 if joined.type == pa.large_string() else np.int32
-        buffers = joined.buffers()
-        start = joined.offset
-        offsets = np.frombuffer(buffers[1], dtype=kind)[start : start + len(joined) + 1]
+        _valid, ends, data = text.buffers()
+        offsets = np.frombuffer(ends, np.int32)[text.offset : text.offset + len(text) + 1]
         self.set = number
         self.first = first
-        self.data = memoryview(buffers[2]) if buffers[2] is not None else memoryview(b"")
+        self.data = memoryview(data) if data is not None else memoryview(b"")
         self.offsets = offsets
         self.people = people
         self.size = int(offsets[-1]) - int(offsets[0]) + 16 * len(people)
@@ -81,7 +78,7 @@ class Block:
 
     def text(self, start: int, stop: int) -> memoryview:
         """Rows start..stop of the block, joined by commas."""
-        return self.data[int(self.offsets[start]) : int(self.offsets[stop]) - 1]
+        return self.data[int(self.offsets[start]) + len(COMMA) : int(self.offsets[stop])]
 
 
 class Cut(NamedTuple):
@@ -138,31 +135,6 @@ class Open(NamedTuple):
     rows: int
 
 
-class Set:
-    """One staged file and where its row groups begin."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = pq.ParquetFile(path, memory_map=False, pre_buffer=False)
-        data = self.file.metadata
-        counts = [data.row_group(n).num_rows for n in range(data.num_row_groups)]
-        self.starts: Ints = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    @property
-    def rows(self) -> int:
-        """How many rows."""
-        return int(self.starts[-1])
-
-    @property
-    def groups(self) -> int:
-        """How many row groups."""
-        return len(self.starts) - 1
-
-    def group_of(self, row: int) -> int:
-        """The row group that holds a row."""
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
-
-
 class Feed:
     """What is still to be sent, as works. One thread at a time."""
 
@@ -188,7 +160,7 @@ class Feed:
             kind: pa.array([k.id for k in manifest.kiosks if k.kind == kind], pa.string())
             for kind in ("device", "user")
         }
-        self._cache: dict[tuple[int, int], pa.Table] = {}
+        self._cache: dict[tuple[int, int], pa.RecordBatch] = {}
         self.left = sum(one.rows for one in self._sets) - done.count
         self._people_left: list[Ints] = []  # rows of lanes, by set, as sorted firsts …
         self._lane_ends: list[Ints] = []  # … and lasts
@@ -199,7 +171,7 @@ class Feed:
         self._reads = 0
         fewest, most = LANES_OPEN
         self._lanes_open = min(most, max(fewest, 16_000 // rates.events_per_request))
-        self._details: tuple[int, int, pa.Table] | None = None
+        self._details: tuple[int, int, pa.RecordBatch] | None = None
         self._survey()
         self._stream = self._streamed()
         self.streaming = True
@@ -305,8 +277,8 @@ class Feed:
         rows = np.flatnonzero(left)
         if len(rows) == 0:
             return self._single(tail), []
-        table = one.file.read_row_group(group, columns=["person", "json"], use_threads=False)
-        people, text = table.column("person").to_numpy(), _flat(table.column("json"))
+        table = one.read(group, ["person", TEXT])
+        people, text = table.column("person").to_numpy(), table.column(TEXT)
         runs = _runs(rows, people)
         works: list[Work] = []
         if tail and int(tail[-1].block.people[-1]) != int(people[runs[0][0]]):
@@ -330,7 +302,7 @@ class Feed:
     ) -> list[Cut]:
         """Rows in blocks of their own, so that the row group need not be kept for them."""
         blocks = [
-            Block(number, start + a, text.slice(a, b - a), people[a:b].copy(), self.loaded)
+            Block(number, start + a, _alone(text, a, b), people[a:b].copy(), self.loaded)
             for a, b in runs
         ]
         return [Cut(block, 0, len(block.people)) for block in blocks]
@@ -538,7 +510,7 @@ class Feed:
             if open_:
                 table = self._rows_of(number, first, stop)
                 people = table.column("person").to_numpy()
-                block = Block(number, first, _flat(table.column("json")), people, self.loaded)
+                block = Block(number, first, table.column(TEXT), people, self.loaded)
                 return [Cut(block, a - first, b - first) for a, b in open_], stop
             first = stop
         return [], last
@@ -550,7 +522,7 @@ class Feed:
 
     # Looking rows up
 
-    def _rows_of(self, number: int, first: int, last: int) -> pa.Table:
+    def _rows_of(self, number: int, first: int, last: int) -> pa.RecordBatch:
         """Text and ids of rows first..last of a set, all within one row group."""
         one = self._sets[number]
         group = one.group_of(first)
@@ -558,7 +530,7 @@ class Feed:
         if table is None:
             while len(self._cache) >= CACHED_GROUPS:
                 del self._cache[next(iter(self._cache))]
-            table = one.file.read_row_group(group, columns=self._columns, use_threads=False)
+            table = one.read(group, self._columns)
             self._reads += 1
             if self._reads % RELEASE_AFTER == 0:
                 # Read for a part of each: what Arrow keeps of that for itself adds up otherwise.
@@ -569,9 +541,7 @@ class Feed:
 
     @property
     def _columns(self) -> list[str]:
-        return (
-            ["person", "json", "device_id", "user_id"] if self.rates.by_id else ["person", "json"]
-        )
+        return ["person", TEXT, "device_id", "user_id"] if self.rates.by_id else ["person", TEXT]
 
     def stretches(self, cuts: Iterable[Cut]) -> list[Stretch]:
         """Whose rows these are: consecutive rows of the same ids together."""
@@ -603,8 +573,8 @@ class Feed:
 
     def _stretches_of(self, number: int, first: int, last: int) -> list[Stretch]:
         table = self._ids_of(number, first, last)
-        devices = table.column("device_id").combine_chunks().dictionary_encode()
-        users = table.column("user_id").combine_chunks().dictionary_encode()
+        devices = table.column("device_id").dictionary_encode()
+        users = table.column("user_id").dictionary_encode()
         updates = self._updates(table)
         codes = np.stack(
             [
@@ -624,17 +594,17 @@ class Feed:
             found.append(Stretch(device or f"\0{user}", user, stop - start, bool(updates[start])))
         return found
 
-    def _ids_of(self, number: int, first: int, last: int) -> pa.Table:
+    def _ids_of(self, number: int, first: int, last: int) -> pa.RecordBatch:
         """The same rows with ids, also where no limit looks at them."""
         table = self._rows_of(number, first, last)
-        return table if "device_id" in table.column_names else self._detail(number, first, last)
+        return table if "device_id" in table.schema.names else self._detail(number, first, last)
 
-    def _detail(self, number: int, first: int, last: int) -> pa.Table:
+    def _detail(self, number: int, first: int, last: int) -> pa.RecordBatch:
         """Everything that is known of some rows. The last row group that was asked for is kept."""
         one = self._sets[number]
         group = one.group_of(first)
         if self._details is None or self._details[:2] != (number, group):
-            table = one.file.read_row_group(group, columns=DETAILS, use_threads=False)
+            table = one.read(group, DETAILS)
             self._details = (number, group, table)
         return self._details[2].slice(first - int(one.starts[group]), last - first)
 
@@ -661,10 +631,10 @@ class Feed:
                         yield at, int(people[place]), int(mask.sum())
                     place += 1
 
-    def _updates(self, table: pa.Table) -> NDArray[np.bool_]:
+    def _updates(self, table: pa.RecordBatch) -> NDArray[np.bool_]:
         if not self.rates.updates_per_h:
-            return np.zeros(len(table), bool)
-        mask = pc.match_substring(table.column("json"), UPDATE)
+            return np.zeros(table.num_rows, bool)
+        mask = pc.match_substring(table.column(TEXT), UPDATE)
         found: NDArray[np.bool_] = mask.to_numpy(zero_copy_only=False).astype(bool)
         return found
 
@@ -706,17 +676,14 @@ class Feed:
         """The same rows in a block of their own, so that the large one can go."""
         table = self._rows_of(cut.block.set, cut.span.first, cut.span.first + cut.count)
         people = cut.block.people[cut.start : cut.stop].copy()
-        block = Block(
-            cut.block.set, cut.span.first, _flat(table.column("json")), people, self.loaded
-        )
+        text = _alone(table.column(TEXT), 0, cut.count)
+        block = Block(cut.block.set, cut.span.first, text, people, self.loaded)
         return Cut(block, 0, cut.count)
 
 
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    flat = column.combine_chunks()
-    return flat.chunk(0) if isinstance(flat, pa.ChunkedArray) else flat
+def _alone(text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
+    """Return some of the texts in memory of their own."""
+    return text.take(pa.array(np.arange(start, stop)))
 
 
 def _codes(encoded: Any) -> Ints:
@@ -737,15 +704,16 @@ def _people(one: Set) -> tuple[Ints, Ints, Ints]:
     """(person, first row, rows) of everyone in a set. Raises CorruptError if someone stands in two places."""
     people: list[Ints] = []
     firsts: list[Ints] = []
-    at = 0
-    for batch in one.file.iter_batches(batch_size=1 << 18, columns=["person"], use_threads=False):
+    at, last = 0, -1  # which is nobody
+    for batch in one.batches(["person"]):
         column = batch.column(0).to_numpy()
-        edges = np.concatenate([[0], np.flatnonzero(column[1:] != column[:-1]) + 1])
-        if people and len(column) and people[-1][-1] == column[0]:
-            edges = edges[1:]
+        if len(column) == 0:
+            continue
+        edges = np.flatnonzero(np.diff(column, prepend=last))
         people.append(column[edges])
         firsts.append(edges + at)
         at += len(column)
+        last = int(column[-1])
     if not people:
         empty = np.zeros(0, np.int64)
         return empty, empty, empty
@@ -770,7 +738,7 @@ def _at(
     who, firsts, counts = _people(one)
     places: dict[int, tuple[str, str]] = {}
     columns = ["person", "device_id", "user_id"]
-    for batch in one.file.iter_batches(batch_size=1 << 16, columns=columns, use_threads=False):
+    for batch in one.batches(columns):
         for kind, column in (("device", 1), ("user", 2)):
             mask = pc.fill_null(
                 pc.is_in(batch.column(column), value_set=values[kind]), fill_value=False

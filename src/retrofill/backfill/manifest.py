@@ -7,29 +7,11 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import pyarrow as pa
 from msgspec import Struct
 
 from retrofill.errors import CorruptError, InputError
 
-VERSION: Final = 1
-
-# A row of `set-<k>.parquet`, in the order of sending.
-SET_SCHEMA: Final = pa.schema(
-    [
-        ("person", pa.int64()),
-        ("seq", pa.int64()),  # place in the set, from 0
-        ("time_ms", pa.int64()),
-        ("device_id", pa.string()),
-        ("user_id", pa.string()),
-        ("insert_id", pa.string()),
-        ("event_type", pa.string()),
-        ("json", pa.string()),  # the finished event
-        ("bytes", pa.int32()),  # of it, UTF-8
-        ("file", pa.int32()),
-        ("line", pa.int64()),
-    ]
-)
+VERSION: Final = 2
 
 
 class Options(Struct, frozen=True, kw_only=True):

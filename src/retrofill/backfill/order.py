@@ -21,23 +21,23 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from retrofill.backfill import texts
 from retrofill.backfill.intake import SPILLED
-from retrofill.backfill.manifest import SET_SCHEMA, HotPerson, Options, SetFile
+from retrofill.backfill.manifest import HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
+from retrofill.backfill.sets import COMMA, SCHEMA, SetWriter
 from retrofill.backfill.spill import PLAIN_BYTES, Spill, Whole
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
-ROW_GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
+GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
 _PART_ROWS = (
-    4 * ROW_GROUP_ROWS
+    4 * GROUP_ROWS
 )  # taken, finished and written at once; more would be fresh memory each time
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
@@ -150,13 +150,15 @@ class Sorter:
         self.found = Sorted()
         self._set = -1
         self._seq = 0
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: SetWriter | None = None
         self._set_bytes = self._set_people = 0
         self._person: HotPerson | None = None  # whose rows are being written
-        self._lead = _lead(options)  # of every event
+        self._lead = _lead(options)
+        self._packed = False
 
     def run(self, spill: Spill, edges: Borders, scratch: Path) -> Sorted:
         """Sort the spill into set files. Without borders it is one bucket."""
+        self._packed = spill.bytes > PLAIN_BYTES
         if len(edges.persons) == 0:
             self._bucket(spill.whole(self._lead))
         else:
@@ -283,8 +285,8 @@ class Sorter:
 
     def _write(self, table: pa.Table, person: Ints) -> None:
         assert self._writer is not None
-        json = table.column("event")
-        size = pc.binary_length(json)
+        text = table.column("event")
+        size = pc.subtract(pc.binary_length(text), len(COMMA))
         seq = np.arange(self._seq, self._seq + len(person))
         time_ms = table.column("time_ms")
         made = {
@@ -295,16 +297,15 @@ class Sorter:
             "user_id": table.column("user_id"),
             "insert_id": table.column("insert_id"),
             "event_type": table.column("event_type"),
-            "json": json,
+            "text": text,
             "bytes": size,
             "file": table.column("file"),
             "line": table.column("line"),
         }
-        groups = max(1, round(len(person) / ROW_GROUP_ROWS))
-        self._writer.write_table(
-            pa.table(list(made.values()), schema=SET_SCHEMA),
-            row_group_size=-(-len(person) // groups),
-        )
+        groups = max(1, round(len(person) / GROUP_ROWS))
+        rows = pa.table(list(made.values()), schema=SCHEMA).combine_chunks()
+        for group in rows.to_batches(max_chunksize=-(-len(person) // groups)):
+            self._writer.write(group)
         self._count(time_ms, table.column("event_type"), int(pc.sum(size).as_py()))
         self._runs(person)
         self._seq += len(person)
@@ -364,33 +365,32 @@ class Sorter:
         self._close_person()
         self._close_set()
         self._set += 1
-        self._writer = pq.ParquetWriter(
-            self.folder / f"set-{self._set}.parquet",
-            SET_SCHEMA,
-            compression="lz4",
-            use_dictionary=["event_type"],
-            write_statistics=["person", "seq", "time_ms"],
-        )
+        self._writer = SetWriter(self.folder / _name(self._set), packed=self._packed)
 
     def _close_set(self) -> None:
         if self._writer is None:
             return
         self._writer.close()
         self._writer = None
-        name = f"set-{self._set}.parquet"
-        self.found.sets.append(SetFile(name, self._seq, self._set_bytes, self._set_people))
+        self.found.sets.append(
+            SetFile(_name(self._set), self._seq, self._set_bytes, self._set_people)
+        )
         self.found.people += self._set_people
         self._seq = self._set_bytes = self._set_people = 0
 
 
+def _name(number: int) -> str:
+    return f"set-{number}.arrow"
+
+
 def _lead(options: Options) -> bytes:
-    """Return what stands in every event before its own members."""
+    """Return what stands before the own members of every event: see `sets`."""
     said: dict[str, Any] = {
         "ingestion_metadata": {"source_name": "retrofill", "source_version": options.import_id}
     }
     if options.skip_user_properties_sync:
         said["$skip_user_properties_sync"] = True
-    return msgspec.json.encode(said)[:-1] + b","
+    return COMMA + msgspec.json.encode(said)[:-1] + b","
 
 
 def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:

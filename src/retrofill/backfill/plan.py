@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.backfill.feed import HISTORY_PER_S, UPDATE
 from retrofill.backfill.manifest import Hot, HotPerson, Kiosk, Manifest
 from retrofill.backfill.profile import Profile
+from retrofill.backfill.sets import TEXT, Set
 from retrofill.core.schedule import Bound, lower_bound
 
 _UNBILLED = ("$identify", "$groupidentify")  # contract, events 10
@@ -173,7 +173,7 @@ def _most_updates(found: Manifest, stage: Path) -> int:
     for one in found.hot_people:
         if one.events <= most:
             break
-        texts = (part.column("json") for part in _rows(one, found, stage, ["json"]))
+        texts = (part.column(TEXT) for part in _rows(one, found, stage, [TEXT]))
         most = max(most, sum(pc.sum(pc.match_substring(t, UPDATE)).as_py() or 0 for t in texts))
     return most
 
@@ -183,17 +183,13 @@ def _busy(one: HotPerson, found: Manifest, stage: Path) -> Busy:
     return Busy(first["user_id"][0].as_py(), first["device_id"][0].as_py(), one.events)
 
 
-def _rows(one: HotPerson, found: Manifest, stage: Path, columns: list[str]) -> Iterator[pa.Table]:
+def _rows(
+    one: HotPerson, found: Manifest, stage: Path, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
     """Yield a person's staged rows, a row group at a time."""
-    with pq.ParquetFile(stage / found.sets[one.set].path) as file:
-        start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            first, last = max(start, one.seq), min(stop, one.seq + one.events)
-            if first < last:
-                table = file.read_row_group(group, columns=columns)
-                yield table.slice(first - start, last - first)
-            start = stop
+    with Set(stage / found.sets[one.set].path) as rows:
+        for _first, part in rows.within(one.seq, one.seq + one.events, columns):
+            yield part
 
 
 def _requests(found: Manifest, profile: Profile) -> int:

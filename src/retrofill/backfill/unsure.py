@@ -7,15 +7,16 @@ when nothing is unsure.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 import msgspec
-import pyarrow.parquet as pq
 
 from retrofill.backfill.drive import staged
 from retrofill.backfill.journal import Ledger, Span
 from retrofill.backfill.manifest import Manifest
+from retrofill.backfill.sets import Set
 
 UNSURE = "unsure.ndjson"
 _COLUMNS = ["file", "line", "insert_id", "user_id", "device_id", "event_type"]
@@ -42,18 +43,15 @@ def write(work: Path) -> Path | None:
 
 def _write(file: IO[bytes], work: Path, manifest: Manifest, spans: list[Span]) -> None:
     """List the rows of one set. spans: in order."""
-    with pq.ParquetFile(work / "stage" / manifest.sets[spans[0].set].path) as stored:
-        start = 0
-        for group in range(stored.num_row_groups):
-            stop = start + stored.metadata.row_group(group).num_rows
+    with Set(work / "stage" / manifest.sets[spans[0].set].path) as stored:
+        for group, (start, stop) in enumerate(pairwise(stored.starts.tolist())):
             mine = list(_within(spans, start, stop))
             if mine:
-                table = stored.read_row_group(group, columns=_COLUMNS)
+                rows = stored.read(group, _COLUMNS)
                 for first, last in mine:
-                    for row in table.slice(first - start, last - first).to_pylist():
+                    for row in rows.slice(first - start, last - first).to_pylist():
                         row["file"] = manifest.files[row["file"]].name
                         file.write(msgspec.json.encode(row) + b"\n")
-            start = stop
 
 
 def _within(spans: list[Span], start: int, stop: int) -> Iterator[tuple[int, int]]:

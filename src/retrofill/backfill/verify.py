@@ -29,7 +29,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -39,6 +38,7 @@ from retrofill.backfill.journal import Journal, Ledger, Rows
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.profile import Target, names_retrofill
+from retrofill.backfill.sets import JSON, Set
 from retrofill.errors import FinalError
 
 Kind = Literal["missing", "doubled", "different", "extra"]
@@ -204,8 +204,8 @@ def _deal_staged(deal: Deal, work: Path, manifest: Manifest) -> list[NDArray[np.
         path = work / "verify.tmp" / f"places-{number}"
         places.append(np.memmap(path, np.int64, "w+", shape=(max(1, one.events),)))
         gone = np.array(sorted(row for where, row in dead if where == number), np.int64)
-        with pq.ParquetFile(work / "stage" / one.path) as file:
-            for batch in file.iter_batches(DEAL_ROWS, columns=["insert_id", "seq", "json"]):
+        with Set(work / "stage" / one.path) as rows:
+            for batch in rows.batches(["insert_id", "seq", JSON]):
                 table = pa.Table.from_batches([batch])
                 if len(gone):
                     keep = ~np.isin(table.column("seq").to_numpy(), gone)
@@ -217,7 +217,8 @@ def _deal_staged(deal: Deal, work: Path, manifest: Manifest) -> list[NDArray[np.
 
 def _people(work: Path, manifest: Manifest) -> Iterator[NDArray[np.int64]]:
     for one in manifest.sets:
-        yield pq.read_table(work / "stage" / one.path, columns=["person"])["person"].to_numpy()
+        with Set(work / "stage" / one.path) as rows:
+            yield rows.column("person")
 
 
 def _disorder(people: NDArray[np.int64], places: NDArray[np.int64]) -> int:

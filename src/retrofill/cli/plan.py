@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from retrofill.cli import options
-from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of, warn_of_updates
+from retrofill.cli.run import WORK, calm, profile_of, say, seam_of, stage_of, warn_of_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     as_json: options.AsJson = False,
 ) -> None:
     """Stage a history and say what its import will do and take. Nothing is sent; `run` goes on from there."""
+    calm()
     from rich.console import Console
 
     from retrofill.backfill import keys as key_ring

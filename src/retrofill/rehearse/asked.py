@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.backfill.manifest import Manifest
+from retrofill.backfill.sets import TEXT, Set
 from retrofill.errors import InputError
 from retrofill.limits import HISTORY_IDS_MAX
 
 _GROUP_IDENTIFY = "$groupidentify"
-_READ_ROWS = 100_000
 
 
 class Touched(Struct, frozen=True):
@@ -44,13 +43,11 @@ def touched(stage: Path, found: Manifest) -> Touched:
     inserts: list[pa.Array] = []
     groups: list[str] = []
     addressed = False
-    for batch in _batches(
-        stage, found, ["device_id", "user_id", "insert_id", "event_type", "json"]
-    ):
+    for batch in _batches(stage, found, ["device_id", "user_id", "insert_id", "event_type", TEXT]):
         devices.update(pc.unique(batch["device_id"]).to_pylist())
         users.update(pc.unique(batch["user_id"]).to_pylist())
         inserts.append(batch["insert_id"])
-        addressed = addressed or pc.any(pc.match_substring(batch["json"], '"ip":')).as_py() is True
+        addressed = addressed or pc.any(pc.match_substring(batch[TEXT], '"ip":')).as_py() is True
         if found.types.get(_GROUP_IDENTIFY):
             mine = pc.equal(batch["event_type"], _GROUP_IDENTIFY)
             groups += batch.filter(mine)["insert_id"].to_pylist()
@@ -72,5 +69,5 @@ def insert_keys(stage: Path, found: Manifest) -> Iterator[tuple[str, str]]:
 
 def _batches(stage: Path, found: Manifest, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for one in found.sets:
-        with pq.ParquetFile(stage / one.path) as file:
-            yield from file.iter_batches(_READ_ROWS, columns=columns)
+        with Set(stage / one.path) as rows:
+            yield from rows.batches(columns)
