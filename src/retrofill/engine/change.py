@@ -170,7 +170,7 @@ class Change:
                 self._arrived = host.arrived_rows - host.unsealed_rows
                 began = time.perf_counter()
                 sources = await self._begin(seed, rule)
-                await self._fold(sources)
+                await self._fold(sources, self._arrived)
                 rows = sum(file.rows for file in sources.files)
                 host.pace.follow(rows, time.perf_counter() - began)
                 for _ in range(REFOLD_PASSES_MAX):
@@ -258,14 +258,13 @@ class Change:
 
     async def _pass(self) -> None:
         """Fold what was sealed since the last pass."""
+        arrived = self._host.arrived_rows - self._host.unsealed_rows
         sources = await asyncio.to_thread(self._pin)
         if self._pinned > self._until:
-            await self._fold(sources)
+            await self._fold(sources, arrived)
 
-    async def _fold(self, sources: Sources) -> None:
-        """Fold what a snapshot has since the last one."""
-        host = self._host
-        arrived = host.arrived_rows - host.unsealed_rows
+    async def _fold(self, sources: Sources, arrived: int) -> None:
+        """Fold what a snapshot has since the last one. arrived: how many rows are in it at least, since the start."""
         ids = await self._reserved(2 * self._nodes + self._behind + REFOLD_TAIL_ROWS)
         done = await self._ask(Pass(sources, self._until, self._pinned, ids))
         self._take(done)

@@ -114,12 +114,13 @@ class Closure:
         """
         self._joins += 1
         nodes = self._nodes(links)
+        telling = self._telling(links, nodes, seeds)
+        links, nodes, seeds = links.take(pa.array(telling)), nodes[telling], seeds[telling]
         names = (
             ("person", links["amplitude_id"].to_pylist()),
             ("device", links["device_id"].to_pylist()),
             ("user", links["user_id"].to_pylist()),
         )
-        touched: set[_Node] = set()
         for row, is_seed in enumerate(seeds.tolist()):
             roots: list[_Node] = []
             for side, (kind, ids) in enumerate(names):
@@ -137,8 +138,22 @@ class Closure:
                     self._parents[root] = first
             if marked:
                 self._marked.add(first)
-            touched.add(first)
         return self._grown()
+
+    def _telling(self, links: pa.Table, nodes: NDArray[np.int64], seeds: Bools) -> Ints:
+        """Return the rows that may say something new: nearly all are of people whose ids were together before."""
+        if not len(self._labels):
+            return np.arange(links.num_rows)
+        there = [np.asarray(links["amplitude_id"].to_numpy() > 0)]
+        for name in ("device_id", "user_id"):
+            said = pc.fill_null(pc.not_equal(links[name], ""), fill_value=False)
+            there.append(np.asarray(said.to_numpy(zero_copy_only=False), bool))
+        unseen = (np.stack(there, axis=1) & (nodes < 0)).any(axis=1)
+        labels = np.where(nodes >= 0, self._labels[nodes], -1)
+        highest = labels.max(axis=1, initial=-1)
+        apart = ((labels >= 0) & (labels != highest[:, None])).any(axis=1)
+        outside = (highest >= 0) & ~self._inside[highest]
+        return np.flatnonzero(unseen | apart | (seeds & outside))
 
     def _grown(self) -> tuple[Members, Members]:
         grown = np.zeros(len(self._inside), bool)
