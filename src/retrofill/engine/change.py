@@ -339,7 +339,7 @@ class Change:
                 changed.append(await self._export(swap))
                 await self._at_hand(changed)
                 await self._catch_up(swap)
-                await self._tail(swap)  # while it is folded fewer come
+                await self._less(swap)
                 if not self.paused:
                     await self.pause.enter_async_context(host.committing)
                     self.paused = True
@@ -372,6 +372,16 @@ class Change:
                 await asyncio.wait(self._steps[-1:], timeout=REFOLD_LOOK_S)
             else:
                 return
+
+    async def _less(self, swap: Swap) -> None:
+        """Fold what is left as long as fewer than half come meanwhile: all of that is folded inside the pause."""
+        before = 2 * REFOLD_TAIL_MAX
+        for _ in range(REFOLD_PASSES_MAX):
+            left = self._host.unsealed_rows - self._tailed
+            if not left or left > before // 2:
+                return
+            before = left
+            await self._tail(swap)
 
     async def _at_hand(self, changed: list[tuple[Changes, Laid]]) -> None:
         """Have in memory who owns these ids: in the pause they would be read one after another."""
