@@ -304,6 +304,8 @@ class Intake:
 
     def _in_bounds(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         options, time_ms = self.options, _numbers(batch, "time_ms")
+        if options.since_ms is None and options.until_ms is None and not options.until_types:
+            return batch
         early = (
             time_ms < options.since_ms
             if options.since_ms is not None

@@ -33,6 +33,7 @@ _OPENING: Final = _among(b"{[,:")  # white space behind these, or before those o
 _CLOSING: Final = _among(b"}],:")
 _BEFORE: Final = _among(b"[,: \t\r\n")  # what may stand before a number
 _BEHIND: Final = _among(b"]}, \t\r\n")
+_NOTHING: Final = (b"{}", b"null")
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _LOOKED_BACK = 40  # digits before a point, an exponent or the middle of a long number
 _LONG = 19  # so many digits may be beyond 64 bits
@@ -66,9 +67,20 @@ class Objects(Struct, frozen=True):
 
 def together(tables: Sequence[Sequence[Raw]], rows: int) -> Objects:
     """Join the objects of all tables, each of which has one for every row."""
-    sizes = np.fromiter(chain.from_iterable(map(len, one) for one in tables), np.int64)
-    data = b"".join(chain.from_iterable(tables))
-    return Objects(data, np.cumsum(sizes), sizes, rows)
+    every = list(chain.from_iterable(tables))
+    sizes = np.fromiter(map(len, every), np.int64, len(every))
+    return Objects(b"".join(every), np.cumsum(sizes), sizes, rows)
+
+
+def empty(found: Objects) -> Ints:
+    """Return the numbers, table after table, of those that hold nothing: {} and null."""
+    small = np.flatnonzero((found.sizes == 2) | (found.sizes == 4))
+    ends = found.ends[small].tolist()
+    texts = (
+        found.data[end - size : end]
+        for end, size in zip(ends, found.sizes[small].tolist(), strict=True)
+    )
+    return small[np.fromiter((text in _NOTHING for text in texts), np.bool_, len(small))]
 
 
 def none(found: Objects) -> Bools:
@@ -90,13 +102,11 @@ def spaced(found: Objects) -> Bools:
 
 def rewritten(found: Objects) -> Bools:
     """Say which rows have a number that the query writes otherwise, or one that may be beyond 64 bits."""
-    text = found.text
-    if len(text) < _LONG:  # too short for arrays to be worth it
-        doubtful = any(b in found.data for b in (b".", b"e", b"E", b"-0"))
-        return np.full(found.rows, doubtful, np.bool_)
+    data = found.data.ljust(_LONG)
+    text = np.frombuffer(data, np.uint8)
     digit = text - np.uint8(_ZERO) < np.uint8(10)
     places = (
-        *(_at_points(found.data, text, digit), _at_exponents(text, digit)),
+        *(_at_points(data, text, digit), _at_exponents(text, digit)),
         *(_at_minus(text, digit), _at_long(text, digit)),
     )
     return found.marked(np.concatenate(places))

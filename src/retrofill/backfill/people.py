@@ -18,26 +18,23 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-_COMPACT_AT = 2_000_000  # pairs gathered before equal ones are counted together
+_COMPACT_AT = 500_000  # pairs gathered before equal ones are counted together
+_ODD = np.int64(-7046029254386353131)  # spreads the device over all bits
 _EMPTY: Ints = np.zeros(0, np.int64)
 
 
 class Pairs:
-    """Counts of (device, user) pairs, gathered a batch at a time. Memory: 24 bytes for each different pair."""
+    """Counts of (device, user) pairs, gathered a batch at a time. Memory: up to 48 bytes for each different pair."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Ints, Ints, Ints]] = []
-        self._size = 0
+        self._size = self._known = 0  # pairs in all, and those that were counted together
 
     def add(self, device: Ints, user: Ints) -> None:
         """Count one pair a row."""
-        self._push(_grouped(device, user, np.ones(len(device), np.int64)))
-
-    def _push(self, triple: tuple[Ints, Ints, Ints]) -> None:
-        self._waiting.append(triple)
-        self._size += len(triple[0])
-        largest = max(len(one[0]) for one in self._waiting)
-        if self._size > largest + max(_COMPACT_AT, largest // 2):
+        self._waiting.append((device, user, np.ones(len(device), np.int64)))
+        self._size += len(device)
+        if self._size > max(_COMPACT_AT, 2 * self._known):
             self.compact()
 
     def compact(self) -> tuple[Ints, Ints, Ints]:
@@ -47,13 +44,14 @@ class Pairs:
         parts = [np.concatenate(column) for column in zip(*self._waiting, strict=True)]
         triple = _grouped(parts[0], parts[1], parts[2])
         self._waiting, self._size = [triple], len(triple[0])
+        self._known = self._size
         return triple
 
 
 def _grouped(device: Ints, user: Ints, count: Ints) -> tuple[Ints, Ints, Ints]:
     if len(device) == 0:
         return device, user, count
-    order = np.lexsort((user, device))
+    order = np.argsort(device * _ODD + user)  # one key is sorted several times faster than two
     device, user, count = device[order], user[order], count[order]
     first = np.ones(len(device), np.bool_)
     first[1:] = (device[1:] != device[:-1]) | (user[1:] != user[:-1])

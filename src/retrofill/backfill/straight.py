@@ -181,17 +181,21 @@ class Straight:
         return self._decoded_lines(data, ends, usable)
 
     def _objects(self, events: list[Any]) -> Objects:
-        """Return the property objects of the events, all of them without white space between their parts."""
+        """Return the property objects of the events: none that is empty, none with white space between its parts."""
         found = objects_.together(self._raws(events), len(events))
         spaced = np.flatnonzero(objects_.spaced(found)).tolist()
-        if not spaced:
-            return found
         for row in spaced:
             self._compact(events[row])
-        return objects_.together(self._raws(events), len(events))
+        if spaced:
+            found = objects_.together(self._raws(events), len(events))
+        empty = objects_.empty(found).tolist()
+        names = list(self._tables.values())
+        for at in empty:
+            setattr(events[at % len(events)], names[at // len(events)], _ABSENT)
+        return objects_.together(self._raws(events), len(events)) if empty else found
 
     def _raws(self, events: list[Any]) -> list[list[Raw]]:
-        return [_table(events, name) for name in self._tables.values()]
+        return [list(map(attrgetter(name), events)) for name in self._tables.values()]
 
     def _decoded_lines(
         self, data: bytes, ends: Ints, usable: NDArray[np.bool_]
@@ -296,7 +300,8 @@ class Straight:
     def _held(self, events: list[Any], name: str) -> list[Any]:
         if name not in self._tables:
             return []
-        return [msgspec.json.decode(raw) for raw in _table(events, self._tables[name]) if raw]
+        raws = map(attrgetter(self._tables[name]), events)
+        return [msgspec.json.decode(raw) for raw in raws if raw]
 
 
 def _each_one(data: bytes, ends: Ints) -> bool:
@@ -339,17 +344,6 @@ def _some(found: _Events, rows: Ints) -> _Events:
 def _strings_good(lines: bytes, ends: Ints) -> bool:
     """Say whether no string is too long: none in a line that is no longer than a string may be."""
     return int(np.diff(ends, prepend=-1).max()) <= STRING_CHARS_MAX or glance.strings(lines)
-
-
-def _table(events: list[Any], name: str) -> list[Raw]:
-    """Return one property object of each event, absent where it holds nothing."""
-    raws: list[Raw] = list(map(attrgetter(name), events))
-    sizes = np.fromiter(map(len, raws), np.int64, len(raws))
-    for at in np.flatnonzero((sizes == 2) | (sizes == 4)).tolist():  # {} and null
-        if bytes(raws[at]) in {b"{}", b"null"}:
-            raws[at] = _ABSENT
-            setattr(events[at], name, _ABSENT)
-    return raws
 
 
 def _there(column: pa.StringArray) -> NDArray[np.bool_]:
