@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pyarrow.parquet as pq
+from hypothesis import settings
 from tests.lake.blocks import START_MS, block_of
 
 from retrofill.core.block import Block, Flag, Kind, Merge
@@ -19,6 +20,7 @@ from retrofill.lake import Lake, arrow
 PROJECT = 7
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
+FEW = settings.default.max_examples // 10  # for what makes a lake for each example
 
 
 class Stored:

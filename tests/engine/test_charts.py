@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.stored import DAY_MS, HOUR_MS, Stored, block
+from tests.engine.stored import DAY_MS, FEW, HOUR_MS, Stored, block
 from tests.lake.blocks import START_MS
 
 from retrofill.core.block import Flag, Kind, Merge
@@ -42,7 +42,10 @@ EVENT = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=FEW,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     history=st.lists(st.lists(EVENT, min_size=1, max_size=8), min_size=1, max_size=4),
     sealed=st.integers(0, 4),

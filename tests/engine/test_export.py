@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.stored import HOUR_MS, PROJECT, Stored, block
+from tests.engine.stored import FEW, HOUR_MS, PROJECT, Stored, block
 from tests.lake.blocks import START_MS, World
 
 from retrofill.core.block import Block, Flag, Kind
@@ -186,7 +186,10 @@ def test_an_end_in_the_future_is_fine_and_an_empty_range_is_none(tmp_path: Path)
     assert stored.pins == []
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=FEW,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     blocks=st.lists(
         st.tuples(st.integers(0, 9), st.lists(st.integers(1, 4), min_size=1, max_size=9)),

@@ -114,7 +114,9 @@ NAMES = (None, "old", "other", "o'ld\\ é", "")
     st.data(),
 )
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_an_export_holds_exactly_the_rows_of_its_import_in_order(
     tmp_path_factory: pytest.TempPathFactory, shape: list[list[str | None]], data: st.DataObject

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.stored import PROJECT, Stored, block
+from tests.engine.stored import FEW, PROJECT, Stored, block
 
 from retrofill.core.block import Block, Kind
 from retrofill.core.person import Person
@@ -148,7 +148,10 @@ def test_a_missing_block_is_told_not_skipped(tmp_path: Path) -> None:
         stored.ask(_positions)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=FEW,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     people=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=6),
     wanted=st.sets(st.integers(1, 5), min_size=1, max_size=2),

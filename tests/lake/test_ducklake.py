@@ -155,9 +155,9 @@ def test_every_snapshot_has_exactly_the_rows_up_to_its_sealed_block(lake: Lake) 
     for reader in readers:
         reader.start()
     try:
-        for number in range(1, 25):
+        for number in range(1, 13):
             seal(lake, [world.block(number, 20)])
-            if number % 6 == 0:
+            if number % 4 == 0:
                 files = lake.event_files()
                 assert lake.swap(files, merge(lake, files))
     finally:

@@ -370,12 +370,14 @@ def test_hostile_events_read_the_same_unsealed_sealed_and_after_a_start(tmp_path
     client = Client(server)
     taken: list[str] = []
 
-    def send(text: str, path: str) -> None:
-        named = f'{text[:-1]},"insert_id":"hostile-{len(taken)}"}}'
-        status, said = client.post(path, upload([named]))
+    def send(text: str, path: str, times: int = 1) -> None:
+        named = [
+            f'{text[:-1]},"insert_id":"hostile-{len(taken) + number}"}}' for number in range(times)
+        ]
+        status, said = client.post(path, upload(named))
         documented(path, status, said)
         if status == 200:
-            taken.append(named)
+            taken.extend(named)
 
     @settings(
         max_examples=200,
@@ -394,8 +396,7 @@ def test_hostile_events_read_the_same_unsealed_sealed_and_after_a_start(tmp_path
             send("{" + GOOD + f',"event_properties":{{"a":[{token}]}}' + "}", "/batch")
             for operation in ("$set", "$add", "$append", "$preInsert", "$remove"):
                 text = f'"user_properties":{{"{operation}":{{"p":{token}}}}}'
-                for _ in range(2):  # 1e308 + 1e308 has no JSON
-                    send("{" + GOOD + "," + text + "}", "/batch")
+                send("{" + GOOD + "," + text + "}", "/batch", times=2)  # 1e308 + 1e308 has no JSON
         unsealed = server.export()
         assert len(unsealed) == len(taken) > 300
         server.kill()
