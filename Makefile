@@ -30,13 +30,13 @@ demo: $(RUNTIME) ## send two real histories into a fresh server, read them back,
 	@$(RUN) demo/histories.py
 
 test: $(DEV) ## all tests but the long ones, under ten minutes
-	@$(RUN) -m pytest -q -n 2 --dist worksteal -m "not long"
+	@$(RUN) -m pytest -q -n 3 --dist worksteal -m "not long"
 
 test-fast: $(DEV) ## tests without processes and sockets, under one minute
 	@$(RUN) -m pytest -q -m "not slow and not long"
 
 test-long: $(DEV) $(NODE) ## the long tests: 200 kills, Node's SDK, wide searches
-	@HYPOTHESIS_PROFILE=long $(RUN) -m pytest -q -m long --timeout 3600
+	@HYPOTHESIS_PROFILE=long $(RUN) -m pytest -q -m "long or hypothesis" --timeout 3600
 
 check: $(DEV) ## format, lint, types, floors, docs
 	@$(RUN) -m ruff format --check --quiet . || { echo "Mend with: make format"; exit 1; }
@@ -48,13 +48,13 @@ format: $(DEV) ## lay the code out and mend what can be mended by itself
 	@$(RUN) -m ruff check --fix --quiet . || true
 	@$(RUN) -m ruff format --quiet .
 
-bench: $(DEV) ## measure, ten minutes at most; QUICK=1 under three
+bench: $(DEV) ## measure, ten minutes at most; QUICK=1 under two
 	@$(MAKE) -s $(RIVAL) || echo "npm gives no mixpanel-import: its row is not run"
 	@$(RUN) bench/backfill.py $(if $(QUICK),--quick)
 	@$(RUN) bench/run.py $(if $(QUICK),--quick)
 	@$(RUN) bench/imports.py $(if $(QUICK),--quick)
 
-bench-long: $(DEV) ## measure with 10 M events stored and 20 M sent, three hours at most
+bench-long: $(DEV) ## measure with 10 M events stored and 20 M sent, 90 minutes at most
 	@$(MAKE) -s $(RIVAL) || echo "npm gives no mixpanel-import: its row is not run"
 	@$(RUN) bench/backfill.py --long
 	@$(RUN) bench/run.py --long

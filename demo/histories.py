@@ -20,7 +20,6 @@ import io
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -44,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "data"
 DATA = ROOT / "retrofill-demo"
 RETROFILL = Path(sys.executable).parent / "retrofill"
-READY_S = 60
+READY_S = 120
 NOT_FOUND = 404
 LOOKED_UP = 50  # people of an undone import that are searched for one by one
 
@@ -200,20 +199,16 @@ class Api:
         return msgspec.json.decode(self.get(path))
 
 
-def _ready(address: str) -> bool:
-    try:
-        return bool(Api(address, ("", "")).get("/healthz"))
-    except (urllib.error.URLError, ConnectionError):
-        return False
+def _address(log: Path) -> str:
+    """Return where the server says that it listens, once it does, else nothing."""
+    said = log.read_text(errors="replace").partition("Retrofill listens on ")[2]
+    return said.partition("\n")[0] if "\n" in said else ""
 
 
 @contextmanager
 def served(data: Path) -> Iterator[str]:
     """Run a server on a fresh directory and a free port; give its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [str(RETROFILL), "serve", "--data", str(data), "--port", str(port)]
+    command = [str(RETROFILL), "serve", "--data", str(data), "--port", "0"]
     command += ["--limits", "none", "--log-level", "warning"]
     for history in HISTORIES:
         command += ["--project", ":".join((history.name, *history.keys))]
@@ -222,7 +217,7 @@ def served(data: Path) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=written, stderr=written)
     try:
         end = time.monotonic() + READY_S
-        while not _ready(address):
+        while not (address := _address(log)):
             if server.poll() is not None or time.monotonic() > end:
                 sys.exit(f"The server did not start:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.02)
