@@ -126,7 +126,10 @@ HISTORY_MEMORY_BYTES = (
 )  # what DuckDB may hold in the child that folds history again
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows
-MERGES_LISTED_MAX = 1000  # merges in one answer, the newest first
+MERGES_LISTED_MAX = (
+    1000  # merges in one answer, the newest first; ids that hold people apart, the same
+)
+HELD_TOLD_MAX = 1000  # ids that hold people apart, named in the log since the start: each once
 WHY_ROWS_MAX = 2_000_000  # rows folded for one answer of `why`; beyond it 413
 WHY_FOLDED_ROWS_MAX = 60_000  # rows folded to try which of them are needed, all trials of an answer
 WHY_CAUSES_MAX = 100  # events of an answer that changed the value, the newest

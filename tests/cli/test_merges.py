@@ -44,6 +44,9 @@ def test_a_merge_is_listed_taken_back_and_stays_so(tmp_path: Path) -> None:
         assert "user ann-111 on device kiosk-9 · View " in line
         listed = json.loads(run("merges", "--user", "ann-111", "--json", *to).stdout)
         assert (listed["event"], listed["id"], listed["state"]) == ("merge", "3-0", "merged")
+        assert run("merges", "--held", *to).stderr == "nobody is held\n"
+        with pytest.raises(InputError, match="goes with --limit alone"):
+            run("merges", "--held", "--unmerged", *to)
         for words in (["--unmerged"], ["--amplitude-id", "5"], ["--before", "3-0"]):
             assert not run("merges", *words, *to).stdout
         with pytest.raises(InputError, match="Nobody is here"):
@@ -64,3 +67,25 @@ def test_a_merge_is_listed_taken_back_and_stays_so(tmp_path: Path) -> None:
         assert call(live, "GET", "/api/1/merges") == (200, {"merges": []})
         status, said = call(live, "DELETE", "/api/1/merges/3-0")
         assert (status, said["state"], said["absorbed"]) == (200, "unmerged", listed["absorbed"])
+
+
+def test_users_who_join_too_many_are_listed(tmp_path: Path) -> None:
+    with Live(tmp_path) as live:
+        to = ["--to", live.address]
+        assert call(live, "PUT", "/api/1/project", {"limits": {"merges_per_user": 1}})[0] == 200
+        for ids in (
+            {"device_id": "phone-1", "user_id": "guest-1"},
+            *({"device_id": f"kiosk-{at}"} for at in range(3)),
+            *({"device_id": f"kiosk-{at}", "user_id": "guest-1"} for at in range(3)),
+        ):
+            event = {"event_type": "View", **ids}
+            assert call(live, "POST", "/batch", {"api_key": "KEY", "events": [event]})[0] == 200
+        (line,) = run("merges", "--held", *to).stdout.splitlines()
+        assert line.startswith("user guest-1 · ")
+        assert " · 1 merged · held 2 devices in 2 events, " in line
+        settings = {"limits": {"merges_per_user": 1}, "merge_always": ["guest-1"]}
+        assert call(live, "PUT", "/api/1/project", settings)[1]["settings"]["merge_always"]
+        listed = json.loads(run("merges", "--held", "--json", "--limit", "5", *to).stdout)
+        assert (listed["event"], listed["devices"], listed["allowed"]) == ("held", 2, True)
+        assert call(live, "GET", "/api/1/merges/held?limit=0")[0] == 400
+        assert len(call(live, "GET", "/api/1/merges")[1]["merges"]) == 1

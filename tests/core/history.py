@@ -36,6 +36,7 @@ class History:
 
     def __init__(self, limits: Limits = PROFILES["amplitude"]) -> None:
         self.limits = limits
+        self.allowed: frozenset[str] = frozenset()
         self.devices: dict[str, int] = _Absent()
         self.users: dict[str, int] = _Absent()
         self.people: dict[int, Person] = {}
@@ -64,6 +65,7 @@ class History:
             fresh=self.fresh,
             updates_max={1: self.limits.property_updates_per_h},
             merges_max={1: self.limits.merges_per_user},
+            allowed={1: self.allowed},
             dropped=[0] * len(events),
             keys=bytes(16 * len(events)),
         )

@@ -140,3 +140,17 @@ def test_without_a_limit_nobody_is_counted() -> None:
     history.send(event(device_id="A", user_id="guest"))
     assert len(history.blocks[-1].merges) == 1
     assert history.people[2].joined == 0
+
+
+def test_an_allowed_user_absorbs_anybody_and_is_not_counted() -> None:
+    history = History(Limits(merges_per_user=1))
+    history.send(*(event(device_id=one) for one in "ABC"), event(device_id="Y", user_id="guest"))
+    history.send(*(event(device_id=one, user_id="guest") for one in "AB"))
+    history.allowed = frozenset({"guest", "Ann"})
+    history.send(event(device_id="B", user_id="guest"), event(device_id="C", user_id="guest"))
+    assert [merge.absorbed for merge in history.blocks[-1].merges] == [2, 3]
+    assert history.blocks[-1].parts[0].allowed == ["guest"]
+    assert history.people[4].joined == 1
+    history.allowed = frozenset()
+    history.send(event(device_id="D"), event(device_id="D", user_id="guest"))
+    assert history.blocks[-1].flags[1] & Flag.HELD

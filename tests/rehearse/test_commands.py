@@ -197,6 +197,22 @@ def test_each_figure_against_a_server(tmp_path: Path, server: Process) -> None:
     }
 
 
+def test_who_joins_too_many_is_foreseen(tmp_path: Path, server: Process) -> None:
+    assert server.ask("PUT", "/api/1/project", {"limits": {"merges_per_user": 2}})[0] == 200
+    server.send(
+        [
+            live(1, "guest-99", "desk-9"),
+            *(live(2 + at, None, f"booth-{at}") for at in range(4)),
+            live(6, "guest-99", "booth-0"),
+        ]
+    )
+    rows = [row(at, "guest-99", device=f"booth-{at}") for at in range(1, 4)]
+    made = rehearsed(server, tmp_path / "work", history(tmp_path, rows))
+    assert made["exact"]
+    assert made["merged"] == 1
+    assert (made["held_users"], made["held"]) == (1, [{"user_id": "guest-99", "devices": 2}])
+
+
 def test_keys_that_rows_of_other_people_hold_are_asked_for(tmp_path: Path, server: Process) -> None:
     limits = {"limits": {"dedupe_scope": "project"}}
     assert server.ask("PUT", "/api/1/project", limits)[0] == 200

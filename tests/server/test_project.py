@@ -58,7 +58,7 @@ def test_limits_and_silenced_devices_hold_at_once_and_after_a_restart(tmp_path: 
         assert send(live, 4)[0] == 200
         settings = {"limits": {"batch_eps": 1, "window_s": 2}, "silenced_devices": ["device-2"]}
         status, said = call(live, "PUT", "/api/1/project", settings)
-        shown = settings | {"property_time": "arrival"}
+        shown = settings | {"property_time": "arrival", "merge_always": []}
         assert (status, said["limits"]["batch_eps"], said["settings"]) == (200, 1, shown)
         status, said = send(live, 3)
         assert (status, said["eps_threshold"], said["throttled_events"]) == (429, 1, [0, 1, 2])

@@ -45,6 +45,35 @@ def merges(to: Target, keys: Keys, asked: dict[str, str]) -> list[Merge]:
     return found.merges
 
 
+class Held(Struct, frozen=True):
+    """A user_id that joins more people than its project allows, as the server lists it."""
+
+    user_id: str
+    amplitude_id: int
+    merged: int
+    devices: int
+    events: int
+    first_event_time_ms: int
+    last_event_time_ms: int
+    last_server_upload_time_ms: int
+    allowed: bool
+
+
+class _Holding(Struct):
+    held: list[Held]
+
+
+def held(to: Target, keys: Keys, limit: int) -> list[Held]:
+    """Return the users who hold people apart, those with most devices first. Raises FinalError, RetryError."""
+    path = f"/api/1/merges/held?limit={limit}"
+    found = ours.ask(to, keys, "GET", path, _Holding, seconds=READ_S)
+    if found is None:
+        raise FinalError(
+            "The destination holds nobody apart", mend="Its version is older than this one"
+        )
+    return found.held
+
+
 def unmerge(to: Target, keys: Keys, one: str) -> Merge:
     """Take a merge back; it is when this returns. Raises FinalError, RetryError."""
     path = f"/api/1/merges/{quote(one, safe='')}"

@@ -83,6 +83,7 @@ def _figures(made: Json) -> str:
             ("people merged", made["merged"]),
             ("probably counted twice", made["doubled"]),
             ("devices shared by many", made["shared_devices"]),
+            ("users who join too many", made.get("held_users", 0)),
             ("live people first seen at another time", seen["moved"]),
             *((f"live people whose properties change, {name}", count) for name, count in sides),
             ("ids that have to wait", made["throttled"]),
@@ -152,11 +153,13 @@ def _lists(made: Json) -> Iterator[str]:
     merges = [(one["user_id"], "live" if one["was_live"] else "new") for one in made["merges"]]
     doubles = [(one["evidence"], one["value"], ", ".join(one["ids"])) for one in made["doubles"]]
     shared = [(one["device_id"], one["users"], one["before"]) for one in made["shared"]]
+    held = [(one["user_id"], one["devices"]) for one in made.get("held", [])]
     waiting = [(one["kind"], one["id"], one["why"]) for one in made["waiting"]]
     lists: Sequence[tuple[str, Sequence[str], Sequence[tuple[object, ...]]]] = (
         ("People merged", ("into the user", "who was"), merges),
         ("Probably counted twice", ("evidence", "", "ids"), doubles),
         ("Devices shared by many", ("device", "users", "before"), shared),
+        ("Users who join too many", ("user", "devices that stay apart"), held),
         ("Refused by the destination", ("reason", "events"), list(made["refused"].items())),
         ("Ids that have to wait", ("", "id", "for"), waiting),
     )

@@ -14,7 +14,7 @@ from retrofill.errors import InputError
 
 if TYPE_CHECKING:
     from retrofill.backfill.keys import Keys
-    from retrofill.backfill.merges import Merge
+    from retrofill.backfill.merges import Held, Merge
     from retrofill.backfill.profile import Target
 
 EXAMPLE = "Example: retrofill merges --user ann --to http://localhost:8090"
@@ -25,6 +25,7 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     to: options.Server,
     user: Annotated[str, typer.Option(help="Of this user alone.")] = "",
     amplitude_id: Annotated[int, typer.Option(help="Of this person alone.")] = 0,
+    held: Annotated[bool, typer.Option("--held", help="Users who join too many, instead.")] = False,
     unmerged: Annotated[bool, typer.Option("--unmerged", help="Those taken back.")] = False,
     before: Annotated[str, typer.Option(metavar="ID", help="Those before this one.")] = "",
     limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 100,
@@ -37,6 +38,15 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     from retrofill.backfill import merges
 
     where, keys = _server(to, api_key, secret_key, key_file, "list merges")
+    if held:
+        if user or amplitude_id or unmerged or before:
+            raise InputError("--held lists users: it goes with --limit alone")
+        holding = merges.held(where, keys, limit)
+        for each in holding:
+            _tell_held(each, as_json=as_json)
+        if not holding and not as_json:
+            say("nobody is held")
+        return
     asked = {
         "state": "unmerged" if unmerged else "",
         "user_id": user,
@@ -86,6 +96,22 @@ def _server(
     where = profiles.target(to)
     ours.need(where, what)
     return where, keys
+
+
+def _tell_held(one: Held, *, as_json: bool) -> None:
+    if as_json:
+        import msgspec
+
+        emit({"event": "held", **msgspec.structs.asdict(one)})
+        return
+    from retrofill.backfill.status import moment
+
+    typer.echo(
+        f"user {one.user_id} · {one.amplitude_id} · {one.merged:,} merged · "
+        f"held {one.devices:,} devices in {one.events:,} events, "
+        f"{moment(one.first_event_time_ms)} to {moment(one.last_event_time_ms)}"
+        f"{' · allowed since' if one.allowed else ''}"
+    )
 
 
 def _tell(one: Merge, *, as_json: bool) -> None:

@@ -222,6 +222,11 @@ def _tables(made: Outcome) -> Iterator[tuple[str, Sequence[str], Sequence[Sequen
         ("device", "users", "before"),
         [(one.device_id, one.users, one.before) for one in made.shared[:_SHOWN]],
     )
+    yield (
+        "Users who join too many",
+        ("user", "devices that stay apart"),
+        [(one.user_id, one.devices) for one in made.held[:_SHOWN]],
+    )
     refused = list(made.refused.items())[:_SHOWN]
     yield "Refused by the destination", ("reason", "events"), refused
     waiting = [(one.kind, one.id, one.why) for one in made.waiting[:_SHOWN]]

@@ -106,7 +106,7 @@ class Part(Struct, array_like=True, frozen=True, gc=False):
 
     updates_max: the hourly property updates that were allowed when it was folded, 0 = any number. The operator may
     change that at any time, and what was decided must fold the same. merges_max: the same of the people whom one user
-    may absorb.
+    may absorb; `allowed` are those users of the request who may absorb any number.
     """
 
     project: int
@@ -118,6 +118,7 @@ class Part(Struct, array_like=True, frozen=True, gc=False):
     body: bytes
     updates_max: int = 0
     merges_max: int = 0
+    allowed: list[str] = []
 
 
 class Block(Struct, array_like=True, frozen=True, gc=False):

@@ -73,6 +73,7 @@ _SAID_MAX = 65_536
 _encode = msgspec.json.Encoder().encode
 _NO_TABLE = -1
 _NO_MAX: Mapping[int, int] = MappingProxyType({})
+_NONE_ALLOWED: Mapping[int, frozenset[str]] = MappingProxyType({})
 
 
 class Known(Struct):
@@ -154,6 +155,7 @@ def fold(
     dropped: Sequence[int],
     keys: bytes,
     merges_max: Mapping[int, int] = _NO_MAX,
+    allowed: Mapping[int, frozenset[str]] = _NONE_ALLOWED,
     forgotten: Sequence[tuple[int, int]] = (),
     partition: int = 0,
 ) -> Folded:
@@ -162,7 +164,7 @@ def fold(
     batches: in order of arrival, each event with its device_id filled in. dropped: one entry an event, for a duplicate
     the kind it becomes (DROPPED, or DISPLACED with a row that shows what the event alone said), 0 for others. keys: 16 bytes an event, kept in the block. fresh: the next unused amplitude_id.
     updates_max: the property updates of a person in an hour, by project, 0 = any number. merges_max: people whom one user
-    may absorb, the same.
+    may absorb, the same; allowed: users who may absorb any number of them, by project.
     forgotten: (project, amplitude_id) of people to delete before the first event.
     """
     columns = _Columns(
@@ -202,6 +204,12 @@ def fold(
         if client_upload_ms is None:
             client_upload_ms = batch.received_ms
         rows = len(batch.events)
+        free = allowed.get(project)
+        named = (
+            sorted({event.user_id for event in batch.events if event.user_id in free})
+            if free
+            else []
+        )
         fresh = _fold_batch(
             batch,
             theirs,
@@ -212,6 +220,7 @@ def fold(
             fresh=fresh,
             updates_max=updates_max[project],
             merges_max=merges_max.get(project, 0),
+            allowed=named,
             dropped=dropped[first : first + rows],
         )
         if walks and project in walks:
@@ -233,6 +242,7 @@ def fold(
                 batch.body,
                 updates_max[project],
                 merges_max.get(project, 0),
+                named,
             )
         )
         first += rows
@@ -273,6 +283,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     fresh: int,
     updates_max: int,
     merges_max: int,
+    allowed: Sequence[str],
     dropped: Sequence[int],
 ) -> int:
     devices, users, people = known.devices, known.users, known.people
@@ -338,13 +349,14 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             found = new_people.get(amplitude_id) or people.get(amplitude_id)
             if found is None or (user is not None and found.user_id != user) or found.merged_into:
                 user_person = 0 if user is None else new_users.get(user) or users[user]
+                most = 0 if user in allowed else merges_max
                 full = False
                 if found is not None and found.merged_into:
                     amplitude_id, found = _follow(found, people, new_people)
                 if user is not None and user_person and user_person != amplitude_id:
                     owner = new_people.get(user_person) or people[user_person]
                     user_person = 0 if owner.merged_into == FORGOTTEN else user_person
-                    full = 0 < merges_max <= owner.joined
+                    full = 0 < most <= owner.joined
                 if (
                     known.barred
                     and (device, user) in known.barred
@@ -377,7 +389,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                 if resolution.absorbed:
                     other = new_people.get(resolution.absorbed) or people[resolution.absorbed]
                     found = person.merged(found, other)
-                    if merges_max:
+                    if most:
                         found = _replaced(found, joined=found.joined + 1)
                     new_people[resolution.absorbed] = _replaced(other, merged_into=amplitude_id)
                     columns.merges.append(

@@ -138,8 +138,8 @@ class Refold:
         events = _events(rows)
         first = 0
         # One block has one server time. In event time only the limits that held are the same for several rows.
-        limits = zip(rows.updates_max, rows.merges_max, strict=True)
-        for _, run in groupby(limits if self._by_time else rows.block):
+        same = rows.updates_max if self._by_time else rows.block
+        for _, run in groupby(zip(same, rows.merges_max, strict=True)):
             last = first + sum(1 for _ in run)
             folded = fold.fold(
                 self._batches(rows, events, first, last),

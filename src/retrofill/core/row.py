@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
-from retrofill.core.block import COLUMNS, Block, Kind
+from retrofill.core.block import COLUMNS, Block, Kind, Part
 from retrofill.core.identity import derived_device
 
 Numbers = np.ndarray[Any, Any]
@@ -263,9 +263,19 @@ def columns(blocks: Sequence[Block], vocabulary: Vocabulary) -> dict[str, Column
         "table": _tables(blocks, in_blocks, vocabulary),
         "said": _packed([block.said for block in blocks], np.int32)[kept],
         "updates_max": in_parts.numbers([part.updates_max for part in parts]),
-        "merges_max": in_parts.numbers([part.merges_max for part in parts]),
+        "merges_max": _merges_max(events, parts, in_parts),
         "path": Repeated([part.path for part in parts], in_parts.index()),
     }
+
+
+def _merges_max(events: list[_Event], parts: Sequence[Part], in_parts: _Spread) -> Numbers:
+    """Return how many people the user of each row may absorb: 0, any number, also for those who are allowed to."""
+    most = in_parts.numbers([part.merges_max for part in parts])
+    if any(part.allowed for part in parts):
+        for at, (event, part) in enumerate(zip(events, in_parts.index().tolist(), strict=True)):
+            if event.user_id in parts[part].allowed:
+                most[at] = 0
+    return most
 
 
 class _Spread:

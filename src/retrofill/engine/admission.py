@@ -41,11 +41,13 @@ class ProjectSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator sets for one project. limits: fields of `Limits` that differ from the profile.
 
     property_time: in which order properties, identity and first events are folded; see `engine.event_time`.
+    merge_always: user_ids that may absorb any number of people.
     """
 
     limits: dict[str, Any] = {}
     silenced_devices: list[str] = []
     property_time: PropertyTime = "arrival"
+    merge_always: list[str] = []
 
 
 class Admission:
@@ -85,6 +87,7 @@ class Admission:
         self.limits = self.limits_of(settings)
         self.settings = settings
         self._silenced = frozenset(settings.silenced_devices)
+        self.merge_always = frozenset(settings.merge_always)
 
     def eps(self, path: str) -> int:
         """Return the rate of each device and user on this path, 0 if it is off."""

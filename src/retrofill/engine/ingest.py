@@ -42,6 +42,7 @@ from retrofill.engine.admission import Admission, ProjectSettings
 from retrofill.engine.duplicates import Duplicates, Keyed, keys_of
 from retrofill.engine.enrich import Enricher
 from retrofill.engine.event_time import EventTime
+from retrofill.engine.guard import Told, held_in
 from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.moment import Moment
 from retrofill.engine.pace import Pace
@@ -96,6 +97,7 @@ class Figures(Struct):
     events: int = 0
     duplicates: int = 0
     merges: int = 0
+    held: int = 0
     commit_s: float = 0.0
     seals: int = 0
     sealed_events: int = 0
@@ -137,6 +139,7 @@ class Engine:
         self.imports = Imports(directory.imports)
         self.counting = Counting(self.imports)
         self._figures = Figures()
+        self._told_held = Told()
         self.unsealed: deque[Unsealed] = deque()
         self._unsealed_events = 0
         self._since_checkpoint = 0
@@ -516,6 +519,7 @@ class Engine:
             number: admission.limits.merges_per_user
             for number, admission in self._admissions.items()
         }
+        allowed = {number: admission.merge_always for number, admission in self._admissions.items()}
         folded = self.state.fold(
             batches,
             lambda known: fold.fold(
@@ -526,6 +530,7 @@ class Engine:
                 fresh=self.state.fresh,
                 updates_max=updates_max,
                 merges_max=merges_max,
+                allowed=allowed,
                 dropped=dropped,
                 keys=keyed.packed,
                 forgotten=forgotten,
@@ -577,6 +582,16 @@ class Engine:
         figures.events += block.rows
         figures.duplicates += block.kind.count(Kind.DROPPED) + block.kind.count(Kind.DISPLACED)
         figures.merges += len(block.merges)
+        held = held_in(block)
+        if held:
+            figures.held += held
+            for project, one in self._told_held.new(block):
+                log.warning(
+                    "merges_held",
+                    project=project,
+                    amplitude_id=one,
+                    mend="`retrofill merges --held` lists who joins more people than merges_per_user",
+                )
         self._since_checkpoint += block.rows
         if (
             self._unsealed_events >= SEAL_EVENTS

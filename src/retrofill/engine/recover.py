@@ -41,6 +41,15 @@ def batches_of(block: Block) -> list[Batch]:
     return batches
 
 
+def _allowed(block: Block) -> dict[int, frozenset[str]]:
+    """Return the users who could absorb any number of people, of those whom the block names."""
+    found: dict[int, frozenset[str]] = {}
+    for part in block.parts:
+        if part.allowed:
+            found[part.project] = found.get(part.project, frozenset()) | frozenset(part.allowed)
+    return found
+
+
 def refold(state: State, block: Block, batches: list[Batch]) -> None:
     """Fold the next block again and take what it changes.
 
@@ -56,6 +65,7 @@ def refold(state: State, block: Block, batches: list[Batch]) -> None:
             fresh=state.fresh,
             updates_max={part.project: part.updates_max for part in block.parts},
             merges_max={part.project: part.merges_max for part in block.parts},
+            allowed=_allowed(block),
             dropped=block.kind.translate(_DROPPED),
             keys=block.keys,
             forgotten=block.forgotten,

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from retrofill.core import order
 from retrofill.core import row as row_of
 from retrofill.core import why as core
-from retrofill.core.block import COLUMNS, Kind
+from retrofill.core.block import COLUMNS, Flag, Kind
 from retrofill.core.fold import Group
 from retrofill.core.person import FORGOTTEN
 from retrofill.core.why import Asked, Fact, Trace
@@ -198,7 +198,10 @@ def _whose(view: View, question: Question) -> _Whose:
     if asked.what == "merge":
         merges = view.merges()
         if question.merge not in merges or people:
-            raise MissingError(f"{question.merge} was not merged into anybody")
+            raise MissingError(
+                f"{question.merge} was not merged into anybody",
+                mend="GET /api/1/merges/held lists the users whose merges are held",
+            )
         return _Whose(asked, _everyone(merges, merges[question.merge]))
     if len(people) != 1:
         raise InputError(
@@ -259,11 +262,11 @@ def _person(view: View, question: Question) -> list[int]:
 
 
 def _on_device(view: View, device: str) -> list[int]:
-    """Return whose the last row on a device is."""
+    """Return whose the last row on a device is, but for one that left the device to another, see `Flag.HELD`."""
     statement = Statement()
     source = view.source(
-        ("device_id", "amplitude_id", "block", "row"),
-        where=f"device_id = {statement.bind(device)} AND amplitude_id > 0",
+        ("device_id", "amplitude_id", "flags", "block", "row"),
+        where=f"device_id = {statement.bind(device)} AND amplitude_id > 0 AND flags & {int(Flag.HELD)} = 0",
         kinds=_KINDS,
     )
     rows = view.ask(

@@ -87,6 +87,13 @@ class Shared(Struct, frozen=True):
     before: int
 
 
+class Held(Struct, frozen=True):
+    """A user who joins more people than the project allows. devices: of those who stay apart by events of the import."""
+
+    user_id: str
+    devices: int
+
+
 class Volume(Struct, frozen=True):
     """How much is sent. events: that the destination takes; stored: less duplicates. billed: those that count there."""
 
@@ -112,7 +119,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     against: as it was said. kind: `server`, `export` or `nothing`. exact: nothing is estimated. unknown: what cannot be
     known, in words. block, at_ms: the position it was made at, 0 if there is none. sample: the part of the people.
     synced, skipped: properties with `$skip_user_properties_sync` off and on; None if that was not rehearsed.
-    doubles, shared, waiting, merges: the first hundred; each has its count beside it. imported_*: of the same import,
+    doubles, shared, waiting, merges, held: the first hundred; each has its count beside it. imported_*: of the same import,
     before.
     """
 
@@ -151,6 +158,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     duration_s: float
     imported_rows: int
     imported_duplicates: int
+    held_users: int = 0
+    held: list[Held] = []
 
     @property
     def properties(self) -> Properties:

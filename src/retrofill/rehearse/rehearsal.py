@@ -29,11 +29,11 @@ from retrofill.backfill.profile import DAY_S, Profile, Target
 from retrofill.core import likeness
 from retrofill.core.block import Kind
 from retrofill.core.person import Person
-from retrofill.engine import history
+from retrofill.engine import guard, history
 from retrofill.engine.history import Alike, Asked, Days
 from retrofill.engine.query import View
 from retrofill.engine.seeding import PROJECT, known_key, seed
-from retrofill.limits import HISTORY_IDS_MAX, HISTORY_KEYS_MAX, PROFILES
+from retrofill.limits import HISTORY_IDS_MAX, HISTORY_KEYS_MAX, MERGES_LISTED_MAX, PROFILES
 from retrofill.rehearse import archive, difference, given, outcome
 from retrofill.rehearse import asked as stages
 from retrofill.rehearse.asked import Touched
@@ -41,7 +41,7 @@ from retrofill.rehearse.check import Checked
 from retrofill.rehearse.clock import VirtualClock
 from retrofill.rehearse.difference import LISTED
 from retrofill.rehearse.given import Given, Imported
-from retrofill.rehearse.outcome import Outcome, Shared, Volume, Waiting
+from retrofill.rehearse.outcome import Held, Outcome, Shared, Volume, Waiting
 from retrofill.rehearse.scratch import KEYS, Scratch, Sent, opened
 
 CHECKED_EVENTS = 50_000  # ours: of an import so small the rows are asked for whole and folded again
@@ -98,6 +98,7 @@ class _Done(Struct):
     before: Days
     after: Days
     devices: list[Device]
+    held: list[Held]
 
 
 def rehearse(order: Order) -> Outcome:
@@ -142,7 +143,7 @@ def _seed(order: Order, manifest: Manifest, touched: Touched, folder: Path) -> _
     """Learn what is there, and seed the first directory with it."""
     if order.to is not None:
         return _seed_of_server(order, order.to, manifest, touched, folder)
-    limits = PROFILES["amplitude"]
+    limits = replace(PROFILES["amplitude"], merges_per_user=0)  # that limit is ours alone
     if order.archive is None:
         nothing = given.nothing(limits, now_ms=order.now_ms)
         _plant(folder, nothing, (), touched, list)
@@ -252,7 +253,10 @@ async def _send(order: Order, manifest: Manifest, folder: Path, there: Given) ->
             with closing(moment), closing(scratch.reader.at(PROJECT, moment.snapshot)) as view:
                 people = {one.amplitude_id: one for one in moment.every_person()}
                 after, devices = history.days(view), _devices(view, manifest.import_id)
-            return _Done(sent, people, _beside(scratch, there), before, after, devices)
+                held = guard.listed(view, [], MERGES_LISTED_MAX, import_id=manifest.import_id)
+            beside = _beside(scratch, there)
+            some = [Held(one.user_id, one.devices) for one in held]
+            return _Done(sent, people, beside, before, after, devices, some)
 
         return await asyncio.to_thread(look)
 
@@ -412,4 +416,6 @@ def _outcome(  # noqa: PLR0917 - everything that was found, once
         duration_s=round(max(planned.duration_s, sent.seconds), 3),
         imported_rows=there.imported.rows,
         imported_duplicates=there.imported.duplicates,
+        held_users=len(done.held),
+        held=done.held[:LISTED],
     )

@@ -1,4 +1,4 @@
-"""Merges over HTTP: listed, and taken back. Ours, not Amplitude's; both keys, as every read."""
+"""Merges over HTTP: listed, those held for review too, and taken back. Ours, not Amplitude's; both keys, as every read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from retrofill.engine import unmerge
+from retrofill.engine import guard, unmerge
 from retrofill.engine.query import Reader, View
 from retrofill.errors import InputError, MissingError
 from retrofill.limits import MERGES_LISTED_MAX, READS_PER_PROJECT
@@ -60,6 +60,11 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
 
         return await answer(request, ask)
 
+    async def holding(request: Request) -> Response:
+        most = Given(request, "limit").number("limit", 100, least=1, most=MERGES_LISTED_MAX)
+        allowed = engine.settings(request.state.project.number).merge_always
+        return await answer(request, lambda view, _: {"held": guard.listed(view, allowed, most)})
+
     async def take_back(request: Request) -> Response:
         place = _place(request.path_params["id"])
         bar = await engine.unmerge(request.state.project.number, *place)
@@ -68,6 +73,7 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
 
     return [
         Route("/api/1/merges", listing, methods=["GET"]),
+        Route("/api/1/merges/held", holding, methods=["GET"]),
         Route("/api/1/merges/{id}", take_back, methods=["DELETE"]),
     ]
 

@@ -30,6 +30,10 @@ COUNTERS = {
     "blocks": ("retrofill_blocks", "Blocks committed"),
     "duplicates": ("retrofill_duplicates", "Events dropped as duplicates"),
     "merges": ("retrofill_merges", "People merged"),
+    "held": (
+        "retrofill_merges_held",
+        "Events whose user joins more people than merges_per_user: nobody was merged",
+    ),
     "commit_s": ("retrofill_commit_writing_seconds", "Time spent in commits"),
     "seals": ("retrofill_seals", "Seals done"),
     "sealed_events": ("retrofill_sealed_events", "Events moved into the lake"),

@@ -374,6 +374,7 @@ _SETTINGS = _object(
     limits={"type": "object", "description": "those that differ: docs/limits.md names them all"},
     silenced_devices=_list(_TEXT),
     property_time={"type": "string", "enum": ["arrival", "event"]},
+    merge_always=_list(_TEXT),
 )
 _SHOWN = _json(
     _object(
@@ -573,6 +574,18 @@ _MERGE = _object(
     imported_by=_NULLABLE_TEXT,
     unmerged_ms=_NULLABLE_INT,
 )
+_HELD = _object(
+    ("user_id", "amplitude_id", "merged", "devices", "events", "allowed"),
+    user_id=_TEXT,
+    amplitude_id=_INT,
+    merged=_INT,
+    devices=_INT,
+    events=_INT,
+    first_event_time_ms=_INT,
+    last_event_time_ms=_INT,
+    last_server_upload_time_ms=_INT,
+    allowed=_BOOL,
+)
 _MERGES: Json = {
     "/api/1/merges": _read(
         "Merges, the newest first",
@@ -583,6 +596,11 @@ _MERGES: Json = {
         _query("before", _TEXT, text="the id of a merge: those before it"),
         _query("limit", {"type": "integer", "minimum": 1, "maximum": MERGES_LISTED_MAX}),
         _404=_EITHER,
+    ),
+    "/api/1/merges/held": _read(
+        "Users who join more people than the project allows, those with most devices first",
+        _json(_object(("held",), held=_list(_HELD)), "user_ids to be reviewed"),
+        _query("limit", {"type": "integer", "minimum": 1, "maximum": MERGES_LISTED_MAX}),
     ),
     "/api/1/merges/{id}": {
         "delete": {

@@ -51,7 +51,7 @@ def routes(engine: Engine) -> list[Route]:
         except msgspec.DecodeError as problem:
             raise InputError(
                 f"The body is no settings of a project: {problem}",
-                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID], "property_time": TIME}',
+                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID], "property_time": TIME, "merge_always": [ID]}',
             ) from problem
         await engine.change_settings(project.number, settings)
         return shown(project.number, project.name)
