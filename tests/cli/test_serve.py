@@ -58,7 +58,7 @@ class Process:
         self.port = int(self.said[-1].rsplit(":", 1)[1]) if self.said else 0
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
             connection.request(method, path, body)
             response = connection.getresponse()

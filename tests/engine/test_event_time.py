@@ -297,7 +297,7 @@ def test_many_marks_are_folded_again_without_a_reader(
         folded.set()
 
     server.engine.rewriting.kinds["late"] = tell
-    server.run(asyncio.wait_for(folded.wait(), 30))
+    server.run(asyncio.wait_for(folded.wait(), 120))
     assert server.engine.event_time.late_since(1) == 0
 
 
@@ -342,7 +342,7 @@ def test_a_moment_is_pinned_though_late_events_go_on_coming(
 
     with monkeypatch.context() as patched:
         patched.setattr(server.engine.event_time, "settle", more_comes)
-        moment = server.run(asyncio.wait_for(server.engine.moment(1), 20))
+        moment = server.run(asyncio.wait_for(server.engine.moment(1), 120))
     assert moment.snapshot.sealed == server.engine.state.block
     assert not server.engine.event_time.late_since(1)
     moment.close()

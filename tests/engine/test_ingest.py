@@ -152,7 +152,7 @@ def test_a_seal_whose_asker_is_cancelled_goes_on(tmp_path: Path) -> None:
 
         def held(*told: Any, **named: Any) -> None:
             loop.call_soon_threadsafe(adopting.set)
-            assert go.wait(20)
+            assert go.wait(60)
             adopt(*told, **named)
 
         loop = asyncio.get_running_loop()

@@ -85,7 +85,7 @@ class Process:
         """End it as a power cut would, but for what the kernel holds."""
         assert self.running is not None
         self.running.kill()
-        assert self.running.wait(30) == -signal.SIGKILL, self.said()
+        assert self.running.wait(60) == -signal.SIGKILL, self.said()
         self.running = None
 
     def stop(self) -> None:
@@ -99,7 +99,7 @@ class Process:
         """End it whatever its state, for the end of a test."""
         if self.running is not None:
             self.running.kill()
-            self.running.wait(30)
+            self.running.wait(60)
             self.running = None
         self._held.close()
 

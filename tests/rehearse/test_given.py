@@ -43,7 +43,7 @@ def answering(body: bytes, length: int) -> Iterator[Target]:
             self.wfile.write(body)
             self.wfile.flush()
             if length == STALLED:
-                ended.wait(30)
+                ended.wait(60)
 
         def log_message(self, *_: object) -> None:
             pass

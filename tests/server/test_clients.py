@@ -54,7 +54,7 @@ class Answer:
     def __init__(
         self, server: Process, method: str, path: str, body: bytes, **headers: str
     ) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         connection.request(method, path, body, named)
         found = connection.getresponse()

@@ -50,7 +50,7 @@ def examined(server: Process, folder: Path, *options: str) -> str:
     command = [
         *(str(TESTER), "run", f"{server.url}/openapi.json", "--checks", ",".join(CHECKS)),
         *("--auth", f"{API_KEY}:{SECRET_KEY}", "--no-color"),
-        *("--request-timeout", "20", "--output-truncate", "true", *options),
+        *("--request-timeout", "60", "--output-truncate", "true", *options),
     ]
     done = subprocess.run(
         command,
