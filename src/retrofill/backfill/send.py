@@ -114,22 +114,18 @@ class Outcome(Struct, frozen=True):
 
 
 class Flight:
-    """One request on its way. cuts: the rows of each of its pieces, in order."""
+    """One request on its way. cuts: the rows of each of its pieces, in order; texts: theirs."""
 
-    __slots__ = ("cuts", "id", "request", "sent", "tries", "uncertain_since")
+    __slots__ = ("cuts", "id", "request", "sent", "texts", "tries", "uncertain_since")
 
     def __init__(self, number: int, request: Request, cuts: list[list[Cut]]) -> None:
         self.id = number
         self.request = request
         self.cuts = cuts
+        self.texts = [cut.block.text(cut.start, cut.stop) for one in cuts for cut in one]
         self.sent = 0.0
         self.tries = 0
         self.uncertain_since: float | None = None
-
-    @property
-    def texts(self) -> list[memoryview]:
-        """The text of its rows."""
-        return [cut.block.text(cut.start, cut.stop) for cuts in self.cuts for cut in cuts]
 
     def at(self, index: int) -> tuple[int, Cut]:
         """The piece and the row, as a cut of one, of an index within the request."""
@@ -309,7 +305,7 @@ class Sender:
         flight = Flight(self._journal.next_id, request, cuts)
         self._journal.next_id += 1
         flight.sent = self._clock.now()
-        size = len(self._head) + len(TAIL) + sum(len(text) + 1 for text in flight.texts)
+        size = self._size(flight)
         self._journal.sent(
             flight.id,
             [cut.span for cuts in flight.cuts for cut in cuts],
@@ -401,8 +397,10 @@ class Sender:
         return parts
 
     def _too_large(self, flight: Flight) -> bool:
-        size = len(self._head) + len(TAIL) + sum(len(text) + 1 for text in flight.texts)
-        return size > self._profile.body_bytes and flight.request.events > 1
+        return self._size(flight) > self._profile.body_bytes and flight.request.events > 1
+
+    def _size(self, flight: Flight) -> int:
+        return len(self._head) + len(TAIL) + sum(map(len, flight.texts)) + len(flight.texts)
 
     async def _answered(self, flight: Flight, wire: Wire) -> Judgement | None:
         """Send a request until an answer decides. None: the run stops, or nobody may send it any more."""
