@@ -311,7 +311,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute")
-    parser.add_argument("--long", action="store_true", help="20 M events, an hour or more")
+    parser.add_argument(
+        "--long", action="store_true", help="20 M events, some 10 minutes on a quiet machine"
+    )
     chosen = parser.parse_args()
     size = QUICK if chosen.quick else LONG if chosen.long else USUAL
     shutil.rmtree(WORK, ignore_errors=True)

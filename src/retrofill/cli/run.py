@@ -253,13 +253,14 @@ def generation_of(
     """
     from retrofill.backfill import imports
     from retrofill.backfill import manifest as manifests
-    from retrofill.backfill.report import VERIFIED
 
     staged = manifests.read(work / "stage")
     if staged is None or import_id not in {None, staged.import_id}:
         return None
     begun = imports.begin(work, to, keys, staged.import_id)
     if begun.aside is not None:
+        from retrofill.backfill.report import VERIFIED  # which loads what draws charts
+
         (work / VERIFIED).unlink(missing_ok=True)  # it spoke of what is undone
     if as_json:
         if begun.aside is not None:
