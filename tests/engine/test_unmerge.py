@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engine.test_check import SealerInside
-from tests.engine.test_undo import Server, _CutError, _request
+from tests.engine.test_undo import Server, _CutError, _request, same
 from tests.engine.test_why import ask, reader_of, rules
 from tests.stateful.test_engine import FakeClock
 
@@ -139,6 +139,82 @@ def test_nobody_else_owns_the_device_that_a_barred_user_was_first_seen_on(server
     assert server.engine.person(1, merge.absorbed) == one
 
 
+def restore(server: Server, one: Listed) -> Any:
+    block, row = map(int, one.id.split("-"))
+    return server.run(server.engine.restore_merge(1, block, row))
+
+
+def test_a_merge_restored_is_as_if_it_had_not_been_taken_back(
+    server: Server, tmp_path: Path
+) -> None:
+    control = Server(tmp_path / "control", FakeClock())
+    (merge,) = merges(server)
+    before = server.seen()
+    unmerge(server, merge)
+    assert server.seen() != before
+    restore(server, merge)
+    assert server.seen() == before
+    assert (merges(server), merges(server, state="unmerged")) == ([merge], [])
+    restore(server, merge)
+    with pytest.raises(MissingError):
+        server.run(server.engine.restore_merge(1, 2, 0))
+    # What came while it was barred is folded as well, and a stop changes nothing.
+    unmerge(server, merge)
+    later = [
+        {"device_id": "kiosk-9", "user_id": "bob-222"},
+        {"device_id": "phone-1"},
+        {"device_id": "kiosk-9", "user_id": "ann-111", "user_properties": {"e": 5}},
+    ]
+    for at, ids in enumerate(later):
+        server.clock.ms += 1000
+        server.send([{**VIEW, **ids, "insert_id": f"l-{at}", "time": server.clock.ms}])
+    restore(server, merge)
+    server.crash()
+    assert merges(server) == [merge]
+    for at, wire in enumerate([KIOSK, ANN, BOTH, KIOSK, *({**VIEW, **ids} for ids in later)]):
+        control.clock.ms += 1000
+        said = [{"plan": "free", "a": 1}, {"b": 2}, {"c": 3}, {"d": 4}]
+        one = {"user_properties": said[at]} if at < len(said) else {}
+        name = f"i-{at}" if at < len(said) else f"l-{at - len(said)}"
+        control.send([{**one, **wire, "insert_id": name, "time": control.clock.ms}])
+    same(server, control)
+    control.close()
+    unmerge(server, merge)
+    assert merges(server) == []
+
+
+@pytest.mark.parametrize("name", ["commit", "checkpoint", "unbar", "read_changes"])
+def test_a_restore_cut_off_is_ended_by_the_next_start(
+    name: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrofill.engine import change  # noqa: PLC0415 # to cut it off there
+
+    (merge,) = merges(server)
+    before = server.seen()
+    unmerge(server, merge)
+    owner: Any = {
+        "commit": Swap,
+        "checkpoint": server.engine,
+        "unbar": server.engine.projects_store,
+        "read_changes": change,
+    }[name]
+    real = getattr(owner, name)
+
+    def cut(*args: Any, **kwargs: Any) -> None:
+        if name in {"commit", "unbar"}:
+            real(*args, **kwargs)
+        raise _CutError
+
+    monkeypatch.setattr(owner, name, cut)
+    with pytest.raises(_CutError):
+        server.run(server.engine._unmerging.restore(1, 3, 0))
+    monkeypatch.undo()
+    server.crash()
+    server.run(server.engine.rewriting.ended())
+    assert server.seen() == before
+    assert (merges(server), merges(server, state="unmerged")) == ([merge], [])
+
+
 @pytest.mark.parametrize("name", ["commit", "checkpoint", "bar", "read_changes"])
 def test_an_unmerge_cut_off_is_ended_by_the_next_start(
     name: str, server: Server, monkeypatch: pytest.MonkeyPatch
@@ -183,6 +259,15 @@ def test_check_and_why_know_what_was_taken_back(server: Server, tmp_path: Path) 
     server.open()
 
 
+def take_back(server: Server, seeded: random.Random, found: list[Listed]) -> None:
+    """Take one of these back, and let one that was stand again now and then."""
+    one = seeded.choice(found)
+    unmerge(server, one)
+    assert one.id not in {other.id for other in merges(server)}
+    if seeded.random() < 0.3:
+        restore(server, seeded.choice(merges(server, state="unmerged")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))]
@@ -215,10 +300,8 @@ def test_random_lives_with_merges_taken_back_are_what_their_history_says(
         chance = seeded.random()
         found = merges(server) if chance < 0.3 else []
         if found:
-            one = seeded.choice(found)
-            unmerge(server, one)
+            take_back(server, seeded, found)
             taken += 1
-            assert one.id not in {other.id for other in merges(server)}
         elif chance > 0.9:
             server.crash()
         elif chance > 0.85:

@@ -74,6 +74,14 @@ def held(to: Target, keys: Keys, limit: int) -> list[Held]:
     return found.held
 
 
+def restore(to: Target, keys: Keys, one: str) -> list[Merge]:
+    """Let a merge taken back stand again; return it, if its event merges anybody now. Raises FinalError, RetryError."""
+    path = f"/api/1/merges/{quote(one, safe='')}/restore"
+    found = ours.ask(to, keys, "POST", path, _Merges, seconds=CHANGE_S)
+    assert found is not None, "only a GET finds nothing"
+    return found.merges
+
+
 def unmerge(to: Target, keys: Keys, one: str) -> Merge:
     """Take a merge back; it is when this returns. Raises FinalError, RetryError."""
     path = f"/api/1/merges/{quote(one, safe='')}"

@@ -64,6 +64,7 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
 def unmerge(  # noqa: PLR0917 - as above
     id_: Annotated[str, typer.Argument(metavar="ID", help="Of a merge, as `merges` lists it.")],
     to: options.Server,
+    restore: Annotated[bool, typer.Option("--restore", help="Let it stand again instead.")] = False,
     api_key: options.ApiKey = None,
     secret_key: options.SecretKey = None,
     key_file: options.KeyFile = None,
@@ -79,9 +80,14 @@ def unmerge(  # noqa: PLR0917 - as above
             raise InputError(
                 "Nobody is here to be asked", mend="Give --yes to do it without asking"
             )
-        if not typer.confirm(f"Take back merge {id_} at {where.name}?", err=True):
+        verb = "Let stand again" if restore else "Take back"
+        if not typer.confirm(f"{verb} merge {id_} at {where.name}?", err=True):
             raise InputError("Nothing was changed")
-    _tell(merges.unmerge(where, keys, id_), as_json=as_json)
+    found = merges.restore(where, keys, id_) if restore else [merges.unmerge(where, keys, id_)]
+    for one in found:
+        _tell(one, as_json=as_json)
+    if not found and not as_json:
+        say("its ids may join people again; its event joins nobody now")
 
 
 def _server(

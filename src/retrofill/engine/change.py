@@ -56,7 +56,7 @@ _IDS_AT_ONCE = 1000  # looked up before others have their turn
 
 # What the next block is folded by changes with these, in `ended`: no block may come before it. If they fail they are
 # forgotten, since who asks again begins anew.
-CHANGES_RULE = ("property_time", "unmerge")
+CHANGES_RULE = ("property_time", "unmerge", "remerge")
 
 
 class Intent(Struct, frozen=True):

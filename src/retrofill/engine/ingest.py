@@ -882,6 +882,11 @@ class Engine:
         self._may_change()
         return await self.rewriting.whole(self._unmerging.unmerge(project, block, row))
 
+    async def restore_merge(self, project: int, block: int, row: int) -> Bar:
+        """Lift the bar of a merge taken back; it is when this returns. Raises MissingError if none was, StoreError."""
+        self._may_change()
+        return await self.rewriting.whole(self._unmerging.restore(project, block, row))
+
     def sound(self) -> None:
         """Raise StoreError if nobody knows what is on disk; a stop under way is no reason."""
         if self._problem is not None:

@@ -61,13 +61,15 @@ class Seed(Struct, frozen=True):
 class Rule(Struct, frozen=True):
     """What the fold does otherwise than on arrival. hide, show: rows that become hidden ones, or visible again.
 
-    by_time: rows are folded in event time, see `core.order`. barred: (device, user) whose merge is taken back.
+    by_time: rows are folded in event time, see `core.order`. barred: (device, user) whose merge is taken back;
+    lifted: of those the project bars, who may be merged again.
     """
 
     hide: Which | None = None
     show: Which | None = None
     by_time: bool = False
     barred: list[tuple[str, str]] = []
+    lifted: list[tuple[str, str]] = []
 
     @property
     def bounds(self) -> tuple[str, int, int]:

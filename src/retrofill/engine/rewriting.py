@@ -118,10 +118,10 @@ class Rewriting:
         """Return seed and rule of an intent with whatever holds for every fold of its project.
 
         Where properties go by event time every fold does, and takes those with it whom late events have marked: the
-        state says who they are, after a crash too. A merge that was taken back stays barred in every fold.
+        state says who they are, after a crash too. A merge that was taken back stays barred in every fold, until the bar is lifted.
         """
         state, seed, rule = self._host.state.project(intent.project), intent.seed, intent.rule
-        rule = replace(rule, barred=sorted({*rule.barred, *state.barred}))
+        rule = replace(rule, barred=sorted({*rule.barred, *state.barred}.difference(rule.lifted)))
         if state.by_time:
             people = [one for one in state.late if isinstance(one, int)]
             groups = [one[1:] for one in state.late if not isinstance(one, int)]

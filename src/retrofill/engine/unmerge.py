@@ -2,7 +2,8 @@
 
 What is barred is the pair of ids that proved it, the event's device and user: whoever was anonymous on that device is not
 this user. So it is not merged by any later event with the same two ids either, live or in any later fold, whatever
-becomes of the event itself (decision 0013). The bar is stored once everything is folded, in the last step before the
+becomes of the event itself (decision 0013). It can be lifted, by the same way: then both are folded again as if nothing
+had been taken back. The bar is stored once everything is folded, in the last step before the
 intent goes: until then a start folds the blocks after the checkpoint as they were folded, and then does all of it again.
 """
 
@@ -61,6 +62,7 @@ class Unmerging:
         self._host = host
         self._clock = clock
         rewriting.kinds["unmerge"] = self._unmerged
+        rewriting.kinds["remerge"] = self._remerged
 
     async def unmerge(self, project: int, block: int, row: int) -> Bar:
         """Take back the merge at a position. Raises MissingError if there is none, and none was."""
@@ -77,6 +79,29 @@ class Unmerging:
                     msgspec.json.encode(bar).decode(),
                     Seed(people=[bar.absorbed, bar.surviving]),
                     Rule(barred=[(bar.device_id, bar.user_id)]),
+                )
+            )
+            return bar
+
+    async def restore(self, project: int, block: int, row: int) -> Bar:
+        """Lift the bar of a merge taken back at a position. Raises MissingError if there is no merge, and was none.
+
+        Whoever is shown to be one by these two ids is merged then, in what is stored and from now on.
+        """
+        async with self._rewriting.alone():
+            bar = self._known(project, block, row)
+            if bar is None:
+                await self._host.seal()
+                return await asyncio.to_thread(self._found, project, block, row)
+            ids = (bar.device_id, bar.user_id)
+            now = self._host.state.project(project).owners([ids[0]], [ids[1]])
+            await self._rewriting.run(
+                Intent(
+                    project,
+                    "remerge",
+                    msgspec.json.encode(bar).decode(),
+                    Seed(people=sorted({bar.absorbed, bar.surviving, *now})),
+                    Rule(lifted=[ids]),
                 )
             )
             return bar
@@ -100,8 +125,16 @@ class Unmerging:
 
     async def _unmerged(self, intent: Intent, _block: int) -> None:
         self._host.projects_store.bar(intent.project, _decode(intent.argument))
-        barred = self._host.projects_store.barred(intent.project)
-        self._host.state.project(intent.project).barred = pairs(barred)
+        self._follow(intent.project)
+
+    async def _remerged(self, intent: Intent, _block: int) -> None:
+        bar = _decode(intent.argument)
+        self._host.projects_store.unbar(intent.project, bar.device_id, bar.user_id)
+        self._follow(intent.project)
+
+    def _follow(self, project: int) -> None:
+        barred = self._host.projects_store.barred(project)
+        self._host.state.project(project).barred = pairs(barred)
 
 
 # The list.

@@ -279,6 +279,16 @@ class Projects:
         except sqlite3.Error as problem:
             raise store_error(problem, self._path) from problem
 
+    def unbar(self, number: int, device_id: str, user_id: str) -> None:
+        """Forget that merges of these ids were taken back, synced when this returns. Raises StoreError."""
+        try:
+            self._connection.execute(
+                "DELETE FROM barred WHERE project = ? AND device_id = ? AND user_id = ?",
+                (number, device_id, user_id),
+            )
+        except sqlite3.Error as problem:
+            raise store_error(problem, self._path) from problem
+
     def settings(self, number: int) -> bytes | None:
         """Return what `set_settings` stored, or None."""
         row = self._connection.execute(

@@ -48,17 +48,9 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
             given.number("limit", 100, least=1, most=MERGES_LISTED_MAX),
         )
 
-        def ask(view: View, barred: list[Any]) -> object:
-            if not user:
-                return {"merges": unmerge.listed(view, barred, asked)}
-            found = [
-                one
-                for _, owner in view.people_of([user])
-                for one in unmerge.listed(view, barred, unmerge.of(asked, owner))
-            ]
-            return {"merges": found[: asked.limit]}
-
-        return await answer(request, ask)
+        return await answer(
+            request, lambda view, barred: {"merges": _listed(view, barred, asked, user)}
+        )
 
     async def holding(request: Request) -> Response:
         most = Given(request, "limit").number("limit", 100, least=1, most=MERGES_LISTED_MAX)
@@ -71,11 +63,36 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
         asked = unmerge.Asked("unmerged", bar.absorbed, (bar.block, bar.row + 1), 1)
         return await answer(request, lambda view, barred: unmerge.listed(view, barred, asked)[0])
 
+    async def restore(request: Request) -> Response:
+        place = _place(request.path_params["id"])
+        bar = await engine.restore_merge(request.state.project.number, *place)
+        asked = unmerge.Asked(before=(bar.block, bar.row + 1), limit=1)
+
+        def ask(view: View, barred: list[Any]) -> object:
+            found = unmerge.listed(view, barred, asked)
+            return {"merges": [one for one in found if one.id == request.path_params["id"]]}
+
+        return await answer(request, ask)
+
     return [
         Route("/api/1/merges", listing, methods=["GET"]),
         Route("/api/1/merges/held", holding, methods=["GET"]),
         Route("/api/1/merges/{id}", take_back, methods=["DELETE"]),
+        Route("/api/1/merges/{id}/restore", restore, methods=["POST"]),
     ]
+
+
+def _listed(
+    view: View, barred: list[Any], asked: unmerge.Asked, user: str | None
+) -> list[unmerge.Listed]:
+    if not user:
+        return unmerge.listed(view, barred, asked)
+    found = [
+        one
+        for _, owner in view.people_of([user])
+        for one in unmerge.listed(view, barred, unmerge.of(asked, owner))
+    ]
+    return found[: asked.limit]
 
 
 def _place(text: str) -> tuple[int, int]:

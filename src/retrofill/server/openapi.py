@@ -609,6 +609,17 @@ _MERGES: Json = {
             "responses": {"200": _json(_MERGE, "the merge"), "404": _EITHER, **_READ_ANSWERS},
         }
     },
+    "/api/1/merges/{id}/restore": {
+        "post": {
+            "summary": "Let a merge taken back stand again; again changes nothing",
+            "parameters": [{"name": "id", "in": "path", "required": True, "schema": _TEXT}],
+            "responses": {
+                "200": _json(_object(("merges",), merges=_list(_MERGE)), "the merge, if it stands"),
+                "404": _EITHER,
+                **_READ_ANSWERS,
+            },
+        }
+    },
 }
 _WHY: Json = {
     "/api/1/why": _read(
