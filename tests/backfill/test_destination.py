@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.backfill import staged
@@ -191,6 +192,32 @@ async def _answers(script: list[bytes]) -> list[Answer]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pieces", [1, 7, 200, 3000])
+def test_a_large_request_arrives_as_its_pieces_say(pieces: int) -> None:
+    draw = random.Random(pieces)
+    sent = [memoryview(draw.randbytes(1_500_000 // pieces)) for _ in range(pieces)]
+    arrived: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            arrived.append(await reader.readexactly(int(head.split(b"Content-Length: ")[1])))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def whole() -> list[Answer]:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = parse_url(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/batch")
+        connection = Connection(url)
+        found = [await connection.post(sent) for _ in range(2)]
+        connection.close()
+        server.close()
+        return found
+
+    assert [answer.status for answer in uvloop.run(whole())] == [200, 200]
+    assert arrived == [b"".join(sent)] * 2
+
+
 def test_answers_are_read_however_they_are_framed() -> None:
     script = [
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",

@@ -33,6 +33,7 @@ ANSWER_S = 60.0  # contract, ingest 7: client REC for backfill
 COPIED_BYTES = (
     64 * 1024
 )  # ours: a larger request is written as it lies in memory, a smaller one in one piece
+PIECES_MAX = 256  # ours: of a request written so; the system takes a thousand at once
 ANSWER_BYTES_MAX = 8 * 1024 * 1024  # ours: longer answers are not read
 RETRY_AFTER_MAX_S = 86_400.0  # ours: a longer pause is taken as a mistake
 
@@ -253,7 +254,7 @@ class Connection(asyncio.Protocol):
         size = sum(map(len, body))
         request = (self._head, b"%d\r\n\r\n" % size, *body)
         assert self._transport is not None
-        if size > COPIED_BYTES:
+        if size > COPIED_BYTES and len(request) <= PIECES_MAX:
             self._transport.writelines(request)
         else:
             self._transport.write(b"".join(request))
