@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from retrofill.backfill import memory
 from retrofill.cli import options
-from retrofill.cli.run import WORK, calm, profile_of, say, seam_of, stage_of, warn_of_updates
+from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of, warn_of_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     as_json: options.AsJson = False,
 ) -> None:
     """Stage a history and say what its import will do and take. Nothing is sent; `run` goes on from there."""
-    calm()
+    memory.settle()
     from rich.console import Console
 
     from retrofill.backfill import keys as key_ring

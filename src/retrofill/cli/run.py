@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 import shlex
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from retrofill.backfill import memory
 from retrofill.cli import options
 from retrofill.errors import Error, InputError, SendError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
-COLLECT_AFTER = (50_000, 20, 20)  # objects made, then collections of the younger ones
 UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
@@ -67,7 +66,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     as_json: options.AsJson = False,
 ) -> None:
     """Send a history: plan, one question, then in order, exactly once. The same line again resumes."""
-    calm()
+    memory.settle()
     from retrofill.backfill import imports
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import profile as profiles
@@ -181,11 +180,6 @@ def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, nam
         tell(to, keys, name)
     except SendError as problem:
         say(f"! the state of import {name} at {to.name} is not up to date: {problem.what}")
-
-
-def calm() -> None:
-    """Look for circles of objects that nobody needs less often: a seventh of what loading costs went into that."""
-    gc.set_threshold(*COLLECT_AFTER)
 
 
 def stage_of(  # noqa: PLR0913 - one call's options, passed on
