@@ -81,8 +81,8 @@ class Figures(Struct, frozen=True):
     last_arrival_ms: int | None
     duplicates: int
     refusals: int
-    tries: int
-    reason: str | None
+    tries: int = 0
+    reason: str | None = None
 
 
 # What the rows say.
@@ -120,7 +120,7 @@ def figures(
     project: int,
     *,
     name: str | None = None,
-    tried: Mapping[str, Tried],
+    tried: Mapping[str, Tried] | None = None,
 ) -> list[Figures]:
     """Return every import of a project, or one, the last one to do something first; IMPORTS_LISTED_MAX at most.
 
@@ -136,7 +136,7 @@ def figures(
             records.get(one, Import(one)),
             rows.get(one, Stored()),
             counted.get(one, Counted()),
-            tried.get(one, Tried()),
+            (tried or {}).get(one, Tried()),
         )
         for one in names
     ]
