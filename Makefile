@@ -36,7 +36,7 @@ test-fast: $(DEV) ## tests without processes and sockets, under one minute
 	@$(RUN) -m pytest -q -m "not slow and not long"
 
 test-long: $(DEV) $(NODE) ## the long tests: 200 kills, Node's SDK, wide searches
-	@HYPOTHESIS_PROFILE=long $(RUN) -m pytest -q -m "long or hypothesis" --timeout 3600
+	@HYPOTHESIS_PROFILE=long $(RUN) -m pytest -q -n 2 --dist worksteal -m "long or hypothesis" --timeout 3600
 
 check: $(DEV) ## format, lint, types, floors, docs
 	@$(RUN) -m ruff format --check --quiet . || { echo "Mend with: make format"; exit 1; }
