@@ -18,7 +18,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 API_KEY, SECRET_KEY = "key-of-faults", "secret-of-faults"
+_DECODER = msgspec.json.Decoder()
 READY_S = 120
 READ_S = 120
 
@@ -138,7 +141,7 @@ class Process:
         rows: list[Row] = []
         with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
             for member in zipped.namelist():
-                rows += map(json.loads, gzip.decompress(zipped.read(member)).splitlines())
+                rows += _DECODER.decode_lines(gzip.decompress(zipped.read(member)))
         return rows
 
 
