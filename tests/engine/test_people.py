@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,58 @@ def test_user_data_tells_what_the_rows_and_the_table_say(tmp_path: Path, sealed:
         "last_location": {"lat": 1.5, "lng": -2.0},
         "properties": {"gender": "f"},
     }
+
+
+def test_what_is_counted_does_not_depend_on_where_the_events_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions and devices over many blocks, against one pass in plain Python."""
+    seeded = random.Random(2)
+    events, flags = [], []
+    for _ in range(120):
+        # A sixth of a day apart, so that some sessions are longer than a day.
+        event: dict[str, Any] = {"time": START_MS + seeded.randrange(20) * DAY_MS // 6}
+        event["device_id"] = f"device-{seeded.randrange(5)}"
+        if seeded.random() < 0.7:
+            event["session_id"] = seeded.randrange(-1, 6)
+        if seeded.random() < 0.3:
+            event |= {"location_lat": seeded.randrange(90), "location_lng": seeded.randrange(90)}
+        flags.append(seeded.choice([Flag(0), Flag.REVENUE]))
+        if flags[-1]:
+            event["revenue"] = seeded.randrange(1, 100) / 4
+        events.append(event)
+    blocks = [
+        block(number, events[at : at + 10], flags=flags[at : at + 10])
+        for number, at in enumerate(range(0, len(events), 10), 1)
+    ]
+    sessions: dict[int, list[int]] = {}
+    devices: dict[str, int] = {}
+    for event in events:
+        if event.get("session_id", -1) >= 0:
+            sessions.setdefault(event["session_id"], []).append(event["time"])
+        device = event["device_id"]
+        devices[device] = min(devices.get(device, event["time"]), event["time"])
+    last_first = sorted(enumerate(events), key=lambda one: (one[1]["time"], one[0]), reverse=True)
+    placed = next(event for _, event in last_first if "location_lat" in event)
+    expected = {
+        "num_events": len(events),
+        "num_sessions": len(sessions),
+        "usage_time": sum(min(max(one) - min(one), DAY_MS) for one in sessions.values()),
+        "purchases": sum(map(bool, flags)),
+        "revenue": sum(event.get("revenue", 0) for event in events),
+        "device_ids": sorted(devices, key=lambda one: (devices[one], one)),
+        "last_device_id": last_first[0][1]["device_id"],
+        "last_location": {"lat": placed["location_lat"], "lng": placed["location_lng"]},
+    }
+    monkeypatch.setattr(people, "EARNED_BYTES", 500)
+    stored = _known(Stored(tmp_path, blocks), Person(1))
+    for sealed in (0, 2, 6, 11, 12):
+        stored.seal(sealed)
+        found = _activity(stored, 1, limit=7)
+        assert {name: found["userData"][name] for name in expected} == expected
+        times = [row["event_time"] for row in found["events"]]
+        assert times == sorted(times, reverse=True)
+        assert len(times) == 7
 
 
 def test_an_unknown_id_has_zeros_and_empty_lists(tmp_path: Path) -> None:

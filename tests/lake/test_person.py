@@ -70,6 +70,34 @@ def test_the_rows_of_some_people_are_those_of_the_lake_filtered(lake: Lake) -> N
                 assert found(snapshot, people, kinds) == in_order(ours.filter(right))
 
 
+def test_columns_without_a_value_are_known_and_not_read(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = parquet.pq.ParquetFile.iter_batches
+
+    def watched(file: Any, size: int, groups: list[int], columns: list[str], **rest: Any) -> Any:
+        asked.extend(columns)
+        return real(file, size, groups, columns, **rest)
+
+    monkeypatch.setattr(parquet.pq.ParquetFile, "iter_batches", watched)
+    for file in lake.event_files():
+        whole = parquet.pq.read_table(file.path)
+        empty = {name for name in whole.column_names if whole[name].null_count == len(whole)}
+        assert {"import_id", "partner_id"} <= empty < set(whole.column_names)
+        assert parquet.empty_of(parquet.pq.read_metadata(file.path)) == empty
+        asked.clear()
+        with lake.snapshot() as snapshot:
+            ids = whole["amplitude_id"].unique().to_pylist()
+            parts = [one for one in snapshot.parts(PROJECT, ids, KINDS, ()) if one[0].file == file]
+            for part, _ in parts:
+                assert part.read(["plan"])["plan"].to_pylist() == [None] * len(part.places)
+                part.read(arrow.SCHEMA.names)
+        assert parts
+        assert asked
+        assert empty.isdisjoint(asked)
+
+
 def test_nobody_and_the_unknown_have_no_rows(lake: Lake) -> None:
     with lake.snapshot() as snapshot:
         for people in ([], [1], [2**62]):

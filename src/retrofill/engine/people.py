@@ -7,11 +7,13 @@ Source: contract, read 3 and 4; identity 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec import Raw, Struct
 
 from retrofill.core.block import COLUMNS, Flag, Kind
@@ -19,7 +21,9 @@ from retrofill.core.person import FORGOTTEN, Person
 from retrofill.engine import lines
 from retrofill.engine.query import More, Reader, Statement, View
 from retrofill.lake import arrow
-from retrofill.limits import MATCHES_MAX
+from retrofill.limits import EARNED_BYTES, LOOKUP_THREADS, MATCHES_MAX, MS_PER_DAY
+
+T = TypeVar("T")
 
 _INT64_MAX = 2**63 - 1
 
@@ -92,12 +96,15 @@ def activity(
     person = _person(view, canonical)
     ids = [canonical, *absorbed, *_mapped(view, person, merges)]
     page = _Page(offset, limit, latest=latest)
-    totals = _Stream(view, ids, page).totals()
+    totals = _Totals(view)
+    for more, rows in view.events_of(ids, _COUNTED):
+        page.offer(rows, more)
+        totals.add(rows, more)
     data = {
         "user_id": person.user_id if person else None,
         "canonical_amplitude_id": canonical,
         "merged_amplitude_ids": absorbed,
-        **totals,
+        **totals.shown(),
         **_built_in(person),
         "properties": person.properties if person else {},
     }
@@ -167,71 +174,111 @@ def mapped(reader: Reader, project: int, users: list[str]) -> dict[str, dict[str
     }
 
 
-class _Stream:
-    """The events of some amplitude_ids, read once: counted, and the first ones in an order picked out.
+class _Totals:
+    """What is counted over the events of one person, taken some at a time and in any order.
 
-    For both a few columns are enough. The others are read of the rows of the page alone.
+    Held of them: a line for each session and each device, and for a while the properties of those that earned.
     """
 
-    def __init__(self, view: View, ids: list[int], page: _Page) -> None:
+    def __init__(self, view: View) -> None:
         self._view = view
-        self._ids = ids
-        self._page = page
+        self._events = self._purchases = 0
+        # By the keys of the first and the last event: of all, and of each session and device.
+        self._all: _Span | None = None
+        self._sessions: dict[int, _Span] = {}
+        self._devices: dict[str, _Span] = {}
+        self._place: tuple[_Key, float, float] | None = None
+        self._earned: list[pa.ChunkedArray] = []
+        self._revenue = 0.0
 
-    def _batches(self, found: Iterator[tuple[More, pa.Table]]) -> Iterator[pa.RecordBatch]:
-        for more, rows in found:
-            self._page.offer(rows, more)
-            yield from rows.append_column(_PROPERTIES, _earning(rows, more)).to_batches()
+    def add(self, rows: pa.Table, more: More) -> None:
+        """Take some rows, at least one, with the columns of _COUNTED; `more` reads the others."""
+        self._events += len(rows)
+        self._earn(rows, more)
+        keys = np.stack([rows[name].to_numpy() for name in _KEYS])
+        order = np.lexsort(keys[::-1])
+        keys, rows = keys[:, order], rows.take(pa.array(order)).combine_chunks()
+        self._all = _wider(self._all, (_key(keys, 0), _key(keys, -1)))
+        sessions, index = np.unique(
+            rows["session_id"].fill_null(-1).to_numpy(), return_inverse=True
+        )
+        _widen(self._sessions, sessions.tolist(), index, keys)
+        devices = rows["device_id"].chunk(0).dictionary_encode()
+        index = devices.indices.fill_null(-1).to_numpy()
+        _widen(self._devices, devices.dictionary.to_pylist(), index, keys)
+        lat, lng = rows["location_lat"], rows["location_lng"]
+        placed = np.flatnonzero(pc.and_(lat.is_valid(), lng.is_valid()).to_numpy())
+        if len(placed):
+            at = int(placed[-1])
+            place = (_key(keys, at), lat[at].as_py(), lng[at].as_py())
+            self._place = max(self._place or place, place)
 
-    def totals(self) -> dict[str, Any]:
-        """Count over the whole stream. usage_time in ms."""
-        found = self._view.events_of(self._ids, _COUNTED)
-        name = self._view.lend(pa.RecordBatchReader.from_batches(_STREAM, self._batches(found)))
-        source = f"""(
-            SELECT *, CASE WHEN earned THEN {_REVENUE_SQL} END AS revenue
-            FROM (SELECT *, (flags & {int(Flag.REVENUE)}) != 0 AS earned FROM {name})
-        )"""
-        row = self._view.ask(f"""
-            WITH stream AS MATERIALIZED (SELECT * FROM {source}),
-            sessions AS (
-                SELECT least(max(event_time) - min(event_time), 86400000) AS ms
-                FROM stream WHERE session_id >= 0 GROUP BY session_id
-            ),
-            devices AS (
-                SELECT device_id, min(event_time) AS first, max((event_time, block, row)) AS last
-                FROM stream WHERE device_id IS NOT NULL GROUP BY device_id
-            )
-            SELECT count(*), strftime(make_timestamp(min(event_time) * 1000), '%Y-%m-%d'),
-                   strftime(make_timestamp(max(event_time) * 1000), '%Y-%m-%d'),
-                   count(*) FILTER (earned), coalesce(sum(revenue), 0),
-                   (SELECT count(*) FROM sessions), (SELECT coalesce(sum(ms), 0)::BIGINT FROM sessions),
-                   (SELECT coalesce(list(device_id ORDER BY first, device_id), []) FROM devices),
-                   (SELECT arg_max(device_id, last) FROM devices),
-                   arg_max({{'lat': location_lat, 'lng': location_lng}}, (event_time, block, row))
-                       FILTER (location_lat IS NOT NULL AND location_lng IS NOT NULL)
-            FROM stream
-        """).fetchone()
+    def shown(self) -> dict[str, Any]:
+        """Return what `userData` tells of it. usage_time in ms."""
+        self._add_up()
+        first, last = self._all or (None, None)
+        sessions = [span for session, span in self._sessions.items() if session >= 0]
+        devices = self._devices
         return {
-            "num_events": row[0],
-            "num_sessions": row[5],
-            "usage_time": row[6],
-            "first_used": row[1],
-            "last_used": row[2],
-            "purchases": row[3],
-            "revenue": row[4],
-            "device_ids": row[7],
-            "last_device_id": row[8],
-            "last_location": row[9],
+            "num_events": self._events,
+            "num_sessions": len(sessions),
+            "usage_time": sum(min(last[0] - first[0], MS_PER_DAY) for first, last in sessions),
+            "first_used": first and _day(first[0]),
+            "last_used": last and _day(last[0]),
+            "purchases": self._purchases,
+            "revenue": self._revenue,
+            "device_ids": sorted(devices, key=lambda one: (devices[one][0][0], one)),
+            "last_device_id": max(devices, key=lambda one: devices[one][1], default=None),
+            "last_location": self._place
+            and dict(zip(("lat", "lng"), self._place[1:], strict=True)),
         }
 
+    def _earn(self, rows: pa.Table, more: More) -> None:
+        earned = np.flatnonzero((rows["flags"].to_numpy() & int(Flag.REVENUE)) != 0)
+        if len(earned):
+            self._purchases += len(earned)
+            self._earned.append(more((_PROPERTIES,), earned)[_PROPERTIES])
+            if sum(texts.nbytes for texts in self._earned) > EARNED_BYTES:
+                self._add_up()
 
-def _earning(rows: pa.Table, more: More) -> pa.Array:
-    """Return the event properties of rows that earned something, null for all others."""
-    earned = (rows["flags"].to_numpy() & int(Flag.REVENUE)) != 0
-    if not earned.any():
-        return pa.nulls(len(rows), pa.string())
-    texts = more((_PROPERTIES.name,), np.flatnonzero(earned))[_PROPERTIES.name]
-    return texts.combine_chunks().take(pa.array(np.cumsum(earned) - 1, mask=~earned))
+    def _add_up(self) -> None:
+        if not self._earned:
+            return
+        texts = [chunk for column in self._earned for chunk in column.chunks]
+        name = self._view.lend(pa.table({_PROPERTIES: pa.chunked_array(texts)}))
+        for (revenue,) in self._view.ask(f"SELECT {_REVENUE_SQL} FROM {name}").fetchall():
+            self._revenue += revenue or 0
+        self._view.take_back(name)
+        self._earned = []
+
+
+_Key = tuple[int, ...]
+_Span = tuple[_Key, _Key]
+
+
+def _widen(
+    spans: dict[T, _Span], names: Sequence[T], at: np.ndarray[Any, Any], keys: np.ndarray[Any, Any]
+) -> None:
+    """Let spans reach over events whose keys rise. at: the index of each one's name; negative is nobody's."""
+    found, first = np.unique(at, return_index=True)
+    _, last = np.unique(at[::-1], return_index=True)
+    ends = zip(found.tolist(), first.tolist(), (len(at) - 1 - last).tolist(), strict=True)
+    for one, begin, end in ends:
+        if one >= 0:
+            span = _key(keys, begin), _key(keys, end)
+            spans[names[one]] = _wider(spans.get(names[one]), span)
+
+
+def _wider(known: _Span | None, span: _Span) -> _Span:
+    return span if known is None else (min(known[0], span[0]), max(known[1], span[1]))
+
+
+def _key(keys: np.ndarray[Any, Any], at: int) -> _Key:
+    return tuple(keys[:, at].tolist())
+
+
+def _day(time_ms: int) -> str:
+    return str(np.datetime64(time_ms, "ms"))[:10]
 
 
 class _Page:
@@ -242,37 +289,44 @@ class _Page:
         self._count = offset + limit
         self._sign = -1 if latest else 1
         self._sources: list[More] = []
-        # The keys in the order of importance, then the source and the index in it: a column a row.
-        self._best = np.empty((5, 0), np.int64)
+        # With the columns offered, and for the others the source and the index in it.
+        self._best = pa.table({})
 
     def offer(self, rows: pa.Table, more: More) -> None:
-        """Take rows with the columns of _KEYS; `more` reads the others."""
-        count = len(rows)
-        source = np.full(count, len(self._sources))
-        keys = (rows[name].to_numpy() for name in _KEYS)
+        """Take rows, each time with the same columns, those of _KEYS among them; `more` reads the others."""
+        source = np.full(len(rows), len(self._sources))
         self._sources.append(more)
-        offered = np.stack([*keys, source, np.arange(count)])
-        best = np.concatenate([self._best, offered], axis=1)
-        order = np.lexsort(best[2::-1] * self._sign)
-        self._best = best[:, order[: self._count]]
+        rows = rows.append_column(_SOURCE, pa.array(source))
+        rows = rows.append_column(_INDEX, pa.array(np.arange(len(rows))))
+        rows = pa.concat_tables([self._best, rows]) if self._best.num_columns else rows
+        keys = np.stack([rows[name].to_numpy() for name in reversed(_KEYS)])
+        order = np.lexsort(keys * self._sign)[: self._count]
+        self._best = rows.take(pa.array(order))
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         """Return the events of the page, in order."""
-        source, index = self._best[3:, self._offset :]
-        tables, places = [], []
-        for one in np.unique(source).tolist():
-            at = np.flatnonzero(source == one)
-            tables.append(self._sources[one](columns, index[at]))
-            places.append(at)
-        if not tables:
+        best = self._best.slice(self._offset)
+        if not len(best):
             return pa.schema([arrow.SCHEMA.field(name) for name in columns]).empty_table()
-        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
+        source, index = (best[name].to_numpy() for name in (_SOURCE, _INDEX))
+        others = [name for name in columns if name not in best.column_names]
+        ones = np.unique(source).tolist()
+        places = [np.flatnonzero(source == one) for one in ones]
+
+        def read(one: int, at: np.ndarray[Any, Any]) -> pa.Table:
+            return self._sources[one](others, index[at])
+
+        with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="look-up") as threads:
+            tables = list(threads.map(read, ones, places))
+        rest = pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
+        whole = [rest[name] if name in others else best[name] for name in columns]
+        return pa.Table.from_arrays(whole, list(columns))
 
 
 _KEYS = ("event_time", "block", "row")
 _COUNTED = (*_KEYS, "session_id", "device_id", "flags", "location_lat", "location_lng")
-_PROPERTIES = arrow.SCHEMA.field("event_properties")
-_STREAM = pa.schema([*map(arrow.SCHEMA.field, _COUNTED), _PROPERTIES])
+_PROPERTIES = "event_properties"
+_SOURCE, _INDEX = "source", "index"
 # Source: contract, events 7: `$revenue`, or else price × quantity.
 _REVENUE_SQL = """coalesce(
     TRY_CAST(json_extract_string(event_properties, '/$revenue') AS DOUBLE),

@@ -18,7 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -276,9 +276,9 @@ class View:
 
         Each time: these columns of some rows, and what reads others of them.
         """
-        # Asked before anything is read: the reading may go on inside a statement of the same cursor.
-        sealed = self._snapshot.parts(self.project, people, _EVENT_KINDS, columns)
-        return chain(((part.read, rows) for part, rows in sealed), self._fresh(people, columns))
+        for part, rows in self._snapshot.parts(self.project, people, _EVENT_KINDS, columns):
+            yield part.read, rows
+        yield from self._fresh(people, columns)
 
     def _fresh(
         self, people: Sequence[int], columns: Sequence[str]

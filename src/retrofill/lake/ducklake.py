@@ -67,9 +67,8 @@ _COLUMNS = f"""
 SELECT column_name FROM {CATALOG}.ducklake_column JOIN {CATALOG}.ducklake_table USING (table_id)
 WHERE table_name = 'events' AND ducklake_table.end_snapshot IS NULL AND ducklake_column.end_snapshot IS NULL
 """  # noqa: S608 - a name of ours
-_PIN = """
-SELECT (SELECT max("block") FROM lake.sealed), id FROM ducklake_current_snapshot('lake')
-"""
+# The first question of a transaction: it reads this snapshot from then on.
+_PIN = "SELECT id FROM ducklake_current_snapshot('lake')"
 _DISPLACED_OF = f"""
 WITH theirs AS (
     SELECT DISTINCT user_id, device_id FROM lake.events
@@ -105,6 +104,7 @@ class _Known(Struct):
     """What was read of a snapshot. It never changes, so who comes next need not ask again."""
 
     number: int
+    sealed: int | None = None
     files: list[LakeFile] | None = None
     merges: dict[int, dict[int, int]] = {}
 
@@ -190,13 +190,15 @@ class Lake:
         try:
             with _told(self.folder), self._pinning:
                 cursor.execute("BEGIN TRANSACTION READ ONLY")
-                sealed, number = cursor.execute(_PIN).fetchall()[0]
-                self._pins[number] += 1
+                number = _one(cursor, _PIN)
                 if self._known.number < number:
                     self._known = _Known(number)
                 known = self._known if self._known.number == number else _Known(number)
+                if known.sealed is None:
+                    known.sealed = _one(cursor, 'SELECT max("block") FROM lake.sealed') or 0
+                self._pins[number] += 1
             try:
-                yield Snapshot(cursor, sealed or 0, self._footers, known)
+                yield Snapshot(cursor, known.sealed, self._footers, known)
             finally:
                 with self._pinning:
                     self._pins[number] -= 1
@@ -509,7 +511,7 @@ class Lake:
     def _tidy(self) -> None:
         """Forget snapshots that no reader holds, and remove the files that only they needed."""
         with self._pinning:
-            current = _one(self._db, "SELECT id FROM ducklake_current_snapshot('lake')")
+            current = _one(self._db, _PIN)
             oldest = min(self._pins, default=current)
         old = self._db.execute(
             "SELECT snapshot_id FROM ducklake_snapshots('lake') WHERE snapshot_id < ?", [oldest]

@@ -46,6 +46,7 @@ _VOCABULARIES = [
 _READ_ROWS = LAKE_GROUP_ROWS
 _READ_BYTES = 256 * 1024  # of one column
 _WORDS_MAX = 1000  # of a dictionary that is written as it is
+_EMPTY = "retrofill.empty"  # under which a file names the columns that have no value in it
 _OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,
     "use_dictionary": _VOCABULARIES,
@@ -85,17 +86,20 @@ def write(
     Raises StoreError; then the file, if there, is nobody's and may be removed.
     """
     rows = synced = 0
+    empty = set(FILE.names)
     try:
         packing = _LASTING if lasting else _PASSING
         with pq.ParquetWriter(path, FILE, **packing, **_OPTIONS) as writer:
             for group in _groups(tables, group_rows):
                 writer.write_table(group, row_group_size=group_rows)
                 rows += group.num_rows
+                empty = {name for name in empty if group[name].null_count == group.num_rows}
                 # All at once at the end would keep every other sync of this disk waiting, those of commits too.
                 written = path.stat().st_size
                 if written - synced >= LAKE_SYNC_BYTES:
                     files.sync_file(path)
                     synced = written
+            writer.add_key_value_metadata({_EMPTY: " ".join(sorted(empty))})
     except OSError as problem:
         raise store_error(problem, path) from problem
     if not rows:
@@ -104,6 +108,12 @@ def write(
     files.sync_file(path)
     files.sync_folder(path.parent)
     return Written(rows, path.stat().st_size)
+
+
+def empty_of(metadata: pq.FileMetaData) -> frozenset[str]:
+    """Return the columns that have no value in a whole file: those that it names, if it does, or is older than."""
+    told = (metadata.metadata or {}).get(_EMPTY.encode(), b"")
+    return frozenset((*told.decode().split(), *(set(FILE.names) - set(metadata.schema.names))))
 
 
 def file_name(first: int, last: int) -> str:

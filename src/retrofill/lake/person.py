@@ -4,6 +4,7 @@ A statement over the lake plans, opens every file and decodes what it does not n
 millions that is most of its time. But files are sorted by person, so the smallest and largest amplitude_id of each
 row group, which the footer tells, leave one or two groups of a file to be read. Footers are kept, up to a bound in
 bytes: a file never changes. A caller reads the few columns that choose its rows first, and of those chosen the rest.
+Reading ends with the last row wanted, and leaves out columns that have no value in the whole file.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ _INT64 = np.iinfo(np.int64)
 
 
 class Footer(Struct, frozen=True):
-    """What a file says of itself. low, high: of amplitude_id in each row group. first: place of its first row."""
+    """What a file says of itself. low, high: of amplitude_id in each row group. first: place of its first row.
+
+    empty: columns without a value in the whole file, as far as it says so.
+    """
 
     metadata: pq.FileMetaData
     low: np.ndarray[Any, Any]
     high: np.ndarray[Any, Any]
     first: np.ndarray[Any, Any]
+    empty: frozenset[str]
 
 
 class Footers:
@@ -74,7 +79,7 @@ def _footer(metadata: pq.FileMetaData) -> Footer:
     ]
     low, high = np.array(ranges, np.int64).reshape(-1, 2).T
     rows = np.array([0, *(group.num_rows for group in groups)], np.int64)
-    return Footer(metadata, low, high, np.cumsum(rows)[:-1])
+    return Footer(metadata, low, high, np.cumsum(rows)[:-1], parquet.empty_of(metadata))
 
 
 class Part(Struct, frozen=True):
@@ -87,9 +92,9 @@ class Part(Struct, frozen=True):
 
     def read(self, columns: Sequence[str], some: np.ndarray[Any, Any] | None = None) -> pa.Table:
         """Return columns of these rows, or of some of them by their indexes. Raises StoreError."""
-        with _opened(self.file, self.footers) as opened:
-            places = self.places if some is None else self.places[some]
-            return _rows(opened, self.group, columns, places)
+        places = self.places if some is None else self.places[some]
+        with _opened(self.file, self.footers.of(self.file.path)) as opened:
+            return opened.rows(self.group, columns, places)
 
 
 def parts(
@@ -110,60 +115,83 @@ def parts(
     for file in files:
         footer = footers.of(file.path)
         # Somebody wanted is in the range if more of them are up to its end than before its beginning.
-        there = np.searchsorted(wanted, footer.high, "right") > np.searchsorted(wanted, footer.low)
-        groups = np.flatnonzero(there).tolist()
+        inside = np.searchsorted(wanted, footer.high, "right") > np.searchsorted(wanted, footer.low)
+        groups = np.flatnonzero(inside).tolist()
         if not groups:
             continue
         with parquet.told(file.path):
             gone = parquet.places_of(file.deleted)
-        with _opened(file, footers) as opened:
+        with _opened(file, footer) as opened:
             for group in groups:
-                places = _places(opened, group, project, wanted, kinds)
+                places, rows = _found(opened, group, project, wanted, kinds, columns)
                 if gone is not None:
-                    places = places[~np.isin(places + footer.first[group], gone)]
+                    there = ~np.isin(places + footer.first[group], gone)
+                    places, rows = places[there], rows.filter(pa.array(there))
                 if len(places):
-                    part = Part(file, footers, group, places)
-                    yield part, _rows(opened, group, columns, places)
+                    yield Part(file, footers, group, places), rows
 
 
-def _places(
-    opened: pq.ParquetFile,
+def _found(
+    opened: _Opened,
     group: int,
     project: int,
     wanted: np.ndarray[Any, Any],
     kinds: Sequence[int],
-) -> np.ndarray[Any, Any]:
-    ids = opened.read_row_group(group, ["amplitude_id"])["amplitude_id"].to_numpy()
+    columns: Sequence[str],
+) -> tuple[np.ndarray[Any, Any], pa.Table]:
+    """Return where in a row group the rows of these people are, with columns of them."""
+    ids = opened.ids(group)
     # Rows are sorted by it: what lies between the first and the last one wanted is all there is to look at.
     low = int(np.searchsorted(ids, wanted[0], "left"))
     high = int(np.searchsorted(ids, wanted[-1], "right"))
-    keep = np.isin(ids[low:high], wanted)
-    if not keep.any():
-        return np.empty(0, np.int64)
-    what = opened.read_row_group(group, ["project", "kind"]).slice(low, high - low)
-    keep &= what["project"].to_numpy() == project
-    keep &= np.isin(what["kind"].to_numpy(), np.array(kinds, np.uint8))
-    return np.flatnonzero(keep) + low
+    places = np.flatnonzero(np.isin(ids[low:high], wanted)) + low
+    rows = opened.rows(group, ("project", "kind", *columns), places)
+    keep = rows["project"].to_numpy() == project
+    keep &= np.isin(rows["kind"].to_numpy(), np.array(kinds, np.uint8))
+    return places[keep], rows.select(list(columns)).filter(pa.array(keep))
 
 
-def _rows(
-    opened: pq.ParquetFile, group: int, columns: Sequence[str], places: np.ndarray[Any, Any]
-) -> pa.Table:
-    """Return some rows of a row group, with the types of the lake table."""
-    there = set(opened.schema_arrow.names)
-    found = opened.read_row_group(group, [one for one in columns if one in there])
-    found = found.take(pa.array(places))
-    for name in columns:
-        if name not in there:  # the file is older than the column
-            found = found.append_column(name, pa.nulls(len(places), SCHEMA.field(name).type))
-    return found.select(columns).cast(pa.schema([SCHEMA.field(name) for name in columns]))
+class _Opened(Struct, frozen=True):
+    """A file that is being read."""
+
+    file: pq.ParquetFile
+    footer: Footer
+
+    def ids(self, group: int) -> np.ndarray[Any, Any]:
+        """Return the amplitude_id of every row of a row group."""
+        found = self.file.read_row_group(group, ["amplitude_id"], use_threads=False)
+        return np.asarray(found["amplitude_id"])
+
+    def rows(self, group: int, columns: Sequence[str], places: np.ndarray[Any, Any]) -> pa.Table:
+        """Return some rows of a row group, with the types of the lake table."""
+        fields = [SCHEMA.field(name) for name in columns]
+        there = [name for name in columns if name not in self.footer.empty]
+        if not there or not len(places):
+            nulls = [pa.nulls(len(places), field.type) for field in fields]
+            return pa.Table.from_arrays(nulls, schema=pa.schema(fields))
+        end = int(places.max()) + 1
+        # In batches that end with the last of them: what comes after it in the row group is not decoded.
+        found, rows = [], 0
+        for batch in self.file.iter_batches(end, [group], there, use_threads=False):
+            found.append(batch)
+            rows += len(batch)
+            if rows >= end:
+                break
+        table = pa.Table.from_batches(found).take(pa.array(places))
+        whole = [
+            table[field.name].cast(field.type)
+            if field.name not in self.footer.empty
+            else pa.nulls(len(places), field.type)
+            for field in fields
+        ]
+        return pa.Table.from_arrays(whole, schema=pa.schema(fields))
 
 
 @contextlib.contextmanager
-def _opened(file: LakeFile, footers: Footers) -> Iterator[pq.ParquetFile]:
-    footer = footers.of(file.path)
+def _opened(file: LakeFile, footer: Footer) -> Iterator[_Opened]:
     with (
         parquet.told(file.path),
-        pq.ParquetFile(file.path, metadata=footer.metadata, pre_buffer=False) as opened,
+        pa.OSFile(str(file.path)) as source,
+        pq.ParquetFile(source, metadata=footer.metadata, pre_buffer=False) as opened,
     ):
-        yield opened
+        yield _Opened(opened, footer)
