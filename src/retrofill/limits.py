@@ -211,6 +211,9 @@ EXPORT_CHUNK_ROWS = 4096  # rows that become JSON lines at a time
 EXPORT_THREADS = 2  # of one export, that make lines and compress them
 EXPORT_MEMBER_ROWS = 25_000  # lines of one file in the archive
 ACTIVITY_EVENTS_MAX = 1000  # contract, read 4
+PERSON_LOOKS = (
+    2  # at a state that goes by event time; if late events go on coming, commits wait for the next
+)
 LOOKUP_THREADS = 2  # that read the rows of one person's page
 EARNED_BYTES = 16 * 1024 * 1024  # properties of one person's purchases that are added up at a time
 MATCHES_MAX = 100  # people in the answer of one user search

@@ -25,7 +25,6 @@ from retrofill.engine import charts, people
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.export import Hours, export
 from retrofill.engine.ingest import Engine, Outcome
-from retrofill.engine.query import Reader
 from retrofill.errors import StoreError
 from retrofill.lake import Lake, arrow
 from retrofill.limits import MS_PER_DAY, MS_PER_HOUR
@@ -83,14 +82,7 @@ class Site:
     def answers(self) -> dict[str, Any]:
         """What every read API says."""
         engine, when = self.engine, charts.Range(TODAY, TODAY)
-        reader = Reader(
-            engine.lake,
-            engine.blocks,
-            last_block=engine.last_block,
-            person=engine.person,
-            aliases=engine.aliases,
-            pin=engine.pin,
-        )
+        reader = engine.reader()
         asked = charts.Question([charts.Wanted("_all")], when, metric="totals")
         hour = START_MS // MS_PER_HOUR
         archive = export(reader, 1, Hours(hour, hour), bytes_max=0)

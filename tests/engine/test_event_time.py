@@ -20,9 +20,9 @@ from retrofill.core.event import Batch, Event
 from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings, PropertyTime
 from retrofill.engine.check import check
-from retrofill.engine.query import Reader
 from retrofill.errors import StoreError
 from retrofill.lake import Swap
+from retrofill.limits import PERSON_LOOKS
 
 # What depends on when and in which request an event arrived.
 _ARRIVAL = ("block", "row", "client_upload_time", "server_received_time", "server_upload_time")
@@ -192,29 +192,15 @@ def plan_now(server: Server) -> Any:
     """As a reader finds it."""
 
     def ask() -> Any:
-        with reader(server).view(1) as view:
+        with server.engine.reader().view(1) as view:
             one = view.ask(
                 f"SELECT amplitude_id FROM {view.source(['amplitude_id'])} LIMIT 1"
             ).fetchall()[0][0]
-        who = reader(server).person(1, one)
+        who = server.engine.reader().person(1, one)
         assert who is not None
         return who.properties.get("plan")
 
     return server.run(asyncio.to_thread(ask))
-
-
-def reader(server: Server) -> Reader:
-    engine = server.engine
-    return Reader(
-        engine.lake,
-        engine.blocks,
-        last_block=engine.last_block,
-        person=engine.person,
-        aliases=engine.aliases,
-        pin=engine.pin,
-        late_since=engine.event_time.late_since,
-        settle=engine.event_time.settle_first,
-    )
 
 
 def test_a_late_event_shows_its_own_time_and_repairs_what_came_after(server: Server) -> None:
@@ -237,6 +223,31 @@ def test_readers_of_every_moment_see_what_they_were_told_is_stored(server: Serve
     for at, time in enumerate(times):
         send(server, time, user_properties={"plan": str(time)})
         assert plan_now(server) == str(max(times[: at + 1]))
+
+
+def test_a_person_is_read_also_while_late_events_go_on_coming(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for time in (9, 1):
+        send(server, time, user_properties={"plan": str(time)})
+    one = server.engine.state.project(1).devices.get("phone-1")
+    assert one
+    run, folds = server.engine.rewriting.run, []
+
+    async def more_comes(*asked: Any, held: bool = False) -> None:
+        await run(*asked, held=held)
+        folds.append(held)
+        assert len(folds) < 9, "it never ends"
+        if not held:  # while commits wait nothing comes
+            late = {"event_type": "open", "device_id": "phone-1", "time": BEGUN_MS + 2}
+            await server.post([late | {"user_properties": {"plan": "late"}}])
+
+    monkeypatch.setattr(server.engine.rewriting, "run", more_comes)
+    ask = server.engine.reader().person
+    found = server.run(asyncio.wait_for(asyncio.to_thread(ask, 1, one), 60))
+    assert folds == [False] * PERSON_LOOKS + [True]
+    assert not server.engine.event_time.late_since(1)
+    assert found.properties["plan"] == "9"
 
 
 def test_a_first_event_and_the_hourly_limit_go_by_event_time(server: Server) -> None:
@@ -278,7 +289,7 @@ def test_live_traffic_in_order_folds_nothing_again(
 
 
 def _rows(server: Server) -> int:
-    with reader(server).view(1) as view:
+    with server.engine.reader().view(1) as view:
         return int(view.ask(f"SELECT count(*) FROM {view.source(['event_type'])}").fetchall()[0][0])
 
 

@@ -21,7 +21,6 @@ from retrofill.core.fold import Changes
 from retrofill.core.refold import Refold
 from retrofill.engine import history
 from retrofill.engine.history import Asked
-from retrofill.engine.query import Reader
 from retrofill.engine.refold import decided
 from retrofill.errors import InputError
 from retrofill.lake.arrow import SCHEMA
@@ -40,14 +39,7 @@ class Told:
     def __init__(self, server: Server, **asked: Any) -> None:
         engine = server.engine
         moment = server.run(engine.moment(1))
-        reader = Reader(
-            engine.lake,
-            engine.blocks,
-            last_block=engine.last_block,
-            person=engine.person,
-            aliases=engine.aliases,
-            pin=engine.pin,
-        )
+        reader = engine.reader()
         with contextlib.closing(moment), contextlib.closing(reader.at(1, moment.snapshot)) as view:
             text = b"".join(history.lines(moment, view, engine.duplicates, Asked(**asked)))
         self.lines: list[Any] = []

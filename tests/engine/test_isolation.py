@@ -22,7 +22,7 @@ from retrofill.core.throttle import Accepted, Silenced, Throttled
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine, Outcome
 from retrofill.engine.people import activity, search
-from retrofill.engine.query import Reader, View
+from retrofill.engine.query import View
 
 pytestmark = pytest.mark.slow
 
@@ -67,15 +67,7 @@ class House:
         return person.properties
 
     def ask(self, project: int, question: Callable[[View], Any]) -> Any:
-        engine = self.engine
-        reader = Reader(
-            *(engine.lake, engine.blocks),
-            last_block=engine.last_block,
-            person=engine.person,
-            aliases=engine.aliases,
-            pin=engine.pin,
-        )
-        with reader.view(project) as view:
+        with self.engine.reader().view(project) as view:
             return question(view)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.engine.test_check import SealerInside
 from tests.engine.test_undo import Server, _CutError, _request, same
-from tests.engine.test_why import ask, reader_of, rules
+from tests.engine.test_why import ask, rules
 from tests.stateful.test_engine import FakeClock
 
 from retrofill.core.person import Person
@@ -43,7 +43,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def merges(server: Server, **asked: Any) -> list[Listed]:
-    with reader_of(server).view(1) as view:
+    with server.engine.reader().view(1) as view:
         return listed(view, server.engine.projects_store.barred(1), Asked(**asked))
 
 

@@ -18,7 +18,6 @@ from retrofill.core.person import FORGOTTEN
 from retrofill.core.row import uuid_of
 from retrofill.engine import why as engine_why
 from retrofill.engine.admission import ProjectSettings
-from retrofill.engine.query import Reader
 from retrofill.engine.why import Answer, Question, why
 from retrofill.errors import CorruptError, InputError, MissingError, SizeError
 
@@ -33,21 +32,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
-def reader_of(server: Server) -> Reader:
-    engine = server.engine
-    return Reader(
-        engine.lake,
-        engine.blocks,
-        last_block=engine.last_block,
-        person=engine.person,
-        aliases=engine.aliases,
-        pin=engine.pin,
-    )
-
-
 def ask(server: Server, **question: Any) -> Answer:
     engine = server.engine
-    with reader_of(server).view(1) as view:
+    with engine.reader().view(1) as view:
         return why(
             view,
             Question(**question),

@@ -31,7 +31,6 @@ from retrofill.core.throttle import Accepted, Throttled
 from retrofill.engine import charts
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine, Outcome
-from retrofill.engine.query import Reader
 from retrofill.engine.recover import batches_of, refold
 from retrofill.engine.refolder import Refolder, ThreadRefolder
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
@@ -334,16 +333,8 @@ class EngineBesideModel(RuleBasedStateMachine):
         expected = self.model.active()
         if not expected:
             return
-        engine = self.engine
-        reader = Reader(
-            *(engine.lake, engine.blocks),
-            last_block=engine.last_block,
-            person=engine.person,
-            aliases=engine.aliases,
-            pin=engine.pin,
-        )
         when = charts.range_of("20220101", "20301231", 30)
-        with reader.view(1) as view:
+        with self.engine.reader().view(1) as view:
             said = charts.active(view, when, [[]], None)
         counts = zip(said["xValues"], said["series"][0], strict=True)
         assert {month: count for month, count in counts if count} == expected

@@ -108,7 +108,6 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     from retrofill.clock import SystemClock
     from retrofill.engine.deletion import Deletions
     from retrofill.engine.ingest import Engine
-    from retrofill.engine.query import Reader
     from retrofill.server import merges, project, why
     from retrofill.server.history import HistoryRoutes
     from retrofill.server.imports import ImportRoutes
@@ -127,17 +126,7 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
     except Error:
         asyncio.run(engine.close())
         raise
-    reader = Reader(
-        engine.lake,
-        engine.blocks,
-        last_block=engine.last_block,
-        person=engine.person,
-        aliases=engine.aliases,
-        pin=engine.pin,
-        late_since=engine.event_time.late_since,
-        settle=engine.event_time.settle_first,
-        settles=engine.event_time.settles,
-    )
+    reader = engine.reader()
     reads = Reads(reader, deletions, limits=engine.limits, clock=clock)
 
     def close() -> None:

@@ -14,11 +14,12 @@ the project is what it was.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
+from retrofill.core.person import Person
 from retrofill.engine.admission import ProjectSettings, PropertyTime
 from retrofill.engine.change import Intent
 from retrofill.engine.refold import Rule, Seed
@@ -26,11 +27,17 @@ from retrofill.engine.rewriting import Rewriting
 from retrofill.engine.state import State
 from retrofill.errors import StoreError
 
+T = TypeVar("T")
+
 
 class Host(Protocol):
     """What is needed of the engine."""
 
     state: State
+    committing: asyncio.Lock
+
+    def person(self, project: int, amplitude_id: int) -> Person | None:
+        """Return a person's state as of the last acknowledged block."""
 
     def settings(self, number: int) -> ProjectSettings:
         """Return what the operator set for a project."""
@@ -83,10 +90,24 @@ class EventTime:
 
     def settle_first(self, project: int) -> None:
         """As `settle`, for a reader's thread, which waits. Raises StoreError."""
+        self._await(lambda: self.settle(project))
+
+    def settled_person(self, project: int, amplitude_id: int) -> Person | None:
+        """Return a person's state at a moment when nobody is marked, for a reader's thread. Raises StoreError."""
+        return self._await(
+            lambda: self._rewriting.whole(self._settled_person(project, amplitude_id))
+        )
+
+    def _await(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         loop = self._loop
         if loop is None or not loop.is_running():
             raise StoreError("The server is not running", mend="Ask again when it is")
-        asyncio.run_coroutine_threadsafe(self.settle(project), loop).result()
+        return asyncio.run_coroutine_threadsafe(ask(), loop).result()
+
+    async def _settled_person(self, project: int, amplitude_id: int) -> Person | None:
+        async with self._rewriting.alone(), self._host.committing:
+            await self.settle_held(project)
+            return self._host.person(project, amplitude_id)
 
     async def _settle(self, project: int, last: int) -> None:
         async with self._rewriting.alone():

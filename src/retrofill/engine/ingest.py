@@ -46,6 +46,7 @@ from retrofill.engine.guard import Told, held_in
 from retrofill.engine.imports import Counting, names_in, names_of
 from retrofill.engine.moment import Moment
 from retrofill.engine.pace import Pace
+from retrofill.engine.query import Reader
 from retrofill.engine.recover import batches_of, fill_devices, refold
 from retrofill.engine.refolder import Counts
 from retrofill.engine.rewriting import Rewriting
@@ -757,6 +758,22 @@ class Engine:
             self._pins[sealed] -= 1
             if not self._pins[sealed]:
                 del self._pins[sealed]
+
+    def reader(self) -> Reader:
+        """Make what opens views of everything acknowledged; one is enough for any number of threads."""
+        late = self.event_time
+        return Reader(
+            self.lake,
+            self.blocks,
+            last_block=self.last_block,
+            person=self.person,
+            aliases=self.aliases,
+            pin=self.pin,
+            late_since=late.late_since,
+            settle=late.settle_first,
+            settles=late.settles,
+            settled_person=late.settled_person,
+        )
 
     def last_block(self) -> int:
         """Return the number of the last block that was acknowledged."""

@@ -32,6 +32,7 @@ from retrofill.core.person import Person
 from retrofill.lake import arrow
 from retrofill.lake.person import Part
 from retrofill.limits import (
+    PERSON_LOOKS,
     STREAM_BYTES,
     UNSEALED_CHUNK_BYTES,
     UNSEALED_CHUNK_ROWS,
@@ -99,7 +100,7 @@ class Reader:
     aliases: user_id → global_user_id of a project. pin: keeps every block after a number while it is open.
     late_since: the first block of a project with late events that were not folded in event time yet, 0 if there is
     none. settle: folds them, and waits. settles: how often they were folded; what was read while that changes may be of
-    before, though nothing is late any more.
+    before, though nothing is late any more. settled_person: as `person`, while commits wait and nothing is late.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Reader:
         late_since: Callable[[int], int] = lambda _: 0,
         settle: Callable[[int], None] = lambda _: None,
         settles: Callable[[int], int] = lambda _: 0,
+        settled_person: Callable[[int, int], Person | None] | None = None,
     ) -> None:
         # Arrow's own pool keeps what was freed: an export would leave the process 100 MB larger.
         pa.set_memory_pool(pa.system_memory_pool())
@@ -122,7 +124,7 @@ class Reader:
         self._last_block = last_block
         self._pin = pin
         self._pin_lock = threading.Lock()
-        self._person = person
+        self._person, self._settled_person = person, settled_person or person
         self._late_since, self._settle, self._settles = late_since, settle, settles
         self.aliases = aliases
 
@@ -150,13 +152,14 @@ class Reader:
 
     def person(self, project: int, amplitude_id: int) -> Person | None:
         """Return a person's state as of the last acknowledged block, None if unknown."""
-        while True:
+        for _ in range(PERSON_LOOKS):
             before = self._settles(project)
             found = self._person(project, amplitude_id)
             if self._late_since(project):
                 self._settle(project)
             elif self._settles(project) == before:
                 return found
+        return self._settled_person(project, amplitude_id)
 
     def _is_late(self, project: int, last: int) -> bool:
         """Say whether blocks up to one hold late events that would show."""

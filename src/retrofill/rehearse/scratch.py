@@ -26,7 +26,6 @@ from retrofill.core.event import Batch
 from retrofill.core.schedule import HOUR_S
 from retrofill.core.throttle import Accepted
 from retrofill.engine.ingest import Engine, Outcome
-from retrofill.engine.query import Reader
 from retrofill.engine.seal import Sealer, SealResult, SealTask, seal_blocks
 from retrofill.errors import StoreError
 from retrofill.rehearse.clock import VirtualClock
@@ -148,14 +147,7 @@ class Scratch:
         self.engine = engine
         self.beside = beside
         self.clock = clock
-        self.reader = Reader(
-            engine.lake,
-            engine.blocks,
-            last_block=engine.last_block,
-            person=engine.person,
-            aliases=engine.aliases,
-            pin=engine.pin,
-        )
+        self.reader = engine.reader()
 
     async def send(
         self, stage: Path, found: Manifest, profile: Profile, *, path: str, folder: Path
