@@ -205,8 +205,9 @@ STREAM_BYTES = 64 * 1024  # rows that DuckDB makes ahead of whoever reads them, 
 READ_THREADS = 8  # statements that run at once, all projects
 READS_PER_PROJECT = 5  # requests of a project at once: contract, read 1
 PERSON_READS_PER_PROJECT = 10  # user search and user activity: contract, read 1
-EXPORT_SLICE_BYTES = 12 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
+EXPORT_SLICE_BYTES = 8 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
 EXPORT_SLICES = 64  # slices whose rows one reading of the lake sets apart
+EXPORT_RELEASE_SLICES = 4  # after so many slices memory that was freed goes back to the system
 EXPORT_CHUNK_ROWS = 4096  # rows that become JSON lines at a time
 EXPORT_THREADS = 2  # of one export, that make lines and compress them
 EXPORT_MEMBER_ROWS = 25_000  # lines of one file in the archive
@@ -214,7 +215,6 @@ ACTIVITY_EVENTS_MAX = 1000  # contract, read 4
 PERSON_LOOKS = (
     2  # at a state that goes by event time; if late events go on coming, commits wait for the next
 )
-LOOKUP_THREADS = 2  # that read the rows of one person's page
 EARNED_BYTES = 16 * 1024 * 1024  # properties of one person's purchases that are added up at a time
 MATCHES_MAX = 100  # people in the answer of one user search
 CHART_DAYS_MAX = 365  # contract, read 5: daily; 7 days hourly, 2 days by 5 minutes

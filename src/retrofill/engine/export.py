@@ -37,6 +37,7 @@ from retrofill.limits import (
     EXPORT_CHUNK_ROWS,
     EXPORT_DAYS_MAX,
     EXPORT_MEMBER_ROWS,
+    EXPORT_RELEASE_SLICES,
     EXPORT_SLICE_BYTES,
     EXPORT_SLICES,
     EXPORT_THREADS,
@@ -137,8 +138,10 @@ def export(reader: Reader, project: int, hours: Hours, *, bytes_max: int) -> Exp
         if bytes_max:
             _weigh(view, hours, parts, bytes_max)
         tables = chain(_sealed(view, hours, parts), map(worded, _fresh(view, hours)))
-        pieces = _archive(project, tables)
-        return Export(pieces, held.pop_all())
+        archive = _archive(project, tables)
+        held.callback(archive.close)
+        # All of them are made in one thread: each thread of the readers would keep some of its memory.
+        return Export(_ahead(archive), held.pop_all())
 
 
 # Which rows, and how many bytes they are.
@@ -235,8 +238,11 @@ def _sealed(view: View, hours: Hours, parts: Any) -> Iterator[pa.Table]:
                 block = batch.column(_BLOCK).to_numpy()
                 rows = worded(pa.Table.from_batches([batch]))
                 spool.add(rows, np.searchsorted(starts, block, side="right") - 1)
-            for table in _ahead(spool.tables()):
+            for number, table in enumerate(_ahead(spool.tables())):
                 yield from _ordered(table)
+                # What the threads have freed stays with each of them otherwise, some MB more with every slice.
+                if number % EXPORT_RELEASE_SLICES == 0:
+                    pa.default_memory_pool().release_unused()
 
 
 def _ahead(items: Iterator[T]) -> Generator[T, None, None]:

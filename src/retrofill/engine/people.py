@@ -8,7 +8,6 @@ Source: contract, read 3 and 4; identity 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from retrofill.core.person import FORGOTTEN, Person
 from retrofill.engine import lines
 from retrofill.engine.query import More, Reader, Statement, View
 from retrofill.lake import arrow
-from retrofill.limits import EARNED_BYTES, LOOKUP_THREADS, MATCHES_MAX, MS_PER_DAY
+from retrofill.limits import EARNED_BYTES, MATCHES_MAX, MS_PER_DAY
 
 T = TypeVar("T")
 
@@ -310,14 +309,11 @@ class _Page:
             return pa.schema([arrow.SCHEMA.field(name) for name in columns]).empty_table()
         source, index = (best[name].to_numpy() for name in (_SOURCE, _INDEX))
         others = [name for name in columns if name not in best.column_names]
-        ones = np.unique(source).tolist()
-        places = [np.flatnonzero(source == one) for one in ones]
-
-        def read(one: int, at: np.ndarray[Any, Any]) -> pa.Table:
-            return self._sources[one](others, index[at])
-
-        with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="look-up") as threads:
-            tables = list(threads.map(read, ones, places))
+        tables, places = [], []
+        for one in np.unique(source).tolist():
+            at = np.flatnonzero(source == one)
+            tables.append(self._sources[one](others, index[at]))
+            places.append(at)
         rest = pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
         whole = [rest[name] if name in others else best[name] for name in columns]
         return pa.Table.from_arrays(whole, list(columns))
