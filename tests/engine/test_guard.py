@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from tests.engine.test_undo import Server, _request, same
 from tests.engine.test_unmerge import merges
-from tests.engine.test_why import ask, reader_of, rules
+from tests.engine.test_why import ask, rules
 from tests.stateful.test_engine import FakeClock, SealerInside
 
 from retrofill.core.block import Flag
@@ -58,7 +58,7 @@ def joined(server: Server) -> int:
 
 
 def reviewed(server: Server, most: int = 10) -> list[Held]:
-    with reader_of(server).view(1) as view:
+    with server.engine.reader().view(1) as view:
         return listed(view, server.engine.settings(1).merge_always, most)
 
 
