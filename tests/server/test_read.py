@@ -160,6 +160,21 @@ def test_mappings_are_read(site: Site) -> None:
         assert found["user-2"]["mapped_from"] == [{"amplitude_id": 1, "user_id": "user-1"}]
 
 
+def test_a_zero_in_a_text_is_a_character_as_any_other(site: Site) -> None:
+    for zero in ("\0", "a\0'b", "\0' OR 1=1 --"):
+        assert site.get("/api/2/usermap", user_ids=zero).json() == {zero: {}}
+        assert site.get("/api/2/usersearch", user=zero).json()["matches"] == []
+        for name in ("user_id", "platform", "gp:plan", "device_id"):
+            wanted = {"subprop_type": "user", "subprop_key": name, "subprop_op": "is"}
+            asked = json.dumps(
+                {"event_type": "e", "filters": [{**wanted, "subprop_value": [zero]}]}
+            )
+            found = site.get("/api/2/events/segmentation", e=asked, **RANGE)
+            assert found.json()["data"]["series"] == [[0, 0]], (name, found.text)
+        asked = json.dumps({"event_type": zero})
+        assert site.get("/api/2/events/segmentation", e=asked, **RANGE).status_code == 200
+
+
 REFUSED = [
     ("export", {}, "start"),
     ("export", {"start": "20260101T00"}, "end"),
