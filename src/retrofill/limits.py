@@ -107,6 +107,7 @@ QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
 LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
+REFOLD_GROUP_ROWS = 8_000  # changed rows read back at a time, from each piece that was set aside
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
 REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time

@@ -144,10 +144,10 @@ def again(rows: list[dict[str, Any]], people: set[int] | None = None) -> Refold:
         taken = {
             name: [one[name] for one in part]
             for name in Rows.__struct_fields__
-            if name not in ("foreign", "said_columns")
+            if name not in ("foreign", "shown")
         }
-        said = [[one[name] for one in part] for name in SAYABLE]
-        outcome = refold.fold(Rows(**taken, foreign=theirs, said_columns=said))
+        shown = [tuple(one[name] for name in SAYABLE) for one in part]
+        outcome = refold.fold(Rows(**taken, foreign=theirs, shown=shown))
         _write(part, theirs, outcome)
     return refold
 

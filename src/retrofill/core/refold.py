@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import groupby, repeat
+from copy import copy
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -38,7 +39,8 @@ _FIELDS = tuple({"ip_address": "ip"}.get(name, name) for name in SAYABLE)
 class Rows(Struct):
     """Visible rows of one project in the order of their fold, column by column, named as in the lake.
 
-    foreign: true for a group identify of somebody else. said_columns: the columns SAYABLE, in that order.
+    foreign: true for a group identify of somebody else. shown: the values of the columns SAYABLE; rows that show the
+    same should share one tuple.
     """
 
     block: list[int]
@@ -59,7 +61,7 @@ class Rows(Struct):
     updates_max: list[int]
     merges_max: list[int | None]
     foreign: list[bool]
-    said_columns: list[list[str | None]]
+    shown: list[tuple[str | None, ...]]
 
 
 class Outcome(Struct):
@@ -275,44 +277,69 @@ def _renamed(ids: dict[str, int], final: dict[int, int]) -> dict[str, int]:
 
 
 def _events(rows: Rows) -> list[Event]:
-    """Make the events again as far as the fold looks at them."""
-    chosen: dict[int, list[tuple[str, list[str | None]]]] = {}
+    """Make the events again as far as the fold looks at them: each a copy of one that says the same of its columns."""
+    said_alike: dict[tuple[int, int, int], Event] = {}
+    sent_before: dict[str, dict[str, Any]] = {}
     events = []
     sides = zip(
         *(rows.user_id, rows.device_id, rows.event_type, rows.event_time, rows.insert_id),
         *(rows.event_id, rows.sent, rows.sent_groups, rows.said, rows.flags, rows.foreign),
+        rows.shown,
         strict=True,
     )
-    for at, side in enumerate(sides):
-        user, device, event_type, time, insert, number, sent, groups, said, flags, foreign = side
-        fields = chosen.get(said)
-        if fields is None:
-            fields = chosen[said] = [
-                (name, column)
-                for place, (name, column) in enumerate(
-                    zip(_FIELDS, rows.said_columns or repeat([]), strict=False)
-                )
-                if said >> place & 1
-            ]
-        event = Event(
+    for side in sides:
+        (
+            user,
+            device,
             event_type,
-            None if foreign else user,
-            "" if foreign else device or "",
             time,
             insert,
-            **{name: column[at] for name, column in fields},  # type: ignore[arg-type] # texts, every one
-        )
+            number,
+            sent,
+            groups,
+            said,
+            flags,
+            foreign,
+            shown,
+        ) = side
+        flags &= _SKIP | _REVENUE
+        alike = (id(shown), said, flags)
+        pattern = said_alike.get(alike)
+        if pattern is None:
+            pattern = said_alike[alike] = _pattern(shown, said, flags)
+        event = copy(pattern)
+        event.event_type = event_type
+        if foreign:
+            event.device_id = ""
+        else:
+            event.user_id = user
+            event.device_id = device or ""
+        event.time = time
+        event.insert_id = insert
         event.event_id = number
         if sent:
+            properties = sent_before.get(sent)
+            if properties is None:
+                properties = sent_before[sent] = _decode(sent)
             if event_type == "$groupidentify":
-                event.group_properties = _decode(sent)
+                event.group_properties = properties
             else:
-                event.user_properties = _decode(sent)
+                event.user_properties = properties
         if groups:
             event.groups = _decode(groups)
-        if flags & _SKIP:
-            event.skip_user_properties_sync = True
-        if flags & _REVENUE:
-            event.revenue = 0.0
         events.append(event)
     return events
+
+
+def _pattern(shown: tuple[str | None, ...], said: int, flags: int) -> Event:
+    fields = {
+        name: value
+        for place, (name, value) in enumerate(zip(_FIELDS, shown, strict=True))
+        if said >> place & 1
+    }
+    event = Event("", **fields)  # type: ignore[arg-type] # texts, every one
+    if flags & _SKIP:
+        event.skip_user_properties_sync = True
+    if flags & _REVENUE:
+        event.revenue = 0.0
+    return event

@@ -448,7 +448,7 @@ class _Column:
             return None
         said = rows.said[at]
         if self._place >= 0 and said >> self._place & 1:
-            return [("$set", rows.said_columns[self._place][at])]
+            return [("$set", rows.shown[at][self._place])]
         earned = self._name == "paying" and outcome.flags[at] & Flag.REVENUE
         touched = said & self._mask or self._name == "library" or earned
         return [] if touched and not outcome.flags[at] & Flag.SKIP else None
@@ -463,21 +463,15 @@ def _cut(rows: Rows, first: int, end: int, again: int | None = None) -> Rows:
     def some(column: list[Any]) -> list[Any]:
         return column[first:end] if again is None else column[first:end] + column[again:]
 
-    fields = {
-        name: some(getattr(rows, name)) for name in rows.__struct_fields__ if name != "said_columns"
-    }
-    return Rows(**fields, said_columns=[some(column) for column in rows.said_columns])
+    return Rows(*(some(getattr(rows, name)) for name in rows.__struct_fields__))
 
 
 def _joined(chunks: list[Rows]) -> Rows:
     if len(chunks) == 1:
         return chunks[0]
-    fields = {
-        name: [one for chunk in chunks for one in getattr(chunk, name)]
-        for name in Rows.__struct_fields__
-        if name != "said_columns"
-    }
-    columns = zip(*(chunk.said_columns for chunk in chunks), strict=True)
     return Rows(
-        **fields, said_columns=[[one for part in parts for one in part] for parts in columns]
+        *(
+            [one for chunk in chunks for one in getattr(chunk, name)]
+            for name in Rows.__struct_fields__
+        )
     )

@@ -37,9 +37,10 @@ from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.fold import Changes
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
+from retrofill.engine.changed import write
 from retrofill.engine.deletion import Deletions
 from retrofill.engine.ingest import Engine
-from retrofill.engine.refold import KEY_COLUMNS, decided, merge_row, with_column, write_file
+from retrofill.engine.refold import KEY_COLUMNS, Decided, merge_row, same, with_column
 from retrofill.engine.seal import Sealer
 from retrofill.errors import CorruptError, InputError, StoreError
 from retrofill.hot import sqlite
@@ -369,17 +370,16 @@ class _Project:
             self.mends.keys.append(rows.select(KEY_COLUMNS).filter(unheld))
 
     def _fold(self, rows: pa.Table) -> None:
-        fresh = decided(self._refold, rows, np.zeros(rows.num_rows, bool))
+        decided = Decided(self._refold, rows, np.zeros(rows.num_rows, bool))
+        places = np.flatnonzero(decided.differs)
+        if not len(places):
+            return
         before = self._report.count
+        rows, fresh = rows.take(pa.array(places)), decided.columns(places)
         wrong = np.zeros(rows.num_rows, bool)
         for name, new in fresh.items():
             old = rows[name].combine_chunks()
-            same = pc.if_else(
-                pc.or_(pc.is_null(old), pc.is_null(new)),
-                pc.and_(pc.is_null(old), pc.is_null(new)),
-                pc.equal(old, new),
-            )
-            for at in np.flatnonzero(~same.to_numpy(zero_copy_only=False)).tolist():
+            for at in np.flatnonzero(~same(old, new)).tolist():
                 count = self._report.count
                 self._row(rows, at, name, old[at].as_py(), new[at].as_py())
                 wrong[at] |= self._report.count > count
@@ -389,7 +389,7 @@ class _Project:
                 if not (name == "group_properties" and self._deleted):
                     right = with_column(right, name, new)
             right = right.filter(pa.array(wrong))
-            self.mends.files.append(write_file(self._engine.lake, right))
+            self.mends.files.append(write(self._engine.lake.events, right))
             self.mends.places.append(right.select(["block", "row"]))
 
     def _row(self, rows: pa.Table, at: int, name: str, old: object, new: object) -> None:

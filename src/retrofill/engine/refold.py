@@ -1,7 +1,7 @@
 """Folding a closure of the lake again: what becomes of its rows, keys and people under another rule than on arrival.
 
-The closure's rows are folded again in order of position under a rule, and written as new lake files. Hidden rows stay
-in the lake as Kind.UNDONE, so showing them again needs nothing else. A row left out because an import's row had come
+The closure's rows are folded again in order of position under a rule; those that come out of it as they went in stay in
+their files, the others are written anew (`engine.changed`). Hidden rows stay in the lake as Kind.UNDONE, so showing them again needs nothing else. A row left out because an import's row had come
 before (Kind.DISPLACED) comes back when nothing that is seen now holds its key. Nothing here knows who the closure is:
 rows come in from `engine.refolder`.
 """
@@ -9,10 +9,10 @@ rows come in from `engine.refolder`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,11 +24,11 @@ from retrofill.core.block import SAYABLE, Flag, Kind
 from retrofill.core.dedupe import KEY_BYTES, NO_KEY
 from retrofill.core.fold import Group
 from retrofill.core.refold import Merged, Refold, Rows
+from retrofill.core.row import SHOWN, Vocabulary
 from retrofill.engine.duplicates import packed_of_rows
-from retrofill.lake import Lake, arrow, parquet
-from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
-from retrofill.lake.files import Files
-from retrofill.limits import MS_PER_HOUR, REFOLD_FILE_ROWS, Limits
+from retrofill.lake import arrow
+from retrofill.lake.arrow import SCHEMA, MergeRow
+from retrofill.limits import MS_PER_HOUR, Limits
 
 Bools = NDArray[np.bool_]
 # What decides whether an event is a duplicate, with its place.
@@ -149,23 +149,15 @@ class Stored:
 
 
 class Folding:
-    """The rows of some people on their way through the fold. folder: where lake files are written.
+    """The rows of some people on their way through the fold.
 
-    people: who they are, by amplitude_id, in rising order; whoever joins later is added. written, places: the files
-    that hold the rows given to `keep`, and where these stood. gone, added: keys that rows held before, and hold now.
-    stored: what differs for the daily quota.
+    people: who they are, by amplitude_id, in rising order; whoever joins later is added. gone, added: keys that rows
+    held before, and hold now. stored: what differs for the daily quota. rows: how many were theirs so far.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        rule: Rule,
-        refold: Refold,
-        limits: Limits,
-        *,
-        quota_after_ms: int = _NEVER_MS,
+        self, rule: Rule, refold: Refold, limits: Limits, *, quota_after_ms: int = _NEVER_MS
     ) -> None:
-        self._folder = folder
         self.stored = Stored(quota_after_ms if limits.daily_quota else _NEVER_MS)
         self._rule = rule
         self._limits = limits
@@ -177,10 +169,6 @@ class Folding:
         self._held: dict[bytes, int] = {}  # contested key → server time of the row that holds it
         self._judged: set[tuple[int, int]] | None = None  # (block, row) of repeats
         self._imported: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []  # keys, times
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self.places: list[pa.Table] = []
-        self.written: list[Path] = []
         self.gone, self.added = Keys([], [], [], []), Keys([], [], [], [])
         self.rows = 0
 
@@ -208,7 +196,7 @@ class Folding:
         for name in ("sent", "sent_groups"):
             kept = pc.if_else(groups, pa.scalar(None, pa.string()), rows[name])
             rows = with_column(rows, name, kept)
-        decided(self.refold, rows, np.zeros(rows.num_rows, bool))
+        self.refold.fold(rows_of(rows, np.zeros(rows.num_rows, bool)))
 
     @property
     def contested(self) -> list[str]:
@@ -230,11 +218,8 @@ class Folding:
         mine = own.to_numpy(zero_copy_only=False) & (block > after) & (block <= until)
         return mine, ~mine if self._rule.hide else np.ones(len(mine), bool)
 
-    def fold(self, rows: pa.Table) -> tuple[pa.Table, Bools]:
-        """Fold the next rows, blocks whole unless in event time; return them as they must be, and which of them are the closure's own.
-
-        The others are group identifies of other people, read for their groups alone.
-        """
+    def fold(self, rows: pa.Table) -> Refolded:
+        """Fold the next rows, blocks whole unless in event time."""
         kinds = rows["kind"].to_numpy()
         mine, candidate = self._mine(rows)
         seen = candidate & self._not_repeated(rows, candidate)
@@ -243,19 +228,21 @@ class Folding:
             mine & np.asarray(pc.equal(rows["event_type"], "$groupidentify"))
         )
         foreign = group & ~np.isin(people, self.people)
-        new = rows
-        if seen.any():
-            new = self._folded(rows, seen, foreign)
-        kind = new["kind"].to_numpy().copy()
-        kind[~seen & ~mine] = Kind.DISPLACED
-        if self._rule.hide:
-            kind[mine] = Kind.UNDONE
-        else:
-            kind[mine & ~seen] = Kind.DISPLACED
-        new = with_column(new, "kind", pa.array(kind, pa.uint8()))
-        self._key_changes(rows, kinds, kind)
         # Somebody else's group identify is read for its group and stays where it is.
-        return new, ~(foreign & (people != 0)) | mine
+        own = ~(foreign & (people != 0)) | mine
+        new = Refolded(rows, own, seen)
+        if seen.any():
+            some = rows if seen.all() else rows.filter(pa.array(seen))
+            some = with_column(some, "flags", _earned(some))
+            new.decide(Decided(self.refold, some, foreign[seen]))
+        new.kind[~seen & ~mine] = Kind.DISPLACED
+        if self._rule.hide:
+            new.kind[mine] = Kind.UNDONE
+        else:
+            new.kind[mine & ~seen] = Kind.DISPLACED
+        self._key_changes(rows, kinds, new.kind)
+        self.rows += int(own.sum())
+        return new
 
     def _key_changes(self, rows: pa.Table, were: NDArray[np.uint8], are: NDArray[np.uint8]) -> None:
         changed = np.flatnonzero(were != are)
@@ -311,54 +298,48 @@ class Folding:
             packed = dedupe.table_of(packed_of_rows(some, self._limits))
             self._imported.append((packed, some["server_upload_time"].to_numpy()))
 
-    def _folded(self, rows: pa.Table, seen: Bools, foreign: Bools) -> pa.Table:
-        some = rows if seen.all() else rows.filter(pa.array(seen))
-        some = with_column(some, "flags", _earned(some))
-        fresh = decided(self.refold, some, foreign[seen])
-        places = np.flatnonzero(seen)
-        if len(places) == rows.num_rows:
-            for name, values in fresh.items():
-                rows = with_column(rows, name, values)
-            return rows
-        # Each row not folded keeps what it has.
-        take = np.arange(rows.num_rows)
-        take[places] = rows.num_rows + np.arange(len(places))
-        for name, values in fresh.items():
-            both = pa.chunked_array([*rows[name].chunks, values], SCHEMA.field(name).type)
-            rows = with_column(rows, name, both.take(pa.array(take)))
-        return rows
 
-    def keep(self, rows: pa.Table) -> None:
-        """Take rows for the lake files, and their places."""
-        if not rows.num_rows:
-            return
-        self._waiting.append(rows)
-        self.places.append(rows.select(["block", "row"]))
-        self._waiting_rows += rows.num_rows
-        self.rows += rows.num_rows
-        if self._waiting_rows >= REFOLD_FILE_ROWS:
-            self.flush()
+class Refolded:
+    """Some rows and what a fold makes of them. own: which are the closure's; kind: what all of them are now.
 
-    def flush(self) -> None:
-        """Write what waits as one file."""
-        if self._waiting:
-            rows = pa.concat_tables(self._waiting)
-            self._waiting, self._waiting_rows = [], 0
-            self.written.append(write(self._folder, rows))
+    The others are group identifies of other people, read for their groups alone.
+    """
 
+    def __init__(self, rows: pa.Table, own: Bools, seen: Bools) -> None:
+        self._rows = rows
+        self._own = own
+        self._seen = np.flatnonzero(seen)
+        self._decided: Decided | None = None
+        self.kind: NDArray[np.uint8] = rows["kind"].to_numpy().copy()
 
-def write(folder: Path, rows: pa.Table) -> Path:
-    """Write rows as one lake file, in the order of lake files; it is on disk when this returns."""
-    block = rows["block"].to_numpy()
-    order = np.lexsort([rows["row"].to_numpy(), block, rows["amplitude_id"].to_numpy()])
-    file = folder / parquet.file_name(int(block.min()), int(block.max()))
-    parquet.write(file, _as_file(rows.take(pa.array(order))), Files())
-    return file
+    def decide(self, decided: Decided) -> None:
+        """Take what becomes of the rows that are seen."""
+        self._decided = decided
+        self.kind[self._seen] = decided.kind
 
+    def changed(self) -> pa.Table:
+        """Return the closure's rows that are not what they were, as they must be, in any order."""
+        differs = self.kind != self._rows["kind"].to_numpy()
+        if self._decided is not None:
+            differs[self._seen] |= self._decided.differs
+        return self._new(differs & self._own)
 
-def write_file(lake: Lake, rows: pa.Table) -> Path:
-    """Write rows as one file that the lake does not name yet, in the order of lake files."""
-    return write(lake.events, rows)
+    def all(self) -> pa.Table:
+        """Return every row as it must be, in any order."""
+        others = self._rows.filter(pa.array(~self._own))
+        return pa.concat_tables([self._new(self._own), others])
+
+    def _new(self, chosen: Bools) -> pa.Table:
+        folded = np.zeros(len(chosen), bool)
+        folded[self._seen] = True
+        parts = []
+        for some, decided in ((chosen & ~folded, None), (chosen & folded, self._decided)):
+            rows = self._rows.filter(pa.array(some))
+            if decided is not None:
+                for name, values in decided.columns(np.flatnonzero(some[self._seen])).items():
+                    rows = with_column(rows, name, values)
+            parts.append(with_column(rows, "kind", pa.array(self.kind[some], pa.uint8())))
+        return pa.concat_tables(parts)
 
 
 def merge_row(project: int, merge: Merged) -> MergeRow:
@@ -378,33 +359,147 @@ def _is_imported(rows: pa.Table) -> Bools:
     return np.asarray(said.to_numpy(zero_copy_only=False), bool)
 
 
-def decided(refold: Refold, rows: pa.Table, foreign: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
-    """Fold rows of the lake, of all its columns, and return those that the fold decides, typed as in the lake."""
-    outcome = refold.fold(rows_of(rows, foreign))
-    created = np.array(outcome.created_ms, np.int64)
-    return {
-        "amplitude_id": pa.array(outcome.amplitude_id, pa.int64()),
-        "created_time": pa.array(np.ma.masked_equal(created, -1), pa.int64()),
-        "kind": pa.array(np.frombuffer(outcome.kind, np.uint8)),
-        "flags": pa.array(np.frombuffer(outcome.flags, np.uint8)),
-        **arrow.shown_again(outcome.tables, np.array(outcome.table, np.int64)),
-    }
+class Decided:
+    """What the fold decides of rows of the lake. kind: of each; differs: which rows say something else so far."""
+
+    def __init__(self, refold: Refold, rows: pa.Table, foreign: Bools) -> None:
+        sets, which = sets_of(rows, SHOWN)
+        said = [one[_SAID] for one in sets]
+        outcome = refold.fold(_rows_of(rows, foreign, _spread(said, which)))
+        self.kind = np.frombuffer(outcome.kind, np.uint8)
+        self._flags = np.frombuffer(outcome.flags, np.uint8)
+        self._people = np.array(outcome.amplitude_id, np.int64)
+        self._created = np.array(outcome.created_ms, np.int64)
+        vocabulary = Vocabulary()
+        tables = np.array(vocabulary.places(outcome.tables), np.int32)
+        self._tables = tables[np.array(outcome.table, np.int64)]
+        self._snapshots = arrow.Snapshots(vocabulary)
+        created = pc.fill_null(rows["created_time"], _NEVER).to_numpy()
+        self.differs: Bools = (
+            (self.kind != rows["kind"].to_numpy())
+            | (self._flags != rows["flags"].to_numpy())
+            | (self._people != rows["amplitude_id"].to_numpy())
+            | (self._created != created)
+            | ~same(rows["user_properties"], self._snapshots.user_properties(self._tables))
+            | ~_same_sets(sets, which, vocabulary, self._tables)
+        )
+
+    def columns(self, at: NDArray[np.int64]) -> dict[str, pa.Array]:
+        """Return all that is decided of some of the rows, typed as in the lake."""
+        created = np.ma.masked_equal(self._created[at], _NEVER)
+        shown = self._snapshots.columns(self._tables[at])
+        return {
+            "amplitude_id": pa.array(self._people[at], pa.int64()),
+            "created_time": pa.array(created, pa.int64()),
+            "kind": pa.array(self.kind[at]),
+            "flags": pa.array(self._flags[at]),
+            **{name: array.cast(SCHEMA.field(name).type) for name, array in shown.items()},
+        }
 
 
-def rows_of(rows: pa.Table, foreign: np.ndarray[Any, Any]) -> Rows:
+_NEVER = -1
+_SAID = slice(SHOWN.index(SAYABLE[0]), SHOWN.index(SAYABLE[0]) + len(SAYABLE))
+
+
+def same(olds: pa.Array | pa.ChunkedArray, news: pa.Array) -> Bools:
+    """Say which values are equal; none is none."""
+    missing, lacking = pc.is_null(olds), pc.is_null(news)
+    found = pc.if_else(pc.or_(missing, lacking), pc.and_(missing, lacking), pc.equal(olds, news))
+    return np.asarray(found.to_numpy(zero_copy_only=False), bool)
+
+
+def _same_sets(
+    sets: list[tuple[str | None, ...]],
+    which: NDArray[np.int64],
+    vocabulary: Vocabulary,
+    tables: NDArray[np.int32],
+) -> Bools:
+    """Say which rows show the set of SHOWN that they showed. vocabulary, tables: what they show now."""
+    news = list(zip(*map(_as_texts, vocabulary.columns().values()), strict=True))
+    pairs = which * len(news) + np.array(vocabulary.shown, np.int64)[tables]
+    found, of_row = np.unique(pairs, return_inverse=True)
+    same = [sets[pair // len(news)] == news[pair % len(news)] for pair in found.tolist()]
+    return np.array(same, bool)[of_row]
+
+
+def _as_texts(values: Sequence[Any]) -> list[str | None]:
+    return [
+        bytes(one).decode(errors="replace") if isinstance(one, msgspec.Raw) else one
+        for one in values
+    ]
+
+
+def rows_of(rows: pa.Table, foreign: Bools) -> Rows:
     """Return rows of the lake as the fold takes them."""
+    return _rows_of(rows, foreign, _spread(*sets_of(rows, SAYABLE)))
+
+
+def _rows_of(rows: pa.Table, foreign: Bools, shown: list[tuple[str | None, ...]]) -> Rows:
     return Rows(
-        **{name: rows[name].to_pylist() for name in _FOLDED},
+        **{name: _numbers(rows[name]) for name in _NUMBERS},
+        **{name: _texts(rows[name]) for name in _TEXTS},
+        insert_id=rows["insert_id"].to_pylist(),
         foreign=foreign.tolist(),
-        said_columns=[rows[name].to_pylist() for name in SAYABLE],
+        shown=shown,
     )
 
 
-_FOLDED = (
-    *("block", "row", "amplitude_id", "flags", "user_id", "device_id", "event_type"),
-    *("insert_id", "event_id", "event_time", "server_upload_time", "path"),
-    *("sent", "sent_groups", "said", "updates_max", "merges_max"),
+_NUMBERS = (
+    *("block", "row", "amplitude_id", "flags", "event_id", "event_time", "server_upload_time"),
+    *("said", "updates_max", "merges_max"),
 )
+# Each text once, however many rows say it: whoever looks it up finds its hash made.
+_TEXTS = ("user_id", "device_id", "event_type", "path", "sent", "sent_groups")
+FOLDED = (*_NUMBERS, *_TEXTS, "insert_id", *SAYABLE)
+
+
+def _numbers(column: pa.ChunkedArray) -> list[Any]:
+    if column.null_count:
+        return column.to_pylist() if column.null_count < len(column) else [None] * len(column)
+    found: list[Any] = column.to_numpy().tolist()
+    return found
+
+
+def _texts(column: pa.ChunkedArray) -> list[Any]:
+    if column.null_count == len(column):
+        return [None] * len(column)
+    words, which = _coded(column)
+    return _spread(words.to_pylist(), which)
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[pa.Array, NDArray[np.int64]]:
+    """Return the distinct texts of a column, none among them if a row has none, and which of them each row has."""
+    coded = pc.dictionary_encode(column.combine_chunks(), null_encoding="encode")
+    return coded.dictionary, coded.indices.to_numpy().astype(np.int64)
+
+
+def _spread(values: list[Any], which: NDArray[np.int64]) -> list[Any]:
+    found: list[Any] = np.fromiter(values, object, len(values))[which].tolist()
+    return found
+
+
+def sets_of(
+    rows: pa.Table, names: Sequence[str]
+) -> tuple[list[tuple[str | None, ...]], NDArray[np.int64]]:
+    """Return the distinct sets of values that rows have in some columns of text, and which of them each row has."""
+    which: NDArray[np.int64] = np.zeros(rows.num_rows, np.int64)
+    count = 1
+    for name in names:
+        column = rows[name]
+        if column.null_count == len(column):
+            continue
+        words, places = _coded(column)
+        if count * len(words) > _CODES_MAX:
+            found, which = np.unique(which, return_inverse=True)
+            count = len(found)
+        which = which * len(words) + places
+        count *= len(words)
+    _, firsts, which = np.unique(which, return_index=True, return_inverse=True)
+    some = rows.select(list(names)).take(pa.array(firsts))
+    return list(zip(*(some[name].to_pylist() for name in names), strict=True)), which
+
+
+_CODES_MAX = 2**62
 
 
 def _earned(rows: pa.Table) -> pa.Array:
@@ -423,13 +518,3 @@ def _earned(rows: pa.Table) -> pa.Array:
 def with_column(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
     """Return rows with another column of a name."""
     return rows.set_column(rows.schema.get_field_index(name), SCHEMA.field(name), values)
-
-
-def _as_file(rows: pa.Table) -> Iterable[pa.Table]:
-    columns = [
-        rows[field.name].dictionary_encode()
-        if pa.types.is_dictionary(field.type)
-        else rows[field.name]
-        for field in FILE
-    ]
-    yield pa.Table.from_arrays(columns, schema=FILE)

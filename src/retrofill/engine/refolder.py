@@ -37,9 +37,10 @@ from retrofill.core.block import Block, Kind
 from retrofill.core.fold import Changes, Group
 from retrofill.core.person import Person
 from retrofill.core.refold import Refold
+from retrofill.engine.changed import DECIDED, Changed, write
 from retrofill.engine.child import Child, serve
 from retrofill.engine.closure import Closure, Members
-from retrofill.engine.refold import KEY_COLUMNS, Folding, Keys, Rule, Seed, merge_row, write
+from retrofill.engine.refold import FOLDED, KEY_COLUMNS, Folding, Keys, Rule, Seed, merge_row
 from retrofill.errors import CorruptError, FullError, StoreError
 from retrofill.hot import keys as key_files
 from retrofill.hot.keys import KeyFile
@@ -54,6 +55,15 @@ from retrofill.limits import REFOLD_ROWS, REFOLD_TAIL_BYTES, Limits
 _NICE = 5
 _CHILD = "from retrofill.engine import refolder; refolder.main()"
 _SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
+_HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
+# What the fold looks at, and what it decides; and where the row stands. Event properties say whether there is revenue
+# in a row that was never folded, and are read for those alone.
+_FOLDED = (
+    ", ".join(
+        f'"{name}"' for name in SCHEMA.names if name in {"project", *KEY_COLUMNS, *DECIDED, *FOLDED}
+    )
+    + ", file, place"
+)
 _MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
 _ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)}
 
@@ -355,18 +365,12 @@ class Session:
             by_time=task.rule.by_time,
             barred=frozenset(task.rule.barred),
         )
-        self._folding = Folding(
-            task.events,
-            task.rule,
-            refold,
-            task.limits,
-            quota_after_ms=task.quota_after_ms,
-        )
+        self._folding = Folding(task.rule, refold, task.limits, quota_after_ms=task.quota_after_ms)
         self._named = self._members
         return Done(nodes=self._members.count)
 
     def _use(self, sources: Sources) -> None:
-        self._history.use(sources.files)
+        self._sources = self._history.use(sources.files)
 
     def _seeds(self) -> pa.Table:
         """Return the ids of the change's own rows; hear of the groups that they change."""
@@ -499,8 +503,10 @@ class Session:
         contested = ask(f"SELECT {keys} FROM events WHERE {where} AND {displaced}", between)
         folding.contest(contested.to_arrow_table())
         rule = self._begun.rule
+        unfolded = rule.show is not None or folding.contested
+        said = f"CASE WHEN kind IN ({_HIDDEN}) THEN event_properties END" if unfolded else "NULL"
         chosen = (
-            f"SELECT {COLUMNS} FROM events WHERE {where} AND ("
+            f"FROM events WHERE {where} AND ("
             f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
             f"OR kind = {int(Kind.GROUP_IDENTIFY)} OR ({displaced}) "
             f'OR (kind = {int(Kind.UNDONE)} AND import_id = $4 AND "block" > $5 AND "block" <= $6)) '
@@ -510,17 +516,18 @@ class Session:
             inserts = pa.array(folding.contested, pa.string())
             self._history.register("contested", pa.table({"id": inserts}))
             judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
-            folding.judge(ask(judged, values).to_arrow_table())
+            folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
         by = order.SQL if rule.by_time else '"block", "row"'
-        reader = ask(f"{chosen} ORDER BY {by}", values).to_arrow_reader(REFOLD_ROWS)
+        reader = ask(
+            f"SELECT {_FOLDED}, {said}::VARCHAR AS event_properties {chosen} ORDER BY {by}", values
+        ).to_arrow_reader(REFOLD_ROWS)
         before = folding.rows
+        changed = Changed(self._begun.scratch)
         for rows in _tables(reader) if rule.by_time else _whole_blocks(reader):
-            new, own = folding.fold(rows)
-            folding.keep(new.filter(pa.array(own)))
-        folding.flush()
+            changed.add(folding.fold(rows).changed())
+        files = changed.write(self._sources, self._begun.events)
         self._until = task.until
-        files, folding.written = folding.written, []
-        places, folding.places = folding.places, []
+        places = changed.places
         return Done(
             nodes=self._members.count,
             ids_left=self._ids.left,
@@ -544,9 +551,7 @@ class Session:
         some = rows.filter(pa.array(chosen))
         folding.contest(some.filter(pc.equal(some["kind"], int(Kind.DISPLACED))))
         kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
-        for piece in _pieces(some):
-            new, own = folding.fold(piece)
-            kept += [new.filter(pa.array(own)), piece.filter(pa.array(~own))]
+        kept += [folding.fold(piece).all() for piece in _pieces(some)]
         self._until = last
         written = pa.concat_tables(kept)
         files = [write(self._begun.events, written)] if written.num_rows else []
@@ -720,14 +725,14 @@ def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
 
 def _tables(batches: Any) -> Iterator[pa.Table]:
     for batch in batches:
-        yield pa.Table.from_batches([batch], SCHEMA)
+        yield pa.Table.from_batches([batch])
 
 
 def _whole_blocks(batches: Any) -> Iterator[pa.Table]:
     """Yield rows so that no block is cut; a block is at most some thousand rows."""
     left: pa.Table | None = None
     for batch in batches:
-        rows = pa.Table.from_batches([batch], SCHEMA)
+        rows = pa.Table.from_batches([batch])
         if left is not None:
             rows = pa.concat_tables([left, rows])
         if not rows.num_rows:

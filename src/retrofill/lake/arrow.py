@@ -130,9 +130,13 @@ class Snapshots:
     def columns(self, table: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
         """Return the snapshot's columns for rows that show these tables, as in `FILE`."""
         places = pa.array(self._shown[table])
-        return {"user_properties": self._users.take(pa.array(table))} | {
+        return {"user_properties": self.user_properties(table)} | {
             name: values.take(places) for name, values in self._sets.items()
         }
+
+    def user_properties(self, table: np.ndarray[Any, Any]) -> pa.Array:
+        """Return that one column."""
+        return self._users.take(pa.array(table))
 
 
 def narrow(blocks: Iterable[Block], vocabulary: Vocabulary) -> pa.Table:
@@ -152,14 +156,6 @@ def widen(rows: pa.Table, snapshots: Snapshots) -> pa.Table:
     shown = snapshots.columns(rows["table"].to_numpy())
     arrays = [shown[name] if name in shown else rows[name] for name in FILE.names]
     return pa.Table.from_arrays(arrays, schema=FILE)
-
-
-def shown_again(tables: Sequence[bytes], index: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
-    """Return the columns of a snapshot for rows that now show tables[index], typed as in `SCHEMA`."""
-    vocabulary = Vocabulary()
-    places = np.array(vocabulary.places(tables), np.int32)
-    found = Snapshots(vocabulary).columns(places[index])
-    return {name: array.cast(SCHEMA.field(name).type) for name, array in found.items()}
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -21,7 +21,10 @@ COLUMNS = ", ".join(f'"{name}"' for name in SCHEMA.names)
 
 
 class History:
-    """A DuckDB of its own with the view `events`, and others if wanted, of the columns of the lake table."""
+    """A DuckDB of its own with the view `events`, and others if wanted: the lake's columns, and where each row stands.
+
+    That is `file`, the place of its file in what `use` returned, and `place`, its own in there, deleted rows counted too.
+    """
 
     def __init__(self, spill: Path) -> None:
         self._db = duckdb.connect(
@@ -54,26 +57,32 @@ class History:
         """Name a table for statements, in place of one of that name."""
         self._db.register(name, rows)
 
-    def use(self, files: Sequence[LakeFile], view: str = "events") -> None:
-        """Let a view be the rows of these files, without those that their delete files name."""
-        whole = [str(file.path) for file in files if file.deleted is None]
+    def use(self, files: Sequence[LakeFile], view: str = "events") -> list[LakeFile]:
+        """Let a view be the rows of these files, without those that their delete files name; return them in its order."""
+        whole = [file for file in files if file.deleted is None]
+        deleted = [file for file in files if file.deleted is not None]
         parts = []
         if whole:
-            parts.append(f"FROM read_parquet({self._named(whole)}, union_by_name=true)")
-        for number, file in enumerate(one for one in files if one.deleted is not None):
+            names = self._named([str(file.path) for file in whole])
+            # The first one is the columns' own.
+            parts.append(
+                f"file_index - 1, file_row_number FROM read_parquet({names}, union_by_name=true)"
+            )
+        for number, file in enumerate(deleted, len(whole)):
             assert file.deleted is not None
             gone = f"{view}_gone_{number}"
             self.register(gone, pq.read_table(file.deleted, columns=["pos"]))
             names = self._named([str(file.path)])
-            rows = f"FROM read_parquet({names}, union_by_name=true, file_row_number=true)"
+            rows = f"{number}, file_row_number FROM read_parquet({names}, union_by_name=true)"
             parts.append(rows + f" ANTI JOIN {gone} ON file_row_number = pos")
         if not parts:
             self.register("no_events", SCHEMA.empty_table())
-            parts.append("FROM no_events")
+            parts.append("0, 0 FROM no_events")
         self._db.execute(
-            f"CREATE OR REPLACE TEMP VIEW {view} AS "
-            + " UNION ALL ".join(f"SELECT {COLUMNS} {one}" for one in parts)
+            f"CREATE OR REPLACE TEMP VIEW {view}({COLUMNS}, file, place) AS "
+            + " UNION ALL ".join(f"SELECT {COLUMNS}, {one}" for one in parts)
         )
+        return [*whole, *deleted]
 
     def _named(self, paths: Sequence[str]) -> str:
         names = [str(self._columns), *paths]

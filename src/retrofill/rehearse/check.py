@@ -14,7 +14,7 @@ from retrofill.core import person as people_codec
 from retrofill.core.block import Kind
 from retrofill.core.fold import Changes
 from retrofill.core.refold import Refold
-from retrofill.engine.refold import decided
+from retrofill.engine.refold import rows_of
 from retrofill.engine.seeding import PROJECT, complete
 from retrofill.rehearse.given import Given
 
@@ -54,7 +54,7 @@ class Checked:
         if rows.num_rows:
             group = rows["kind"].to_numpy() == Kind.GROUP_IDENTIFY
             foreign = group & ~np.isin(rows["amplitude_id"].to_numpy(), self._known)
-            decided(self._refold, complete(rows), foreign)
+            self._refold.fold(rows_of(complete(rows), foreign))
 
     def problems(self) -> list[str]:
         """Say what the rows do not fold to, once all have passed; nothing if they do, or were too many."""
