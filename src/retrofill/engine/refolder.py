@@ -5,7 +5,7 @@ reads those. One child does one change, in this order:
 
 - `Begin`: find the closure in a pinned snapshot, everybody's ids up to its last block.
 - `Pass`, the first over everything, then over what was sealed since: fold the closure's rows of those blocks, write
-  them as new lake files. Who joined the closure by a row since is taken in: until then the change did not touch them,
+  those that come out otherwise as new lake files. Who joined the closure by a row since is taken in: until then the change did not touch them,
   so their earlier rows stay as they are and are folded only for the state they end in.
 - `Rekey`: write the key files anew, beside the old ones. Keys that change later are of blocks that no key file holds.
 - `Export`: what the fold has changed since the last export, as files for the server to read.
