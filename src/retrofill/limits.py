@@ -139,6 +139,9 @@ WHY_PEOPLE_MAX = 1000  # other people on a person's devices whose rows are looke
 UNDO_RETENTION_DAYS = 30  # an undone import can be restored so long; then its rows are deleted
 SEAL_EVENTS = 150_000  # blocks become a lake file at this many events
 SEAL_AGE_MS = 60_000  # or when the oldest is this old
+SEAL_RETRY_MS = (
+    5_000  # until a seal that failed is tried again by itself; whoever needs one tries at once
+)
 SEAL_LAG_EVENTS_MAX = 1_500_000  # unsealed events; beyond it 503 until sealing has caught up
 CHECKPOINT_EVENTS = 300_000
 CHECKPOINT_AGE_MS = 120_000

@@ -143,6 +143,65 @@ def test_blocks_that_the_lake_has_are_sealed_no_second_time(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("adopted", "by"), [(0, "undo"), (1, "reader"), (2, "reader")])
+def test_a_seal_that_fails_is_told_to_its_asker_and_the_next_takes_what_is_left(
+    adopted: int, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        for value in range(2):
+            assert isinstance(await engine.ingest(update(value)), Accepted)
+        real = engine._sealer.seal
+
+        async def full(first: int, _: int) -> None:
+            if adopted:
+                await real(first, first + adopted - 1)
+            raise FullError("The disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._sealer, "seal", full)
+            with pytest.raises(FullError):
+                await (engine.undo(1, "old-shop") if by == "undo" else engine.seal())
+        assert engine.problem() is None
+        assert engine.figures.seal_failures == 1
+        assert [one.number for one in engine.unsealed] == [1, 2][adopted:]
+        assert isinstance(await engine.ingest(update(2)), Accepted)
+        await engine.seal()
+        assert not engine.unsealed
+        await engine.close()
+        assert rows(opened(tmp_path)) == 3
+
+    asyncio.run(run())
+
+
+def test_a_seal_after_which_nobody_knows_what_the_lake_has_stops_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(_first: int, _last: int) -> None:
+        raise FullError("The disk is full")
+
+    def unread() -> int:
+        raise StoreError("The lake failed")
+
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._sealer, "seal", full)
+            patched.setattr(engine.lake, "sealed", unread)
+            with pytest.raises(StoreError, match="The lake failed"):
+                await engine.seal()
+        assert engine.problem() == "The lake failed"
+        await engine.close()
+        again = opened(tmp_path)
+        assert n_of_ann(again) == 1
+        await again.close()
+
+    asyncio.run(run())
+
+
 def test_a_seal_whose_asker_is_cancelled_goes_on(tmp_path: Path) -> None:
     async def run() -> None:
         engine = opened(tmp_path)

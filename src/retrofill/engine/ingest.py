@@ -74,6 +74,7 @@ from retrofill.limits import (
     SEAL_AGE_MS,
     SEAL_EVENTS,
     SEAL_LAG_EVENTS_MAX,
+    SEAL_RETRY_MS,
     Limits,
 )
 from retrofill.queue import Queue
@@ -101,6 +102,7 @@ class Figures(Struct):
     held: int = 0
     commit_s: float = 0.0
     seals: int = 0
+    seal_failures: int = 0
     sealed_events: int = 0
     checkpoints: int = 0
     last_seal_ms: int = 0
@@ -145,6 +147,7 @@ class Engine:
         self._unsealed_events = 0
         self._since_checkpoint = 0
         self._checkpoint_ms = clock.now_ms()
+        self._seal_again_ms = 0
         self._projects: dict[str, Project] = {}
         self._admissions: dict[int, Admission] = {}
         self._enricher = Enricher(settings.geoip)
@@ -634,8 +637,8 @@ class Engine:
     async def _background_loop(self) -> None:
         while not self._closing:
             now_ms = self._clock.now_ms()
-            if self._seal_is_due(now_ms):
-                await self.seal()
+            if self._seal_is_due(now_ms) and now_ms >= self._seal_again_ms:
+                await self._seal_in_turn()
                 await self._settle(1)
             await self._settle(LATE_MARKS_MAX)
             if self._since_checkpoint >= CHECKPOINT_EVENTS or (
@@ -659,6 +662,15 @@ class Engine:
                     # Nothing has changed: the next look tries it again, and so does whoever reads.
                     log.warning("settle_failed", project=number, reason=str(problem))
 
+    async def _seal_in_turn(self) -> None:
+        """Seal because it is due; if that fails, it is tried again later, and requests are refused once too much waits."""
+        try:
+            await self.seal()
+        except StoreError:
+            if self._problem is not None:
+                raise
+            self._seal_again_ms = self._clock.now_ms() + SEAL_RETRY_MS
+
     def _seal_is_due(self, now_ms: int) -> bool:
         return bool(self.unsealed) and (
             self._unsealed_events >= SEAL_EVENTS
@@ -668,8 +680,7 @@ class Engine:
     async def seal(self) -> None:
         """Move every block committed so far into the lake, to the end also when whoever asked has gone.
 
-        Raises StoreError; then the engine refuses all work: the lake may have some of the blocks, and a second time
-        they must not go there.
+        Raises StoreError: then blocks that are not in the lake wait in the hot store for the next seal.
         """
         task = asyncio.create_task(self._seal())
         self._seals.add(task)
@@ -682,12 +693,25 @@ class Engine:
             if not self.unsealed:
                 return
             first, last = self.unsealed[0].number, self.unsealed[-1].number
+            problem = None
             try:
                 await self._sealer.seal(first, last)
-                await self.sealed(first, last)
-            except BaseException as problem:
-                self.fail(problem)
+            except StoreError as failure:
+                problem = failure
+                self._figures.seal_failures += 1
+                log.warning("seal_failed", first=first, last=last, reason=str(failure))
+            except BaseException as failure:
+                self.fail(failure)
                 raise
+            try:
+                if problem is not None:  # a second time what it has must not go there
+                    last = await asyncio.to_thread(self.lake.sealed)
+                await self.sealed(first, last)
+            except BaseException as failure:
+                self.fail(failure)
+                raise
+            if problem is not None:
+                raise problem
             await self._sealer.compact()
 
     async def compact(self) -> None:

@@ -36,6 +36,10 @@ COUNTERS = {
     ),
     "commit_s": ("retrofill_commit_writing_seconds", "Time spent in commits"),
     "seals": ("retrofill_seals", "Seals done"),
+    "seal_failures": (
+        "retrofill_seal_failures",
+        "Seals that failed; what was acknowledged is whole and waits in the hot store",
+    ),
     "sealed_events": ("retrofill_sealed_events", "Events moved into the lake"),
     "checkpoints": ("retrofill_checkpoints", "Checkpoints written"),
 }
