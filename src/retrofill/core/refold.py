@@ -111,7 +111,7 @@ class Refold:
         self._project = project
         self._new_id = new_id
         self._next = _PROVISIONAL
-        self._final: dict[int, int] = {}  # provisional → final amplitude_id
+        self._final: dict[int, int] = {0: 0}  # provisional → final amplitude_id
         self._taken: dict[int, int] = {}  # and back
         self.devices: dict[str, int] = _Ids()
         self.users: dict[str, int] = _Ids()
@@ -176,6 +176,10 @@ class Refold:
             places.tolist(),
             tables,
         )
+
+    def free(self, device: str) -> None:
+        """Let a device be nobody's from here on: whose it was last has been deleted."""
+        self.devices[device] = self._touched.devices[device] = 0
 
     def changes(self, was: Changes) -> Changes:
         """Return what must be laid over the state `was`, which names people as they were, to end in this one.

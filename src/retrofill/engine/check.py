@@ -40,7 +40,7 @@ from retrofill.core.refold import Refold
 from retrofill.engine.changed import write
 from retrofill.engine.deletion import Deletions
 from retrofill.engine.ingest import Engine
-from retrofill.engine.refold import KEY_COLUMNS, Decided, merge_row, same, with_column
+from retrofill.engine.refold import KEY_COLUMNS, Decided, Freed, merge_row, same, with_column
 from retrofill.engine.seal import Sealer
 from retrofill.errors import CorruptError, InputError, StoreError
 from retrofill.hot import sqlite
@@ -294,7 +294,7 @@ class _Project:
             by_time=self._by_time,
             barred=engine.state.project(project).barred,
         )
-        self._appeared: set[int] = set()
+        self._freed = Freed(self._refold)
         self.mends = Mends()
         self.mending = False
 
@@ -357,7 +357,8 @@ class _Project:
         if not rows.num_rows:
             return
         self._report.rows += rows.num_rows
-        for part in self._parts(rows) if self._deleted else [rows]:
+        every = np.ones(rows.num_rows, bool)
+        for part in self._freed.parts(rows, every) if self._deleted else [rows]:
             self._fold(part)
         lost = set(
             self._engine.duplicates.unheld(rows, self._limits, oldest_block=self._oldest_block)
@@ -400,30 +401,6 @@ class _Project:
         if name in JSON_COLUMNS:
             old, new = _parsed(old), _parsed(new)
         self._report.compares(self._number, where, {name: old}, {name: new})
-
-    def _parts(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Yield the rows up to each block before which a deletion has freed a device, and free it."""
-        devices, people = rows["device_id"].to_pylist(), rows["amplitude_id"].to_pylist()
-        users, blocks = rows["user_id"].to_pylist(), rows["block"].to_pylist()
-        begun = 0
-        here: set[str] = set()  # devices of rows before, not folded yet
-        for at, (device, user, one) in enumerate(zip(devices, users, people, strict=True)):
-            new = one not in self._appeared
-            self._appeared.add(one)
-            used = device in here or bool(self._refold.devices[device or ""])
-            if new and one and device and user is None and used:
-                first = at
-                while first > begun and blocks[first - 1] == blocks[at]:
-                    first -= 1
-                if device not in devices[first:at]:
-                    if first > begun:
-                        yield rows.slice(begun, first - begun)
-                        here = set(devices[first:at])
-                    self._refold.devices[device] = 0
-                    begun = first
-            if device:
-                here.add(device)
-        yield rows.slice(begun)
 
     def _aliases(self, reader: pa.RecordBatchReader) -> None:
         for user, sent in (pair.values() for rows in reader for pair in rows.to_pylist()):
@@ -497,7 +474,9 @@ class _Project:
         mend: dict[str, int] = getattr(self.mends.changes, table)
         for one, old in self._checkpoint.every_id(table, self._number):
             new = made.pop(one, 0)
-            if old != new and not (old in self._forgotten and (self._deleted or not new)):
+            # Nobody's is a device that an undo left free after a deletion.
+            freed = not old or old in self._forgotten
+            if old != new and not (freed and (self._deleted or not new)):
                 mend[one] = new
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", old or None, new or None)
         for one, new in made.items():

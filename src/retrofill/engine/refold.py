@@ -9,7 +9,7 @@ rows come in from `engine.refolder`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -76,6 +76,49 @@ class Rule(Struct, frozen=True):
         """Which import's rows change, after which block up to which."""
         which = self.hide or self.show
         return (which.import_id, which.after, which.until) if which else ("", 0, 0)
+
+
+class Freed:
+    """Devices that a deletion has freed, as far as rows still say so.
+
+    Whoever is deleted leaves no row, so a fold of the rows that are left believes a device to be whose it was before
+    that. But an event without a user on somebody's device is always that one's: if it began a person, nobody had it.
+    """
+
+    def __init__(self, refold: Refold) -> None:
+        self._refold = refold
+        self._appeared: NDArray[np.int64] = np.zeros(1, np.int64)  # 0 is nobody
+
+    def parts(self, rows: pa.Table, telling: Bools) -> Iterator[pa.Table]:
+        """Yield rows up to each block before which a device was freed, and free it; each part is to be folded at once.
+
+        telling: rows whose amplitude_id is of the history that is folded again.
+        """
+        told = np.flatnonzero(telling)
+        people, firsts = np.unique(rows["amplitude_id"].to_numpy()[told], return_index=True)
+        new = ~np.isin(people, self._appeared)
+        self._appeared = np.union1d(self._appeared, people[new])
+        anonymous = rows["user_id"].is_null().to_numpy()
+        begins = [at for at in np.sort(told[firsts[new]]).tolist() if anonymous[at]]
+        begun = 0
+        if begins:
+            devices = _texts(rows["device_id"])
+            block = rows["block"].to_numpy()
+            before: dict[str, int] = {}  # the first row of each here
+            for at, device in enumerate(devices):
+                before.setdefault(device, at)
+            for at in begins:
+                device = devices[at]
+                used = before[device] < at or self._refold.devices[device or ""]
+                first = int(np.searchsorted(block[: at + 1], block[at]))
+                # A deletion is a block of its own, or comes before all else in it.
+                if not device or not used or device in devices[first:at]:
+                    continue
+                if begun < first:
+                    yield rows.slice(begun, first - begun)
+                self._refold.free(device)
+                begun = first
+        yield rows.slice(begun)
 
 
 class Keys(Struct):
@@ -151,13 +194,21 @@ class Stored:
 class Folding:
     """The rows of some people on their way through the fold.
 
-    people: who they are, by amplitude_id, in rising order; whoever joins later is added. gone, added: keys that rows
-    held before, and hold now. stored: what differs for the daily quota. rows: how many were theirs so far.
+    whole: whether it is everyone of the project. people: who they are, by amplitude_id, in rising order; whoever joins
+    later is added. gone, added: keys that rows held before, and hold now. stored: what differs for the daily quota. rows: how many were theirs so far.
     """
 
     def __init__(
-        self, rule: Rule, refold: Refold, limits: Limits, *, quota_after_ms: int = _NEVER_MS
+        self,
+        rule: Rule,
+        refold: Refold,
+        limits: Limits,
+        *,
+        whole: bool = False,
+        quota_after_ms: int = _NEVER_MS,
     ) -> None:
+        # Of rows that were folded in event time the numbers do not say who was new on arrival.
+        self._freed = None if rule.by_time or whole else Freed(refold)
         self.stored = Stored(quota_after_ms if limits.daily_quota else _NEVER_MS)
         self._rule = rule
         self._limits = limits
@@ -196,7 +247,17 @@ class Folding:
         for name in ("sent", "sent_groups"):
             kept = pc.if_else(groups, pa.scalar(None, pa.string()), rows[name])
             rows = with_column(rows, name, kept)
-        self.refold.fold(rows_of(rows, np.zeros(rows.num_rows, bool)))
+        for some in self.parts(rows):
+            self.refold.fold(rows_of(some, np.zeros(some.num_rows, bool)))
+
+    def parts(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """Yield the next rows in parts, each to be folded at once: see `Freed`."""
+        if self._freed is None:
+            return iter([rows])
+        # What is shown again has numbers of the history that it was hidden from.
+        telling = ~self._mine(rows)[0] if self._rule.show else np.ones(rows.num_rows, bool)
+        seen = np.isin(rows["kind"].to_numpy(), _SEEN)
+        return self._freed.parts(rows, telling & seen)
 
     @property
     def contested(self) -> list[str]:

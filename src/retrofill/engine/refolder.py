@@ -524,7 +524,8 @@ class Session:
         before = folding.rows
         changed = Changed(self._begun.scratch)
         for rows in _tables(reader) if rule.by_time else _whole_blocks(reader):
-            changed.add(folding.fold(rows).changed())
+            for some in folding.parts(rows):
+                changed.add(folding.fold(some).changed())
         files = changed.write(self._sources, self._begun.events)
         self._until = task.until
         places = changed.places
@@ -551,7 +552,8 @@ class Session:
         some = rows.filter(pa.array(chosen))
         folding.contest(some.filter(pc.equal(some["kind"], int(Kind.DISPLACED))))
         kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
-        kept += [folding.fold(piece).all() for piece in _pieces(some)]
+        for piece in _pieces(some):
+            kept += [folding.fold(part).all() for part in folding.parts(piece)]
         self._until = last
         written = pa.concat_tables(kept)
         files = [write(self._begun.events, written)] if written.num_rows else []

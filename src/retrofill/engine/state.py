@@ -12,9 +12,11 @@ next block may be folded while the old values are written.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Generic, Never, TypeVar
+
+from msgspec.structs import replace
 
 from retrofill.core.event import Batch
 from retrofill.core.fold import Changes, Folded, Group, Known
@@ -214,6 +216,14 @@ class ProjectState:
             found.update(shelf.young[one] for one in ids)
         return found - {0}
 
+    def freed(self, devices: Collection[str]) -> set[str]:
+        """Return those of these devices whose last owner is forgotten."""
+        self.devices.want(devices)
+        of = self.devices.young
+        self.people.want({of[one] for one in devices} - {0})
+        people = self.people.young
+        return {one for one in devices if of[one] and people[of[one]].merged_into == FORGOTTEN}
+
     def apply(self, changes: Changes, *, block: int) -> None:
         """Take what a block changed, after it is on disk."""
         if (
@@ -366,8 +376,12 @@ class State:
         """Take a project's values that changed without a block: the next checkpoint must be written.
 
         They may have been made by a process that died: its numbers were drawn, and whom its ids named before is gone.
+        A device whose owner was deleted stays free: of the rows that are left the last may be somebody's before that.
         """
         project = self.project(number)
+        freed = project.freed(changes.devices)
+        devices = {one: owner for one, owner in changes.devices.items() if one not in freed}
+        changes = replace(changes, devices=devices)
         were = project.owners(changes.devices, changes.users) - changes.people.keys()
         people = changes.people | {one: Person(one, merged_into=FORGOTTEN) for one in were}
         # Of a group, rows of people who are not folded again may be the last to show it.
