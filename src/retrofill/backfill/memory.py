@@ -13,7 +13,7 @@ COLLECT_AFTER: Final = (50_000, 20, 20)
 # glibc's names and numbers. By itself it gives memory back to the system after every few megabytes and asks for it again,
 # cleared, for the next piece: a third of cutting a source into rows, 6 % of staging.
 _TRIM, _MMAP = -1, -3
-KEPT_BYTES: Final = 64 * 1024 * 1024  # ours: free memory kept at the end of the heap
+KEPT_BYTES: Final = 16 * 1024 * 1024  # ours: free memory kept at the end of the heap
 PIECE_BYTES: Final = 32 * 1024 * 1024  # glibc takes no more: larger pieces have memory of their own
 
 
