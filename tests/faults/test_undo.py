@@ -22,13 +22,14 @@ from tests.faults.process import Process, Row
 pytestmark = pytest.mark.slow
 
 IMPORT = "old-shop"
-ANSWER_S = 120
+ANSWER_S = 240
 PAUSE_S = (
     0.02  # between two requests: what is undone beside full load is measured by bench/imports.py
 )
+# So few rows may be left for the pause that on a busy machine more come each time around: ten times, not 200.
 SETTINGS = (
     "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_ROWS=200 "
-    "REFOLD_TAIL_ROWS=20 REFOLD_TAIL_MAX=50 REFOLD_PACE_ROWS=50"
+    "REFOLD_TAIL_ROWS=20 REFOLD_TAIL_MAX=50 REFOLD_TAILS_MAX=10 REFOLD_PACE_ROWS=50"
 )
 
 # Steps at which the server is killed: a method, and whether it was done by then. Once in the life of a directory.
@@ -285,7 +286,7 @@ def killed_anywhere(kills: int, folder: Path, seed: int) -> None:
     assert inside >= kills // 2  # the change was under way
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "step",
     [
@@ -299,7 +300,7 @@ def test_killed_at_a_step_of_an_undo_nothing_of_the_import_remains(
     killed_at(step, tmp_path / "at")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_five_times_inside_undo_and_restore_it_ends_as_one_that_never_saw_the_import(
     tmp_path: Path,
 ) -> None:
