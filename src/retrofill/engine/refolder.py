@@ -365,7 +365,13 @@ class Session:
             by_time=task.rule.by_time,
             barred=frozenset(task.rule.barred),
         )
-        self._folding = Folding(task.rule, refold, task.limits, quota_after_ms=task.quota_after_ms)
+        self._folding = Folding(
+            task.rule,
+            refold,
+            task.limits,
+            whole=task.seed.whole,
+            quota_after_ms=task.quota_after_ms,
+        )
         self._named = self._members
         return Done(nodes=self._members.count)
 
