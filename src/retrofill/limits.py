@@ -123,7 +123,7 @@ REFOLD_PACE = 0.6  # of the speed at which history is folded again, for what may
 REFOLD_PACE_ROWS = 20_000  # rows by which that speed is measured
 REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for it, at most
 HISTORY_MEMORY_BYTES = (
-    768 * 1024 * 1024
+    512 * 1024 * 1024
 )  # what DuckDB may hold in the child that folds history again
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -107,7 +107,7 @@ class Host(Protocol):
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
 
-    def compaction_rests(self) -> AbstractContextManager[None]:
+    def compaction_rests(self) -> AbstractAsyncContextManager[None]:
         """Begin no compaction meanwhile."""
 
     def sound(self) -> None:
@@ -165,7 +165,7 @@ class Change:
         host = self._host
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
-            with host.compaction_rests():
+            async with host.compaction_rests():
                 await host.seal()
                 self._arrived = host.arrived_rows - host.unsealed_rows
                 began = time.perf_counter()

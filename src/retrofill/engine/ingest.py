@@ -18,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -719,7 +719,7 @@ class Engine:
         await self._sealer.compact()
         await self._sealer.compacted()
 
-    def compaction_rests(self) -> AbstractContextManager[None]:
+    def compaction_rests(self) -> AbstractAsyncContextManager[None]:
         """Begin no compaction meanwhile."""
         return self._sealer.compaction_rests()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -136,11 +136,13 @@ class Sealer:
         if not self._resting and (self._round is None or self._round.done()):
             self._round = asyncio.create_task(self._compact())
 
-    @contextlib.contextmanager
-    def compaction_rests(self) -> Iterator[None]:
-        """Begin to merge nothing meanwhile; what is under way goes on."""
+    @contextlib.asynccontextmanager
+    async def compaction_rests(self) -> AsyncIterator[None]:
+        """Begin to merge nothing meanwhile; what is under way goes on. A child with nothing to do gives its memory back."""
         self._resting += 1
         try:
+            if self._round is None or self._round.done():
+                await self._compacting.stop()
             yield
         finally:
             self._resting -= 1
@@ -163,6 +165,8 @@ class Sealer:
         try:
             while not self._resting and await self._merge_some():
                 pass
+            if self._resting:
+                await self._compacting.stop()
         except StoreError as problem:
             log.warning("compaction_failed", reason=str(problem))
 
