@@ -418,11 +418,13 @@ def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
 
 
 def _order(person: Ints, time_ms: Ints) -> Ints | None:
-    """Return the rows by person and time, as they stand where both are equal; None if that does not fit into one number.
+    """Return the rows by person and time, as they stand where both are equal; None if they do not fit into one number.
 
     Numbers are sorted several times faster than pairs. Which person is the next one is all that counts, so people are
     numbered anew; the row's own number comes last.
     """
+    if not len(person):
+        return None
     people, code = np.unique(person, return_inverse=True)
     low = int(time_ms.min())
     sizes = (len(people), int(time_ms.max()) - low + 1, len(person))
