@@ -74,6 +74,7 @@ class Sender(threading.Thread):
 
     def __init__(self, server: Process, name: str, seed: int) -> None:
         super().__init__(name=name)
+        self.over = False  # nobody will answer any more
         self._server = server
         self._random = random.Random(seed)
         self._connection: http.client.HTTPConnection | None = None
@@ -128,6 +129,7 @@ class Sender(threading.Thread):
             if found is not None and found[0] == 200:
                 return json.loads(found[1])
             assert found is None or found[0] == 503, found
+            assert not self.over
             self.repeated += 1
             time.sleep(0.05)
 
@@ -173,6 +175,7 @@ class Deleter(Sender):
             if status == 200:
                 break
             assert status == 503, body
+            assert not self.over
             time.sleep(0.05)
         self.gone.append(person)
         self.asked.set()
@@ -192,7 +195,12 @@ def load(server: Process, seed: int, *, deletes: bool = True) -> Iterator[list[S
     finally:
         for sender in senders:
             sender.stop()
+            sender.over = True
         server.end()
+        for (
+            sender
+        ) in senders:  # a failed test leaves nobody who sends to a port that others may be given
+            sender.join()
 
 
 def finish(server: Process, senders: list[Sender]) -> None:
