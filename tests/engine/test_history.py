@@ -21,7 +21,7 @@ from retrofill.core.fold import Changes
 from retrofill.core.refold import Refold
 from retrofill.engine import history
 from retrofill.engine.history import Asked
-from retrofill.engine.refold import decided
+from retrofill.engine.refold import rows_of
 from retrofill.errors import InputError
 from retrofill.lake.arrow import SCHEMA
 
@@ -81,7 +81,7 @@ def refolded(told: Told) -> Refold:
         [one["kind"] == Kind.GROUP_IDENTIFY and one["amplitude_id"] not in known for one in rows],
         bool,
     )
-    decided(refold, table, foreign)
+    refold.fold(rows_of(table, foreign))
     return refold
 
 
