@@ -344,10 +344,11 @@ def row_latest(report: Report, server: Server, lookups: int, stored: int) -> Non
 
 
 def row_export(report: Report, server: Server, events: int) -> None:
-    """Fill the hour of a project of its own and export it."""
+    """Fill the hour of a project of its own and export it, once nothing else goes on: a seal has memory of its own."""
     hours = datetime.now(UTC)
     large(server, events, HOUR_KEY)
     until = datetime.now(UTC)
+    server.settle()
     path = f"/api/2/export?start={hours:%Y%m%dT%H}&end={until:%Y%m%dT%H}"
     request = _read(server, path, f"{HOUR_KEY}:{HOUR_SECRET}")
     idle = server.rss()
