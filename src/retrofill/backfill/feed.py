@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from retrofill.backfill.journal import Rows, Span
 from retrofill.backfill.manifest import Manifest
-from retrofill.backfill.sets import COMMA, TEXT, Set
+from retrofill.backfill.sets import COMMA, RELEASE_AFTER, TEXT, Set
 from retrofill.core.schedule import Rates, Stretch, Work
 from retrofill.errors import CorruptError
 
@@ -42,7 +42,6 @@ KIOSK_ROWS = 1200  # ours: rows at hand of one kiosk
 HISTORY_PER_S = (
     50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
 )
-RELEASE_AFTER = 8  # ours: row groups read before Arrow is asked to give memory back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
 UPDATE = (
@@ -509,8 +508,10 @@ class Feed:
             open_ = self._done.missing(number, first, stop)
             if open_:
                 table = self._rows_of(number, first, stop)
-                people = table.column("person").to_numpy()
-                block = Block(number, first, table.column(TEXT), people, self.loaded)
+                # In memory of their own: a slice would keep the whole group for as long as the lane is under way.
+                people = table.column("person").to_numpy().copy()
+                text = _alone(table.column(TEXT), 0, stop - first)
+                block = Block(number, first, text, people, self.loaded)
                 return [Cut(block, a - first, b - first) for a, b in open_], stop
             first = stop
         return [], last

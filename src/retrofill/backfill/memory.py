@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from typing import Final
 
 # Objects made before circles among them are looked for, then how many such looks before older ones are looked at too.
@@ -17,12 +18,32 @@ KEPT_BYTES: Final = 16 * 1024 * 1024  # ours: free memory kept at the end of the
 PIECE_BYTES: Final = 32 * 1024 * 1024  # glibc takes no more: larger pieces have memory of their own
 
 
+SENT_KEPT_BYTES: Final = 1024 * 1024  # the same two while sending, which goes on for hours
+SENT_PIECE_BYTES: Final = 4 * 1024 * 1024
+
+
 def settle() -> None:
     """Keep what was freed for the next piece, and look for circles of objects less often. Call before much is loaded."""
     gc.set_threshold(*COLLECT_AFTER)
-    if sys.platform != "linux":
-        return
-    option = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
+    _keep(KEPT_BYTES, PIECE_BYTES)
+
+
+def give_back() -> None:
+    """Give back what staging took, and keep little from now on. Call before sending."""
+    gc.collect()
+    _keep(SENT_KEPT_BYTES, SENT_PIECE_BYTES)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _keep(kept: int, piece: int) -> None:
+    option = _of_glibc("mallopt")
     if option is not None:
-        option(_TRIM, KEPT_BYTES)
-        option(_MMAP, PIECE_BYTES)
+        option(_TRIM, kept)
+        option(_MMAP, piece)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library; not every one has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

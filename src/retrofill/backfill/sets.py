@@ -23,6 +23,7 @@ from retrofill.errors import CorruptError
 
 COMMA: Final = b","
 JSON: Final = "json"  # the event alone, made of TEXT when it is asked for
+RELEASE_AFTER: Final = 8  # ours: groups read before Arrow is asked to give memory back
 TEXT: Final = "text"
 
 SCHEMA: Final = pa.schema(
@@ -99,6 +100,8 @@ class Set:
         """Yield some columns of every group."""
         for group in range(self.groups):
             yield self.read(group, columns)
+            if group % RELEASE_AFTER == RELEASE_AFTER - 1:
+                pa.default_memory_pool().release_unused()
 
     def column(self, name: str) -> Ints:
         """Return one column of whole numbers."""

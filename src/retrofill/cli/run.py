@@ -117,6 +117,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         _ask(found, where)
     if generation is not None:
         _note(imports.opened, where, keys, found.import_id)
+    memory.give_back()
     with Display(as_json=as_json) as display:
         outcome = drive(
             Drive(
