@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,24 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"no database" * 100)
     with pytest.raises(StoreError, match="not a database"):
         Intents(path)
+
+
+def test_what_is_noted_after_a_removal_that_failed_is_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "intents.sqlite"
+    intents = Intents(path)
+    number = intents.add(b"one")
+    intents.begun(number)
+    with sqlite3.connect(path) as other:
+        other.execute(
+            "CREATE TRIGGER fails BEFORE DELETE ON intents BEGIN SELECT RAISE(ABORT, 'planted'); END"
+        )
+    other.close()
+    with pytest.raises(StoreError, match="planted"):
+        intents.remove(number)
+    intents.reserve(5, 100)
+    intents.begun(number)
+    again = Intents(path)  # as after a kill: nothing was closed
+    assert again.reserved() == [(5, 100)]
+    assert again.tried() == {number: Tried(2)}
+    again.close()
+    intents.close()

@@ -12,8 +12,10 @@ at a start only if it knows where: `reserve` is on disk before the next block.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -54,94 +56,70 @@ class Intents:
 
     def add(self, intent: bytes) -> int:
         """Store an intent; return its number."""
-        try:
-            with self._lock:
-                sql = "INSERT INTO intents (intent) VALUES (?)"
-                number = self._db.execute(sql, (intent,)).lastrowid
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            number = db.execute("INSERT INTO intents (intent) VALUES (?)", (intent,)).lastrowid
         assert number is not None
         return number
 
     def remove(self, number: int) -> None:
         """Note that all of an intent is done, or that nothing of it will be."""
-        try:
-            with self._lock:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._db.execute("DELETE FROM tried WHERE number = ?", (number,))
-                self._db.execute("DELETE FROM intents WHERE number = ?", (number,))
-                self._db.execute("COMMIT")
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("DELETE FROM tried WHERE number = ?", (number,))
+            db.execute("DELETE FROM intents WHERE number = ?", (number,))
+            db.execute("COMMIT")
 
     def begun(self, number: int) -> None:
         """Note that an intent is tried now."""
-        try:
-            with self._lock:
-                self._db.execute(
-                    "INSERT INTO tried VALUES (?, 1, '') ON CONFLICT DO UPDATE SET times = times + 1",
-                    (number,),
-                )
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute(
+                "INSERT INTO tried VALUES (?, 1, '') ON CONFLICT DO UPDATE SET times = times + 1",
+                (number,),
+            )
 
     def put_off(self, number: int) -> None:
         """Note that the try that was begun last does not count: the server was asked to stop."""
-        try:
-            with self._lock:
-                self._db.execute("UPDATE tried SET times = times - 1 WHERE number = ?", (number,))
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute("UPDATE tried SET times = times - 1 WHERE number = ?", (number,))
 
     def failed(self, number: int, reason: str) -> None:
         """Note why the try failed that was begun last."""
-        try:
-            with self._lock:
-                self._db.execute("UPDATE tried SET reason = ? WHERE number = ?", (reason, number))
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute("UPDATE tried SET reason = ? WHERE number = ?", (reason, number))
 
     def tried(self) -> dict[int, Tried]:
         """Return how each intent that was tried fared, by number."""
-        try:
-            with self._lock:
-                rows = self._db.execute("SELECT number, times, reason FROM tried").fetchall()
-                return {number: Tried(*rest) for number, *rest in rows}
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            rows = db.execute("SELECT number, times, reason FROM tried").fetchall()
+        return {number: Tried(*rest) for number, *rest in rows}
 
     def reserve(self, block: int, fresh: int) -> None:
         """Note that the first block after `block` draws amplitude_ids from `fresh` on."""
-        try:
-            with self._lock:
-                self._db.execute("INSERT INTO reserved VALUES (?, ?)", (block, fresh))
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute("INSERT INTO reserved VALUES (?, ?)", (block, fresh))
 
     def reserved(self) -> list[tuple[int, int]]:
         """Return what was noted with `reserve`, in order."""
-        try:
-            with self._lock:
-                return self._db.execute(
-                    "SELECT block, fresh FROM reserved ORDER BY rowid"
-                ).fetchall()
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            return db.execute("SELECT block, fresh FROM reserved ORDER BY rowid").fetchall()
 
     def checkpointed(self, block: int) -> None:
         """The checkpoint of this block is on disk: what was reserved before it needs no note."""
-        try:
-            with self._lock:
-                self._db.execute("DELETE FROM reserved WHERE block < ?", (block,))
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            db.execute("DELETE FROM reserved WHERE block < ?", (block,))
 
     def all(self) -> list[tuple[int, bytes]]:
         """Return every intent with its number, oldest first."""
-        try:
-            with self._lock:
-                return self._db.execute(
-                    "SELECT number, intent FROM intents ORDER BY number"
-                ).fetchall()
-        except sqlite3.Error as problem:
-            raise store_error(problem, self._path) from problem
+        with self._file() as db:
+            return db.execute("SELECT number, intent FROM intents ORDER BY number").fetchall()
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[sqlite3.Connection]:
+        """Give the file to one thread. Of a transaction that fails nothing stays: what follows would not be on disk."""
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as problem:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise store_error(problem, self._path) from problem
