@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from retrofill.backfill.journal import Rows, Span
 from retrofill.backfill.manifest import Manifest
-from retrofill.backfill.sets import COMMA, RELEASE_AFTER, TEXT, Set
+from retrofill.backfill.sets import COMMA, TEXT, Set
 from retrofill.core.schedule import Rates, Stretch, Work
 from retrofill.errors import CorruptError
 
@@ -42,6 +42,7 @@ KIOSK_ROWS = 1200  # ours: rows at hand of one kiosk
 HISTORY_PER_S = (
     50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
 )
+RELEASE_AFTER = 8  # ours: row groups read before Arrow is asked to give memory back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
 UPDATE = (

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -23,7 +22,6 @@ from retrofill.errors import CorruptError
 
 COMMA: Final = b","
 JSON: Final = "json"  # the event alone, made of TEXT when it is asked for
-RELEASE_AFTER: Final = 8  # ours: groups read before Arrow is asked to give memory back
 TEXT: Final = "text"
 
 SCHEMA: Final = pa.schema(
@@ -100,8 +98,6 @@ class Set:
         """Yield some columns of every group."""
         for group in range(self.groups):
             yield self.read(group, columns)
-            if group % RELEASE_AFTER == RELEASE_AFTER - 1:
-                pa.default_memory_pool().release_unused()
 
     def column(self, name: str) -> Ints:
         """Return one column of whole numbers."""
@@ -125,12 +121,7 @@ class Set:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _reader(self, columns: tuple[str, ...]) -> pa.ipc.RecordBatchFileReader:
