@@ -115,12 +115,18 @@ class Process:
         self, method: str, path: str, body: Any = None, *, timeout_s: float = READ_S
     ) -> tuple[int, bytes]:
         """Return status and body of an answer; body: sent as JSON. Raises OSError, HTTPException."""
+        sent = None if body is None else json.dumps(body).encode()
+        return self.ask_raw(method, path, sent, timeout_s=timeout_s)
+
+    def ask_raw(
+        self, method: str, path: str, body: bytes | None, *, timeout_s: float = READ_S
+    ) -> tuple[int, bytes]:
+        """As `ask`; body: sent as it is."""
         token = base64.b64encode(f"{API_KEY}:{SECRET_KEY}".encode()).decode()
         headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
-            sent = None if body is None else json.dumps(body)
-            connection.request(method, path, sent, headers)
+            connection.request(method, path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from retrofill import __version__
 from retrofill.core.throttle import Throttled
+from retrofill.engine import charts
 from retrofill.errors import BusyError
 from retrofill.server.ingest import METHODS
 from retrofill.server.openapi import description
@@ -105,3 +106,14 @@ def test_every_reference_of_the_description_leads_somewhere() -> None:
         target = found
         for step in reference.removeprefix("#/").split("/"):
             target = target[step]
+
+
+@pytest.mark.slow
+def test_the_segmentation_describes_every_metric_that_it_has(live: Live) -> None:
+    found = live.ask("GET", "/openapi.json").json
+    (metric,) = (
+        one["schema"]
+        for one in found["paths"]["/api/2/events/segmentation"]["get"]["parameters"]
+        if one["name"] == "m"
+    )
+    assert (metric["enum"], metric["default"]) == (list(charts.METRICS), charts.METRICS[0])

@@ -127,7 +127,7 @@ def test_a_bad_chunk_ends_its_request(live: Live) -> None:
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (b"GET /identify?identification=" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /api/2/usersearch?user=" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 400_000, 431),
         (b"GET / HTTP/1.1\r\n" + b"X: x\r\n" * 40_000, 431),
@@ -145,6 +145,13 @@ def test_a_head_has_a_bound(live: Live, head: bytes, status: int) -> None:
         answer = read_answer(client)
         assert (answer.status, answer.json["code"]) == (status, status)
         assert answer.headers["connection"] == "close"
+
+
+def test_a_form_in_too_long_an_address_is_told_in_text(live: Live) -> None:
+    with live.connect() as client:
+        client.sendall(b"GET /identify?identification=" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+        answer = read_answer(client)
+        assert (answer.status, answer.body) == (414, b"request_uri_too_long")
 
 
 def test_a_large_head_within_the_bound_is_taken(live: Live) -> None:

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -330,6 +331,45 @@ def test_an_id_is_a_text_or_a_whole_number(server: Process, said: str, stored: s
         assert status == 200
         rows = [row for row in server.export() if row["event_type"] == "numbered"]
         assert [row["user_id"] for row in rows] == [stored]
+
+
+# Questions.
+
+DAYS = "start=20260101&end=20260102"
+ENDLESS, DEEP, ZERO = "9" * 5000, "[" * 20_000, "a\0'b"
+SEGMENTATION = f"/api/2/events/segmentation?{DAYS}&e="
+DELETIONS = "/api/2/deletions/users"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", f"/api/2/usersearch?user={ENDLESS}", b""),
+        ("GET", f"/api/2/useractivity?user={ENDLESS}", b""),
+        ("GET", f"/api/2/usersearch?user={quote(ZERO)}", b""),
+        ("GET", SEGMENTATION + DEEP, b""),
+        ("GET", SEGMENTATION + quote('{"event_type":"a","filters":' + "[" * 5000), b""),
+        ("GET", SEGMENTATION + quote('{"event_type":"a"}') + f"&s={DEEP}", b""),
+        ("GET", SEGMENTATION + quote(json.dumps({"event_type": ZERO})), b""),
+        ("GET", f"/api/2/usermap?user_ids={DEEP}", b""),
+        ("POST", DELETIONS, b'{"x":' + DEEP.encode()),
+        ("POST", DELETIONS, b'{"amplitude_ids":["%b"]}' % ENDLESS.encode()),
+        ("POST", DELETIONS, b'{"user_ids":["\xff"]}'),
+        ("DELETE", f"{DELETIONS}/{ENDLESS}/2026-01-20", b""),
+        ("PUT", "/api/1/project", b'{"limits":' + b'{"a":' * 5000),
+        ("PUT", "/api/1/project", b'{"limits":{"\xff":1}}'),
+        ("POST", "/api/1/imports", b'{"name":"\xff"}'),
+        ("GET", f"/api/1/imports/{quote(ZERO)}", b""),
+        ("GET", f"/api/1/imports/{quote(ZERO)}/export", b""),
+        ("POST", "/api/1/history", b'{"device_ids":["\xff"]}'),
+    ],
+)
+def test_a_hostile_question_is_no_failure(
+    server: Process, method: str, path: str, body: bytes
+) -> None:
+    status, said = server.ask_raw(method, path, body)
+    assert status in {200, 400, 404, 413}, said
+    assert status == 200 or json.loads(said)["error"]["http_code"] == status
 
 
 # Slow and broken connections.

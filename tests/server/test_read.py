@@ -332,6 +332,11 @@ def test_a_deletion_that_is_too_large_is_413(site: Site) -> None:
     assert site.send("POST", "/api/2/deletions/users", b" " * 300_000).status_code == 413
 
 
+def test_another_method_is_told_every_one_that_a_path_has(site: Site) -> None:
+    answer = site.send("PATCH", "/api/2/deletions/users")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS, POST")
+
+
 def test_a_day_or_id_that_cannot_be_is_400(site: Site) -> None:
     for path in ("x/2026-01-20", "1/20260120", f"{2**70}/2026-01-20"):
         assert site.send("DELETE", f"/api/2/deletions/users/{path}").status_code == 400

@@ -30,6 +30,8 @@ from retrofill.limits import (
 Json = Any  # a JSON value as decoded
 
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # what every decoder of JSON and msgpack holds
+_INT64_MAX = 2**63 - 1
+_INT64_DIGITS = len(str(_INT64_MAX))  # int() itself refuses some thousand digits
 _MIB = 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 # Where a body is cut that nests deeper than any decoder goes: still too deep for every property object in it.
@@ -135,6 +137,15 @@ def string(raw: bytes | msgspec.Raw) -> str | None:
     if data[:1] in _TEXT_OR_MISFIT or _INTEGER.fullmatch(data):
         return identifier(data)
     return data[:STRING_CHARS_MAX].decode()
+
+
+def natural(text: str) -> int | None:
+    """Read the digits of a whole number that a signed 64-bit column holds; None if they are none."""
+    digits = text.lstrip("0") or text[:1]
+    if not (text.isascii() and text.isdigit()) or len(digits) > _INT64_DIGITS:
+        return None
+    found = int(digits)
+    return found if found <= _INT64_MAX else None
 
 
 def integer(raw: bytes | msgspec.Raw, *, low: int, high: int) -> int | None:

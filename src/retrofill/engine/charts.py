@@ -19,7 +19,7 @@ from msgspec import Struct, field
 from retrofill.core.block import Flag, Kind
 from retrofill.engine import condition
 from retrofill.engine.condition import Segment, Sql, Wanted
-from retrofill.engine.query import Statement, View
+from retrofill.engine.query import Statement, View, equal
 from retrofill.errors import InputError
 from retrofill.limits import (
     CHART_DAYS_MAX,
@@ -362,7 +362,7 @@ def _event(event_type: str, statement: Statement) -> Sql:
         return Sql(f"(flags & {int(Flag.REVENUE)}) != 0", frozenset({"flags"}))
     if event_type == "_new" or event_type.startswith("ce:"):
         raise InputError(f"Event {event_type!r} is not supported here")
-    return Sql(f"event_type = {statement.bind(event_type)}", frozenset({"event_type"}))
+    return Sql(equal("event_type", event_type, statement), frozenset({"event_type"}))
 
 
 def _day_users(view: View, when: Range, conditions: list[Segment]) -> dict[int | None, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from retrofill.core import mend
 from retrofill.engine.query import Statement
 from retrofill.errors import InputError
 from retrofill.limits import CHART_CONDITIONS_MAX
@@ -107,8 +108,8 @@ def segments_of(texts: list[str]) -> list[list[Segment]]:
 
 def _json(text: str, name: str) -> Any:
     try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError as problem:
+        return mend.value(text.encode())
+    except ValueError as problem:
         raise InputError(f"{name} is no JSON: {problem}") from problem
 
 

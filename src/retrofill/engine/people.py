@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from msgspec import Raw, Struct
 
 from retrofill.core.block import COLUMNS, Flag, Kind
+from retrofill.core.mend import natural
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.engine import lines
 from retrofill.engine.query import More, Reader, Statement, View
@@ -23,8 +24,6 @@ from retrofill.lake import arrow
 from retrofill.limits import EARNED_BYTES, MATCHES_MAX, MS_PER_DAY
 
 T = TypeVar("T")
-
-_INT64_MAX = 2**63 - 1
 
 
 class Match(Struct, frozen=True):
@@ -48,8 +47,9 @@ def search(view: View, text: str) -> Matches:
     exact = _people(view, f"user_id = {wanted} OR device_id = {wanted}", statement)
     if exact:
         return Matches(exact, "match_user_or_device_id")
-    if text.isascii() and text.isdigit() and int(text) <= _INT64_MAX:
-        found = _match(view, int(text), view.merges())
+    number = natural(text)
+    if number is not None:
+        found = _match(view, number, view.merges())
         if found is not None:
             return Matches([found], "match_amplitude_id")
     statement = Statement()

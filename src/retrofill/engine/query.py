@@ -93,6 +93,16 @@ class Statement:
         return f"${name}"
 
 
+def equal(column: str, text: str, statement: Statement) -> str:
+    """Return the condition that a column is a text.
+
+    DuckLake looks for files by a text that is compared, in a statement of its own that a zero in the text cuts off:
+    such a text is looked for in a way that it does not see.
+    """
+    name = statement.bind(text)
+    return f"list_contains([{name}::VARCHAR], {column})" if "\0" in text else f"{column} = {name}"
+
+
 class Reader:
     """Opens views. One for a data directory; any number of threads.
 

@@ -97,7 +97,6 @@ def failure(status: int, error: str) -> Reply:
 BAD_REQUEST = failure(400, "Invalid request")
 NOT_FOUND = failure(404, "Not found")
 HEAD_TOO_LARGE = failure(431, "Request header fields too large")
-URL_TOO_LONG = reply.too_long(path="/batch")
 FAILED = reply.broken(path="/batch")
 CROWDED = failure(503, "Too many connections")
 STARTING = failure(503, "The server is starting")

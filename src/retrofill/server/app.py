@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from retrofill.clock import Clock
 from retrofill.config import Project
@@ -176,12 +176,19 @@ def _http_problem(request: Request, problem: Exception) -> Response:
     if status == HTTPStatus.NOT_FOUND and request.method == "POST":
         said = reply.invalid_path()
     elif status == HTTPStatus.METHOD_NOT_ALLOWED:
-        said = reply.not_allowed((problem.headers or {}).get("Allow", ""))
+        said = reply.not_allowed(", ".join(sorted(_methods(request))))
     elif request.url.path.startswith("/api/"):
         return api_problem(status, "invalid", problem.detail)
     else:
         said = NOT_FOUND if status == HTTPStatus.NOT_FOUND else failure(status, problem.detail)
     return Response(said.body, said.status, dict(said.headers), media_type=said.content_type)
+
+
+def _methods(request: Request) -> set[str]:
+    """Return the methods of every route that this path has."""
+    routes = (route for route in request.app.routes if isinstance(route, Route))
+    known = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in known for method in route.methods or ()} | {"OPTIONS"}
 
 
 def _problem(request: Request, problem: Exception) -> Response:

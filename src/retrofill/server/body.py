@@ -6,7 +6,8 @@ request. A form may come as a query string, url-encoded, multipart, or as JSON w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from isal import igzip_lib, isal_zlib
@@ -17,6 +18,9 @@ from retrofill.errors import InputError, SizeError
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
+    from starlette.requests import Request
+
+T = TypeVar("T")
 
 _FIELDS_MAX = 64  # of one form; the largest we know has five
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # what zlib calls wbits: which frame to expect
@@ -91,6 +95,27 @@ class Packed(Plain):
             return _GZIP
         # "deflate" means zlib's frame; some clients send the bare stream.
         return _ZLIB if data[0] & 0x0F == _ZLIB_METHOD else _RAW
+
+
+async def gather(request: Request, *, most: int, mend: str = "") -> bytes:
+    """Return the body of a request to Starlette. Raises SizeError if it is larger than `most` bytes."""
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            raise SizeError(f"The body is larger than {most:,} bytes", mend=mend)
+    return b"".join(pieces)
+
+
+def read_json(body: bytes, decode: Callable[[bytes], T], *, wrong: str, mend: str = "") -> T:
+    """Return what a JSON body says. Raises InputError that begins with `wrong` if it says nothing of that form."""
+    try:
+        return decode(body)
+    # Text that is not UTF-8 and arrays without end are no DecodeError.
+    except (ValueError, RecursionError) as problem:
+        raise InputError(f"{wrong}: {problem}", mend=mend) from problem
 
 
 def query(text: bytes) -> dict[str, str]:

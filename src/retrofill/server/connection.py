@@ -34,7 +34,6 @@ from retrofill.server.answer import (
     CROWDED,
     HEAD_TOO_LARGE,
     STOPPING,
-    URL_TOO_LONG,
     packed,
 )
 from retrofill.server.ingest import Endpoint, Ingest
@@ -174,7 +173,9 @@ class Connection(HttpToolsProtocol):
         self._gave = True
         self.url += url
         if len(self.url) > QUERY_BYTES_MAX:
-            self._refusal = URL_TOO_LONG
+            path, _, _ = self.url.partition(b"?")
+            endpoint = self.ingest.posted.get(path)
+            self._refusal = reply.too_long(path="/batch" if endpoint is None else endpoint.path)
             raise ValueError("address too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import AsyncIterator, Generator
 from typing import TYPE_CHECKING
 
-import msgspec
 from isal import isal_zlib
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,8 +20,8 @@ from retrofill.engine import history
 from retrofill.engine.history import Asked
 from retrofill.engine.moment import Moment
 from retrofill.engine.query import Reader
-from retrofill.errors import InputError, SizeError
 from retrofill.limits import HISTORY_BYTES_MAX
+from retrofill.server import body as bodies
 from retrofill.server.read import Reads
 
 if TYPE_CHECKING:
@@ -52,7 +51,9 @@ class HistoryRoutes:
         packed = "gzip" in request.headers.get("accept-encoding", "")
         with contextlib.ExitStack() as held:
             held.enter_context(self._reads.place(project, "history", _AT_ONCE))
-            body = await _body(request)
+            body = await bodies.gather(
+                request, most=HISTORY_BYTES_MAX, mend="Ask for fewer ids at a time"
+            )
             asked = await self._reads.run(lambda: _asked(body))
             moment = await self._engine.moment(project)
             pieces = self._lines(moment, asked)
@@ -122,27 +123,12 @@ class _Lines(Response):
             yield coder.flush()
 
 
-async def _body(request: Request) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in request.stream():
-        pieces.append(piece)
-        size += len(piece)
-        if size > HISTORY_BYTES_MAX:
-            raise SizeError(
-                f"The body is larger than {HISTORY_BYTES_MAX:,} bytes",
-                mend="Ask for fewer ids at a time",
-            )
-    return b"".join(pieces)
-
-
 def _asked(body: bytes) -> Asked:
-    try:
-        asked = history.decode_asked(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
-        raise InputError(
-            f"The body asks for no history: {problem}",
-            mend='Give {"device_ids": [ID], "user_ids": [ID]}',
-        ) from problem
+    asked = bodies.read_json(
+        body,
+        history.decode_asked,
+        wrong="The body asks for no history",
+        mend='Give {"device_ids": [ID], "user_ids": [ID]}',
+    )
     asked.check()
     return asked

@@ -211,6 +211,7 @@ def _read(summary: str, answer: Json, *parameters: Json, **answers: Json) -> Jso
 
 _RANGE = (_query("start", _DAY, required=True), _query("end", _DAY, required=True))
 _INTERVAL = _query("i", {"enum": [1, 7, 30]}, text="days")
+_METRICS = ["uniques", "totals", "average", "pct_dau", "sums", "value_avg"]
 _SEGMENTS = _query("s", _TEXT, text="JSON: segment definitions")
 _GROUP_BY = _query("g", _TEXT, text="group by this property")
 
@@ -298,14 +299,17 @@ _READ: Json = {
         _json(_object(("data",), data=_list({"type": "object"})), "event types"),
     ),
     "/api/2/events/segmentation": _read(
-        "Totals or uniques of an event by interval",
+        "An event counted by interval",
         _json("Series", "counts by interval"),
         _query("e", _TEXT, required=True, text="JSON: event_type, filters, group_by"),
+        _query("e2", _TEXT, text="a second event, as e"),
         *_RANGE,
-        _query("m", {"enum": ["totals", "uniques"], "default": "uniques"}),
-        _INTERVAL,
+        _query("m", {"enum": _METRICS, "default": _METRICS[0]}),
+        _query("n", {"enum": ["any", "active"], "default": "any"}),
+        _query("i", {"enum": [1, 7, 30, -3_600_000, -300_000], "default": 1}),
         _SEGMENTS,
         _GROUP_BY,
+        _query("g2", _TEXT, text="and by this one"),
         _query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}),
     ),
     "/api/2/usermap": _read(

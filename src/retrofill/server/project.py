@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from retrofill.engine.admission import ProjectSettings
-from retrofill.errors import InputError, SizeError
 from retrofill.limits import SETTINGS_BYTES_MAX
+from retrofill.server import body as bodies
 
 if TYPE_CHECKING:
     from retrofill.engine.ingest import Engine
@@ -41,18 +41,12 @@ def routes(engine: Engine) -> list[Route]:
 
     async def change(request: Request) -> Response:
         project = request.state.project
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > SETTINGS_BYTES_MAX:
-                raise SizeError(f"The body is larger than {SETTINGS_BYTES_MAX:,} bytes")
-        try:
-            settings = _decode(body)
-        except msgspec.DecodeError as problem:
-            raise InputError(
-                f"The body is no settings of a project: {problem}",
-                mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID], "property_time": TIME, "merge_always": [ID]}',
-            ) from problem
+        settings = bodies.read_json(
+            await bodies.gather(request, most=SETTINGS_BYTES_MAX),
+            _decode,
+            wrong="The body is no settings of a project",
+            mend='Give {"limits": {NAME: VALUE}, "silenced_devices": [ID], "property_time": TIME, "merge_always": [ID]}',
+        )
         await engine.change_settings(project.number, settings)
         return shown(project.number, project.name)
 

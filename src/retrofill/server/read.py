@@ -23,12 +23,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from retrofill.clock import Clock
+from retrofill.core import mend
 from retrofill.core.throttle import Tally
 from retrofill.engine import charts, condition, deletion, people
 from retrofill.engine.deletion import Deletions, Job
 from retrofill.engine.export import Export, Hours, export, hours_of
 from retrofill.engine.query import Reader, View
-from retrofill.errors import InputError, SizeError
+from retrofill.errors import InputError
 from retrofill.limits import (
     ACTIVITY_EVENTS_MAX,
     CHART_GROUPS_MAX,
@@ -39,6 +40,7 @@ from retrofill.limits import (
     READS_PER_PROJECT,
     Limits,
 )
+from retrofill.server import body as bodies
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -48,6 +50,7 @@ T = TypeVar("T")
 _INTERVALS = (1, 7, 30)
 _SHORT_INTERVALS = (-300_000, -3_600_000)
 _USERMAP_IDS_MAX = 100
+_decode_ids = msgspec.json.Decoder(list[str | int]).decode
 
 
 class Reads:
@@ -205,7 +208,7 @@ class Reads:
 
     async def delete(self, request: Request) -> Response:
         """POST /api/2/deletions/users."""
-        asked = _deletion(await _body(request))
+        asked = _deletion(await bodies.gather(request, most=DELETION_BYTES_MAX))
         number = _project(request)
         self._paced(number)
 
@@ -218,16 +221,16 @@ class Reads:
 
     async def keep(self, request: Request) -> Response:
         """DELETE /api/2/deletions/users/{amplitude_id}/{day}."""
-        text = request.path_params["amplitude_id"]
-        if not (text.isascii() and text.isdigit()) or int(text) >= 2**63:
-            raise InputError(f"amplitude_id must be an integer, found {text!r}")
+        amplitude_id = _amplitude_id("amplitude_id", request.path_params["amplitude_id"])
         day = _day("day", request.path_params["day"])
         number = _project(request)
         return await self.answer(
             request,
             "deletions",
             DELETIONS_PER_PROJECT,
-            lambda: _entry(self._deletions.take_back(number, int(text), day), with_user_id=False),
+            lambda: _entry(
+                self._deletions.take_back(number, amplitude_id, day), with_user_id=False
+            ),
         )
 
     async def _chart(self, request: Request, ask: Callable[[View], Any]) -> Response:
@@ -427,10 +430,10 @@ def _user_ids(texts: list[str]) -> list[str]:
     users: list[str] = []
     for text in texts:
         if text.lstrip().startswith("["):
-            try:
-                users += map(str, msgspec.json.decode(text, type=list[str | int]))
-            except msgspec.DecodeError as problem:
-                raise InputError(f"user_ids is no JSON array of ids: {problem}") from problem
+            listed = bodies.read_json(
+                text.encode(), _decode_ids, wrong="user_ids is no JSON array of ids"
+            )
+            users += map(str, listed)
         else:
             users += [one for one in text.split(",") if one]
     if not 1 <= len(users) <= _USERMAP_IDS_MAX:
@@ -453,34 +456,26 @@ class _Deletion(msgspec.Struct):
     include_mapped_user_ids: bool | str | None = None
 
 
-async def _body(request: Request) -> bytes:
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > DELETION_BYTES_MAX:
-            raise SizeError(f"The body is larger than {DELETION_BYTES_MAX:,} bytes")
-    return body
+_decode_deletion = msgspec.json.Decoder(_Deletion).decode
 
 
 def _deletion(body: bytes) -> deletion.Request:
-    try:
-        found = msgspec.json.decode(body, type=_Deletion)
-    except msgspec.DecodeError as problem:
-        raise InputError(f"The body is not understood: {problem}") from problem
-    amplitude_ids = []
-    for one in found.amplitude_ids or ():
-        number = int(one) if isinstance(one, int) or (one.isascii() and one.isdigit()) else -1
-        if not 0 <= number < 2**63:
-            raise InputError(f"amplitude_ids has {one!r}, which is no Amplitude ID")
-        amplitude_ids.append(number)
+    found = bodies.read_json(body, _decode_deletion, wrong="The body is not understood")
     return deletion.Request(
-        amplitude_ids,
+        [_amplitude_id("amplitude_ids", str(one)) for one in found.amplitude_ids or ()],
         [str(one) for one in found.user_ids or ()],
         found.requester or "",
         _true(found.ignore_invalid_id) or _true(found.ignore_invalid_ids),
         _true(found.delete_from_org),
         _true(found.include_mapped_user_ids),
     )
+
+
+def _amplitude_id(name: str, text: str) -> int:
+    number = mend.natural(text)
+    if number is None:
+        raise InputError(f"{name} must be an Amplitude ID, found {text[:40]!r}")
+    return number
 
 
 def _true(value: bool | str | None) -> bool:  # noqa: FBT001 # a flag as it was sent
