@@ -18,9 +18,10 @@ from retrofill.config import Settings
 from retrofill.core import event as events
 from retrofill.core.event import Batch, Refusal
 from retrofill.core.throttle import Accepted
+from retrofill.engine import ingest
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine
-from retrofill.errors import FullError, StoreError
+from retrofill.errors import BusyError, FullError, StoreError
 from retrofill.limits import MS_PER_DAY
 
 pytestmark = pytest.mark.slow
@@ -171,6 +172,27 @@ def test_a_seal_that_fails_is_told_to_its_asker_and_the_next_takes_what_is_left(
         assert not engine.unsealed
         await engine.close()
         assert rows(opened(tmp_path)) == 3
+
+    asyncio.run(run())
+
+
+def test_while_too_much_waits_to_be_sealed_nothing_is_taken_and_health_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        monkeypatch.setattr(ingest, "SEAL_LAG_EVENTS_MAX", 2)
+        engine = opened(tmp_path)
+        await engine.start()
+        for value in range(3):
+            assert isinstance(await engine.ingest(update(value)), Accepted)
+        with pytest.raises(BusyError, match="Sealing has to catch up"):
+            await engine.ingest(update(3))
+        assert "3 events wait to be sealed" in str(engine.problem())
+        await engine.seal()
+        assert engine.problem() is None
+        assert isinstance(await engine.ingest(update(4)), Accepted)
+        await engine.close()
+        assert rows(opened(tmp_path)) == 4
 
     asyncio.run(run())
 

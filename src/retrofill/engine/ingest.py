@@ -364,6 +364,8 @@ class Engine:
         behind = self.state.server_upload_ms - self._clock.now_ms()
         if behind > CLOCK_BACK_MS:
             return f"The clock is {behind // MS_PER_S} s behind the last stored event; set it right"
+        if self._unsealed_events > SEAL_LAG_EVENTS_MAX:
+            return f"{self._unsealed_events:,} events wait to be sealed: no more until it has caught up"
         return None
 
     async def abandon(self) -> None:
