@@ -112,8 +112,13 @@ def test_a_daily_quota_counts_stored_rows_and_names_the_id(tmp_path: Path) -> No
         events = [
             {"device_id": "device-1", "event_type": "View", "insert_id": str(n)} for n in range(4)
         ]
-        for _ in range(3):  # repeats are no rows
-            status, _said = call(live, "POST", "/batch", {"api_key": "KEY", "events": events})
+        identify = {
+            "device_id": "device-1",
+            "event_type": "$identify",
+            "user_properties": {"plan": "a"},
+        }
+        for sent in (events, events, events, [identify] * 3):  # repeats and identifies are no rows
+            status, _said = call(live, "POST", "/batch", {"api_key": "KEY", "events": sent})
             assert status == 200
         status, said = send(live, 2)
         assert status == 429
