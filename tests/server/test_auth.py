@@ -44,21 +44,6 @@ def test_basic_keys_find_their_project(given: str, found: Project | None) -> Non
     assert auth.basic(given, [SHOP, BLOG]) == found
 
 
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ("Api-Key secret-1", SHOP),
-        ("api-key  geheim:nis ", BLOG),
-        ("Api-Key secret", None),
-        ("Api-Key", None),
-        ("Basic secret-1", None),
-        ("secret-1", None),
-    ],
-)
-def test_a_secret_key_finds_its_project(given: str, found: Project | None) -> None:
-    assert auth.secret(given, [SHOP, BLOG]) == found
-
-
 def test_every_project_is_compared_whatever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
 

@@ -1,7 +1,7 @@
 """Who asks: the API key and secret key of a project, compared in constant time with every project's.
 
-Reading needs both keys (HTTP Basic: the API key is the user, the secret key the password); the profile API takes the
-secret key alone. Writing needs the API key in the request and is `ingest`'s. Source: contract, read 1 and 6.
+Reading needs both keys (HTTP Basic: the API key is the user, the secret key the password). Writing needs the API key in
+the request and is `ingest`'s. Source: contract, read 1.
 """
 
 from __future__ import annotations
@@ -30,13 +30,3 @@ def basic(header: str, projects: Iterable[Project]) -> Project | None:
         if hmac.compare_digest(given, wanted):
             found = project
     return found if scheme.lower() == "basic" else None
-
-
-def secret(header: str, projects: Iterable[Project]) -> Project | None:
-    """Return the project whose secret key `Authorization: Api-Key …` holds, or None."""
-    scheme, _, given = header.strip().partition(" ")
-    found = None
-    for project in projects:
-        if hmac.compare_digest(given.strip().encode(), project.secret_key.encode()):
-            found = project
-    return found if scheme.lower() == "api-key" else None
