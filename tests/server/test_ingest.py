@@ -188,6 +188,14 @@ def test_a_request_that_says_it_is_too_large_is_refused_before_it_is_sent(live: 
         assert read_answer(client).status == 200
 
 
+def test_a_request_larger_than_all_that_may_be_held_is_too_large_and_not_only_now(
+    live: Live,
+) -> None:
+    with live.connect() as client:
+        client.sendall(b"POST /batch HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % 10**12)
+        assert read_answer(client).json == {"code": 413, "error": "Payload too large"}
+
+
 def test_chunks_are_counted_while_they_come(live: Live) -> None:
     with live.connect() as client:
         client.sendall(b"POST /2/httpapi HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -168,10 +168,11 @@ class Ingest:
                 declared = int(value)
             elif name == b"content-encoding":
                 encoding = value
-        if self._held_bytes + declared > QUEUE_BYTES_MAX:
-            raise BusyError("The bodies held now are at their bound")
+        # First: what is too large will be so again, and whoever is told to wait would never halve it.
         if declared > _SURELY_GOOD_BYTES and declared > _bytes_max(engine, path):
             raise SizeError(f"The request says that it has {declared:,} bytes")
+        if self._held_bytes + declared > QUEUE_BYTES_MAX:
+            raise BusyError("The bodies held now are at their bound")
         message = await receive()
         if message["type"] != "http.request":
             raise _Gone
