@@ -174,6 +174,30 @@ def test_single_rows_that_do_not_fit_are_dead_letters_with_field_expression_and_
     assert rows_told[41].startswith('{"user":"user-1","at":"soon"')
 
 
+# Of each an optimizer could work out a part once for all rows, outside of what refuses a single one.
+TWICE = [
+    {"event_properties": {"x": "CAST(n AS INT)"}},
+    {"event_properties": {"x": "CAST(n AS INT) * CAST(n AS INT)"}},
+    {"event_properties": {"x": {"y": "coalesce(CAST(n AS INT), CAST(n AS INT))"}}},
+    {"quantity": "CAST(n AS INT) + CAST(n AS INT)"},
+    {"insert_id": "to_json(CAST(n AS INT))"},
+    {"event_properties": {"x": "100 / (n - 5)"}},
+    {"revenue": "100 / (n - 5)"},
+]
+
+
+@pytest.mark.parametrize("event", TWICE)
+def test_an_expression_that_fails_in_one_row_refuses_that_row_alone(
+    tmp_path: Path, event: dict[str, Any]
+) -> None:
+    bad = 5 if "n - 5" in str(event) else "many"
+    rows = [{**ROW, "n": at if at != 5 else bad} for at in range(40)]
+    assert len(mapped(tmp_path, rows, event)) == 39
+    (letter,) = letters(tmp_path / "work")
+    assert letter["line"] == 6
+    assert re.match(r"\w+(\.\w+)*: .* does not fit where n = ", letter["reason"])
+
+
 def test_too_many_bad_rows_stop_everything_naming_the_worst(tmp_path: Path) -> None:
     rows = [ROW] * 90 + [{**ROW, "at": "soon"}] * 10
     with pytest.raises(InputError) as caught:
@@ -304,6 +328,16 @@ def test_parquet_keeps_its_types_and_its_dead_letters_show_the_row(tmp_path: Pat
     assert found[0]["event_properties"] == {"x": 1, "s": {"x": 1, "y": "a"}, "l": [1, 2]}
     (letter,) = letters(tmp_path / "work")
     assert (letter["line"], '"user":"u"' in letter["row"]) == (3, True)
+
+
+def test_what_is_no_number_in_parquet_is_nothing(tmp_path: Path) -> None:
+    columns = {"user": ["user-1"] * 3, "at": [1, 2, 3], "event": ["Open"] * 3}
+    table = pa.table({**columns, "n": [1.5, float("nan"), float("inf")]})
+    pq.write_table(table, tmp_path / "source.parquet")
+    event = {**BASE, "price": "n", "event_properties": {"n": "n", "row": "source_row->'$.n'"}}
+    run(tmp_path / "work", tmp_path / "source.parquet", {"event": event})
+    found = [(one.get("price"), one.get("event_properties")) for one in events(tmp_path / "work")]
+    assert found == [(1.5, {"n": 1.5, "row": 1.5}), (None, None), (None, None)]
 
 
 def test_a_missing_mapping_and_broken_yaml_are_told(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from tests.backfill.staging import events, letters, ndjson, rows, run
 
 from retrofill.backfill import records, source
 from retrofill.backfill.deadletter import DeadLetters
+from retrofill.backfill.plan import plan
+from retrofill.backfill.profile import PROFILES
 from retrofill.errors import InputError
 
 MAPPING = {
@@ -219,13 +221,104 @@ def test_a_file_cut_off_gives_what_can_be_read_and_says_so(tmp_path: Path) -> No
     (tmp_path / "rows.ndjson.gz").write_bytes(packed[: len(packed) * 3 // 4])
     found = run(tmp_path / "work", tmp_path / "rows.ndjson.gz", MAPPING, bad_rows=0.5)
     assert 1000 < found.events < len(many)
-    assert any("the rest of the file" in letter["reason"] for letter in letters(tmp_path / "work"))
+    assert any("rest of the file" in letter["reason"] for letter in letters(tmp_path / "work"))
+    made = plan(found, PROFILES["amplitude"], destination="x", stage=tmp_path / "work" / "stage")
+    assert any("1 files cannot be read to their end" in one for one in made.warnings)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.csv", "rows.parquet"])
+def test_a_file_that_breaks_off_at_its_beginning_is_told(
+    tmp_path: Path, name: str, packing: str
+) -> None:
+    pack = gzip.compress if packing == ".gz" else zstandard.compress
+    for size in (0, 3, 30):
+        path = tmp_path / f"{size}{name}{packing}"
+        path.write_bytes(pack(FORMS[name])[:size] + b"?")
+        with pytest.raises(InputError, match=r"can be read|cannot be unpacked|no column"):
+            run(tmp_path / "work", path, MAPPING)
+
+
+def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(FORMS["rows.parquet"][:-9])
+    with pytest.raises(InputError, match="no Parquet that can be read") as caught:
+        run(tmp_path / "work", tmp_path / "rows.parquet", MAPPING)
+    assert caught.value.where.endswith("rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "pretty.json", "rows.csv", "rows.parquet"])
+def test_a_zip_may_hold_any_format(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr(f"../{name}", FORMS[name])
+    run(tmp_path / "work", tmp_path / "rows.zip", MAPPING)
+    assert numbers(tmp_path / "work") == list(range(10))
+    assert not (tmp_path.parent / name).exists()
+
+
+def test_what_a_zip_hides_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("inner.zip", b"PK")
+    with pytest.raises(InputError, match="zip inside of a zip"):
+        run(tmp_path / "work", path, MAPPING)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.ndjson", lines(ROWS[:5]))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("rows.ndjson", lines(ROWS[5:]))
+    with pytest.raises(InputError, match="Two members have this name"):
+        run(tmp_path / "work", path, MAPPING)
+
+
+@pytest.mark.parametrize(
+    "long",
+    [{"x": "y, \\" * 100}, {"x": list(range(300))}, {"x": {"y": [{"z": "]}"}] * 100}}],
+    ids=["text", "numbers", "objects"],
+)
+def test_an_element_too_long_costs_no_other_of_its_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: dict[str, Any]
+) -> None:
+    array = [*ROWS[:5], long, *ROWS[5:]]
+    for size in range(150, 190):
+        monkeypatch.setattr(records, "RECORD_BYTES_MAX", size)
+        path = tmp_path / f"{size}.json"
+        path.write_bytes(msgspec.json.encode(array))
+        found, told = [], DeadLetters(tmp_path / "letters")
+        with told:
+            piece = source.Piece(0, str(path), str(path), "json")
+            for batch in records.json_records(piece, told, chunk=50):
+                found += [
+                    *zip(
+                        *(batch.column(name).to_pylist() for name in ("line", "text")), strict=True
+                    )
+                ]
+        rows = [(line, msgspec.json.decode(text)) for line, text in found if line != 6]
+        assert rows == [*zip((1, 2, 3, 4, 5, 7, 8, 9, 10, 11), ROWS, strict=True)]
+        assert {letter.line for letter in told.examples} == {6}
+
+
+def test_a_cell_too_long_leaves_the_lines_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "RECORD_BYTES_MAX", 200)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 50)
+    text = FORMS["rows.csv"].decode().splitlines()
+    text[3] = 'user-1,"' + "x\n" * 150 + 'x",1,1'
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(text))
+    found, told = [], DeadLetters(tmp_path / "letters")
+    with told:
+        piece = source.Piece(0, str(path), str(path), "csv")
+        for batch in records.csv_records(piece, list(ROWS[0]), told, chunk=50):
+            found += batch.column("line").to_pylist()
+    assert found[:2] == [2, 3]
+    assert found[2:] == list(range(155, 162))
+    assert told.examples[0].line == 4
 
 
 def test_sources_of_two_kinds_need_two_runs(tmp_path: Path) -> None:
     for name in ("rows.ndjson", "rows.csv"):
         (tmp_path / name).write_bytes(FORMS[name])
-    with pytest.raises(InputError, match="mixes cells and json"):
+    with pytest.raises(InputError, match="mixes CSV and JSON"):
         run(tmp_path / "work", [str(tmp_path / "rows.ndjson"), str(tmp_path / "rows.csv")], MAPPING)
 
 
@@ -258,6 +351,18 @@ def test_a_query_on_sqlite_and_duckdb(tmp_path: Path) -> None:
         assert numbers(tmp_path / kind) == list(range(10))
         run(tmp_path / f"{kind}-inside", f"{place}?query={QUERY}", MAPPING)
         assert numbers(tmp_path / f"{kind}-inside") == list(range(10))
+
+
+def test_a_database_file_of_any_name_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "my #1? 5%.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "CREATE TABLE e AS SELECT 'user-1' AS user, 'Open' AS event, 1 AS at, 7 AS n"
+        )
+    connection.close()
+    named = f"sqlite:///{path}".replace("%", "%25").replace("#", "%23").replace("?", "%3F")
+    run(tmp_path / "work", named, MAPPING, query="SELECT * FROM e")
+    assert numbers(tmp_path / "work") == [7]
 
 
 def test_a_wrong_query_is_told_in_the_words_of_the_database(tmp_path: Path) -> None:

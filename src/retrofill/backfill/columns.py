@@ -172,13 +172,19 @@ class Columns:
     def _row(self) -> str:
         """Return SQL for the text of all columns as one JSON object."""
         if self.style == "native":
-            row = ", ".join(f"{quoted(path[0])} := {quoted(path[0])}" for path in self.here)
+            row = ", ".join(f"{quoted(path[0])} := {self._native(path)}" for path in self.here)
             return f"CAST(to_json(struct_pack({row})) AS VARCHAR)"
         cells = ", ".join(
             f"{literal(path[0])}, CAST({self._cell_json(quoted(f'cell_{at}'), kind)} AS JSON)"
             for at, (path, kind) in enumerate(self.here.items())
         )
         return f"CAST(json_object({cells}) AS VARCHAR)"
+
+    def _native(self, path: Path) -> str:
+        """Return SQL for a column of Parquet. NaN is how many tools write that there is nothing, and JSON has none."""
+        name = ".".join(map(quoted, path))
+        floating = self.here.get(path) in {"DOUBLE", "FLOAT"}
+        return f"CASE WHEN isfinite({name}) THEN {name} END" if floating else name
 
     def _forms(self, number: int, path: Path) -> str:
         if path == WHOLE:
@@ -187,7 +193,7 @@ class Columns:
             kind = self.types[path]
             return f"CAST(NULL AS {kind}) AS u{number}, CAST(NULL AS VARCHAR) AS j{number}"
         if self.style == "native":
-            name = ".".join(map(quoted, path))
+            name = self._native(path)
             return f"{name} AS u{number}, nullif(CAST(to_json({name}) AS VARCHAR), 'null') AS j{number}"
         name = quoted(f"cell_{list(self.here).index(path)}")
         return f"{name} AS u{number}, {self._cell_json(name, self.here[path])} AS j{number}"

@@ -154,6 +154,11 @@ class _Value(Struct):
         """Whether no row can fail: the column goes on as it is."""
         return self.bare is not None and self.field.kind in {"text", "value"}
 
+    @property
+    def apart(self) -> bool:
+        """Whether the expression is worth to be a column of its own, so that it is worked out once."""
+        return self.bare is None and not self.windowed
+
     def result(self, number: int) -> str:
         """Return SQL for the value that came out."""
         return f"t{number}" if self.safe else f"t{number}.v"
@@ -295,8 +300,9 @@ class _Compiler:
         field = value.field
         try:
             value.type_name = self._type(value.sql, kept)
-            whole = f"SELECT *, {value.sql} AS w{number} FROM ({kept})"
-            self._type(self._tried(value, number), whole if value.windowed else kept)
+            column = self._column(value, number)
+            whole = f"SELECT *, {column} FROM ({kept})" if column else kept
+            self._type(self._tried(value, number), whole)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
         if value.field.kind == "millis" and value.type_name == "BOOLEAN":
@@ -322,8 +328,10 @@ class _Compiler:
     # The query, from the inside out. Each layer adds columns that the next one uses.
 
     def _query(self, values: list[_Value], kept: str) -> str:
-        windows = "".join(
-            f", {value.sql} AS w{at}" for at, value in enumerate(values) if value.windowed
+        columns = "".join(
+            f", {self._column(value, at)}"
+            for at, value in enumerate(values)
+            if self._column(value, at)
         )
         tried = ", ".join(f"{self._tried(value, at)} AS t{at}" for at, value in enumerate(values))
         layers = (
@@ -334,10 +342,16 @@ class _Compiler:
             f"{self._verdict(values)} AS bad",
             f"CASE WHEN bad IS NULL THEN {self._body(values)} END AS body",
         )
-        sql = f"SELECT *{windows} FROM ({kept})"  # here and below: SQL of our own making
+        sql = f"SELECT *{columns} FROM ({kept})"  # here and below: SQL of our own making
         for layer in layers:
             sql = f"SELECT *, {layer} FROM ({sql})"
         return f"SELECT {self._output(values)} FROM ({sql})"
+
+    def _column(self, value: _Value, number: int) -> str:
+        """Return SQL of what is worked out before the field is made of it, "" for a column of the source."""
+        if value.windowed:
+            return f"{value.sql} AS w{number}"
+        return f"TRY({{'v': {value.sql}}}) AS e{number}" if value.apart else ""
 
     def _tried(self, value: _Value, number: int) -> str:
         """Return SQL for {v: …}, NULL where the row's value does not fit; just for v where it always does.
@@ -349,14 +363,17 @@ class _Compiler:
         if value.safe:
             assert value.bare is not None
             return self._passed(value, value.bare, own=own)
-        sql = f"w{number}" if value.windowed else value.sql
+        sql = f"w{number}" if value.windowed else f"e{number}.v" if value.apart else value.sql
         if own and field.kind == "text":
             if value.type_name == "JSON":
                 sql = mapping.unquote(f"nullif(CAST({sql} AS VARCHAR), 'null')")
-            return f"TRY({{'v': CAST({sql} AS VARCHAR)}})"
-        if own:
-            return f"TRY({{'v': {mapping.millis(sql, type_name=value.type_name)}}})"
-        return f"TRY({{'v': {mapping.piece(field.kind, sql, type_name=value.type_name)}}})"
+            made = f"CAST({sql} AS VARCHAR)"
+        elif own:
+            made = mapping.millis(sql, type_name=value.type_name)
+        else:
+            made = mapping.piece(field.kind, sql, type_name=value.type_name)
+        tried = f"TRY({{'v': {made}}})"
+        return f"CASE WHEN e{number} IS NOT NULL THEN {tried} END" if value.apart else tried
 
     def _passed(self, value: _Value, number: int, *, own: bool) -> str:
         """Return SQL for a column that goes on as the source wrote it, without any way to fail."""

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
 import duckdb
 import msgspec
@@ -50,9 +51,9 @@ def _plain(value: object) -> object:
 
 def _sqlite(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as connection:
             cursor = connection.execute(query)
-            names = [column[0] for column in cursor.description]
+            names = [column[0] for column in cursor.description or ()]
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except sqlite3.Error as error:

@@ -75,4 +75,8 @@ class DeadLetters:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """All letters are in the file."""
         self._file.close()

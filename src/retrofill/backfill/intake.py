@@ -124,8 +124,11 @@ def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
     )
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET enable_progress_bar = false")  # it would stand between lines of JSON
-    # These would read the source twice, which is a stream: the second reading finds nothing.
-    connection.execute("SET disabled_optimizers = 'window_self_join,common_subplan'")
+    # The first two would read the source twice, which is a stream: the second reading finds nothing. The third takes
+    # what an expression holds twice out of its TRY, where one row that does not fit ends the run.
+    connection.execute(
+        "SET disabled_optimizers = 'window_self_join,common_subplan,common_subexpressions'"
+    )
     for macro in compiled.MACROS:
         connection.execute(macro)
     return connection
@@ -183,7 +186,8 @@ class Intake:
     @property
     def unread(self) -> int:
         """Rows that were refused before the query saw them."""
-        return self.letters.counts["unreadable"] - self._unreadable
+        counts = self.letters.counts
+        return counts["unreadable"] + counts[records.CUT_OFF] - self._unreadable
 
     # The relation `source`.
 
@@ -388,6 +392,9 @@ class Source(Struct, frozen=True):
     table: Any = None
 
 
+_SAID = {"cells": "CSV", "json": "JSON", "native": "Parquet"}
+
+
 def look(pieces: Sequence[Piece], mapping: Mapping | None) -> Source:
     """Read the first rows of some pieces and say what columns there are."""
     if not pieces:
@@ -395,7 +402,7 @@ def look(pieces: Sequence[Piece], mapping: Mapping | None) -> Source:
     styles = {_style(piece) for piece in pieces}
     if len(styles) > 1:
         raise InputError(
-            f"The source mixes {' and '.join(sorted(styles))} files",
+            f"The source mixes {' and '.join(sorted(_SAID[style] for style in styles))} files",
             mend="Import each kind in a run of its own",
         )
     style = styles.pop()
@@ -410,6 +417,9 @@ def look(pieces: Sequence[Piece], mapping: Mapping | None) -> Source:
             for batch in records.json_records(piece, nowhere, chunk=1024 * 1024):
                 rows += batch.column("text")[: _SAMPLE_ROWS // 2].to_pylist()
                 break
+    if nowhere.examples and not rows:
+        first = nowhere.examples[0]
+        raise InputError(f"No row can be read: {first.reason}", where=first.file)
     types = columns.json_types(row for row in rows[: 2 * _SAMPLE_ROWS] if row)
     return Source(style, types, [], records.JSON_SCHEMA, rows)
 
@@ -433,13 +443,19 @@ def _look_cells(pieces: Sequence[Piece], told: str | None) -> Source:
 
 def _look_native(pieces: Sequence[Piece]) -> Source:
     names = ", ".join(literal(piece.place) for piece in pieces)
-    with duckdb.connect() as connection:
-        found = connection.execute(
-            f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # names are quoted
-        ).fetchall()
-        table = connection.execute(
-            f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # the same
-        ).to_arrow_table()
+    try:
+        with duckdb.connect() as connection:
+            found = connection.execute(
+                f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # names are quoted
+            ).fetchall()
+            table = connection.execute(
+                f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # the same
+            ).to_arrow_table()
+    except duckdb.Error as error:
+        raise InputError(
+            f"This is no Parquet that can be read: {_one_line(error)}",
+            where=", ".join(piece.name for piece in pieces[:3]),
+        ) from error
     return Source("native", {(row[0],): row[1] for row in found}, [], None, [], table)
 
 

@@ -18,6 +18,7 @@ from msgspec import Struct
 from retrofill.backfill.feed import HISTORY_PER_S, UPDATE
 from retrofill.backfill.manifest import Hot, HotPerson, Kiosk, Manifest
 from retrofill.backfill.profile import Profile
+from retrofill.backfill.records import CUT_OFF
 from retrofill.backfill.sets import TEXT, Set
 from retrofill.core.schedule import Bound, lower_bound
 
@@ -221,6 +222,12 @@ def _warnings(
         yield (
             f"{found.duplicates.different:,} rows have the insert_id of an earlier row of their device with other "
             "content; the destination would drop them, they are dead letters"
+        )
+    cut_off = found.refused.get(CUT_OFF, 0)
+    if cut_off:
+        yield (
+            f"{cut_off:,} files cannot be read to their end: what follows there is not in this import; the dead letters "
+            "name them"
         )
     if found.kiosks:
         yield (

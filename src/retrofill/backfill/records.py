@@ -26,6 +26,7 @@ from retrofill.errors import InputError
 
 CHUNK_BYTES = 1024 * 1024  # read at once; more would be fresh memory each time
 RECORD_BYTES_MAX = 16 * 1024 * 1024  # a longer record is no event: Amplitude takes 20 MB a request
+CUT_OFF = "rest of the file"  # the kind of a letter that stands for all that follows
 _EMPTY_BYTES_MAX = 2  # \r\n
 _HEADER_BYTES_MAX = 256 * 1024  # of a CSV file
 _BOM = b"\xef\xbb\xbf"
@@ -83,7 +84,7 @@ def _next(parts: Iterator[bytes], piece: Piece, letters: DeadLetters) -> bytes:
     try:
         return next(filter(None, parts), b"")
     except unpack.BROKEN as error:
-        letters.add(piece.name, 0, "unreadable", f"the rest of the file: {error}", "")
+        letters.add(piece.name, 0, CUT_OFF, str(error), "")
         return b""
 
 
@@ -145,11 +146,28 @@ def _elements(
         if end is not None:
             rest = rest[: end - (int(commas[-1]) if len(commas) else 0)]
             break
-        rest = _bounded(rest, piece, row, letters)
+        if rest and not _bounded(rest, piece, row, letters):
+            rest = _nested(rest)
+            if len(rest) > _NESTED_MAX:
+                letters.add(piece.name, row, CUT_OFF, "this element is too deep", "")
+                return
     if rest.strip():
         yield _texts(rest, np.array([len(rest)])), np.array([row], np.int64)
 
 
+def _nested(rest: bytes) -> bytes:
+    """Return short bytes that are as deep inside of arrays, objects and a string: there its element goes on."""
+    data = np.frombuffer(rest, np.uint8)
+    at = np.flatnonzero(_STRUCTURE[data])
+    marks = data[at[~_escaped(data, at)]]
+    inside = np.cumsum(marks == _QUOTE) % 2 == 1
+    depth = int(_DEPTH[marks[~inside & (marks != _QUOTE)]].sum(dtype=np.int64))
+    behind = len(rest) - len(rest.rstrip(b"\\"))
+    text = b'"' + b"\\" * (behind % 2) if len(inside) and inside[-1] else b""
+    return b"[" * depth + text
+
+
+_NESTED_MAX = 1024  # deeper than any event may be
 _STRUCTURE = np.zeros(256, np.bool_)
 _STRUCTURE[list(b'"[]{},')] = True
 _DEPTH = np.zeros(256, np.int8)
@@ -271,12 +289,14 @@ def _csv_cut(
     for block in blocks:
         buffer = rest + block
         ends = _record_ends(buffer)
-        rest = _bounded(buffer[int(ends[-1]) if len(ends) else 0 :], piece, line, letters)
         if len(ends):
             starts = line + _newlines_before(buffer, ends)
             line = int(starts[-1])
             yield _without_header(buffer, ends, starts[:-1], headed=headed)
             headed = True
+        tail = buffer[int(ends[-1]) if len(ends) else 0 :]
+        rest = _bounded(tail, piece, line, letters)
+        line += 0 if rest else tail.count(b"\n")
     if rest:
         ends = np.array([len(rest)])
         yield _without_header(rest, ends, np.array([line], np.int64), headed=headed)

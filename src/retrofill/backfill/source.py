@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 import msgspec
 from msgspec import Struct
@@ -124,10 +124,13 @@ def _database(name: str, scheme: str, query: str | None) -> Origin:
     shown = f"{scheme}://{(parts.hostname or '')}{parts.path}"
     if scheme not in {"sqlite", "duckdb"}:
         return Origin(shown, place, query=query)
-    path = Path(parts.path.lstrip("/"))
-    path = path if path.is_file() else Path("/") / path  # three slashes may mean either
+    path = Path(unquote(parts.path).lstrip("/"))
+    if parts.path.startswith("//") or not path.is_file():  # three slashes may mean either
+        path = Path("/") / path
     if not path.is_file():
-        raise InputError(f"There is no database file {path}")
+        raise InputError(
+            f"There is no database file {path}", mend="Write ? as %3F, # as %23 and % as %25"
+        )
     there = path.stat()
     return Origin(shown, f"{scheme}:{path}", there.st_size, str(there.st_mtime_ns), query)
 
@@ -194,36 +197,50 @@ def _open(origin: Origin, place: str, format_name: str | None, unpacked: Path) -
     if origin.query is not None:
         yield Piece(0, origin.name, place, "query", query=origin.query)
     elif zipfile.is_zipfile(place):
-        yield from _members(origin, place)
+        yield from _members(origin, place, unpacked)
     else:
         kind, packing = _format(origin.name, place, format_name)
-        if kind == "parquet" and packing:  # which is read from its end
-            place, packing = unpack.to_file(place, packing, unpacked), ""
-        yield Piece(0, origin.name, place, kind, packing, size=origin.size)
+        piece = Piece(0, origin.name, place, kind, packing, size=origin.size)
+        yield _whole(piece, unpacked)
 
 
-def _members(origin: Origin, place: str) -> Iterator[Piece]:
+def _whole(piece: Piece, unpacked: Path) -> Piece:
+    """Unpack Parquet, which is read from its end."""
+    if piece.format != "parquet" or not (piece.packing or piece.member):
+        return piece
+    try:
+        place = unpack.to_file(piece.place, piece.packing, unpacked, piece.member)
+    except unpack.BROKEN as error:
+        raise InputError(f"It cannot be unpacked: {error}", where=piece.name) from error
+    return msgspec.structs.replace(piece, place=place, packing="", member=None)
+
+
+def _members(origin: Origin, place: str, unpacked: Path) -> Iterator[Piece]:
     with zipfile.ZipFile(place) as archive:
         inside = [one for one in archive.infolist() if _wanted(one.filename) and not one.is_dir()]
-    for one in sorted(inside, key=lambda member: natural(member.filename)):
+    inside.sort(key=lambda member: natural(member.filename))
+    for at, one in enumerate(inside):
+        name = f"{origin.name}!{one.filename}"
         suffix, packing = _suffix(one.filename)
-        yield Piece(
-            number=0,
-            name=f"{origin.name}!{one.filename}",
-            place=place,
-            format=_FORMATS[suffix],
-            packing=packing,
-            member=one.filename,
-            size=one.compress_size,
-        )
+        if suffix == ".zip":
+            raise InputError("A zip inside of a zip is not read", where=name, mend="Unpack it")
+        if at and one.filename == inside[at - 1].filename:
+            raise InputError("Two members have this name", where=name, mend="Unpack and rename")
+        kind = _FORMATS[suffix]
+        if kind == "ndjson":
+            kind, packing = _format(one.filename, place, None, one.filename)
+        piece = Piece(0, name, place, kind, packing, one.filename, size=one.compress_size)
+        yield _whole(piece, unpacked.with_name(f"{at}-{unpacked.name}"))
 
 
-def _format(name: str, place: str, told: str | None) -> tuple[Format, unpack.Packing]:
+def _format(
+    name: str, place: str, told: str | None, member: str | None = None
+) -> tuple[Format, unpack.Packing]:
     suffix, packing = _suffix(name)
     guess = _SAID.get(told or "") or _FORMATS.get(suffix)
     if guess is not None and guess != "ndjson":
         return guess, packing
-    start = unpack.start(place, packing, size=4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = unpack.start(place, packing, member, size=4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] == b"[":
         return "json", packing
     if start[:1] == b"{" or guess == "ndjson" or told in {"ndjson", "amplitude-export"}:

@@ -126,7 +126,12 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     with letters:
         with connect(scratch) as connection:
             intake = Intake(pieces, asked.mapping, options, connection, letters)
-            taken = intake.run(spill, scratch, seen=lambda rows: progress("read", rows))
+            try:
+                taken = intake.run(spill, scratch, seen=lambda rows: progress("read", rows))
+            except InputError:  # the letters say why: they show the rows, too
+                letters.close()
+                original.staged(letters.path, pieces, letters.events, asked.mapping.delimiter)
+                raise
         progress("sort", taken.rows)
         device, user, count = taken.pairs.compact()
         joined = people.join(device, user, kiosk_limit=options.kiosk_limit)

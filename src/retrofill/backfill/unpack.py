@@ -5,6 +5,8 @@ Where the packed bytes break off or were damaged, everything before that place i
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -28,18 +30,26 @@ BROKEN: tuple[type[Exception], ...] = (
 
 _READ = 256 * 1024  # read from the file at once
 _PLAIN = 1024 * 1024  # the same of a file that is not packed: as much as is looked at together
-_PACKED = 16 * 1024  # given to Zstandard at once: it cannot be told how much to give back
+# Given to Zstandard at once. It cannot be told how much to give back: of a block that repeats one byte, 32,000 times
+# as much.
+_PACKED = 4 * 1024
 _GZIP = 31  # zlib's word for: with a gzip header, the largest window
 
 
 def chunks(place: str, packing: Packing, member: str | None = None) -> Iterator[bytes]:
     """Yield the bytes of a file, or of a member of a zip archive. Raises one of BROKEN."""
-    with Path(place).open("rb") as file:
-        if member is None:
+    if member is None:
+        with Path(place).open("rb") as file:
             yield from _unpacked(file, packing)
-            return
-        with zipfile.ZipFile(file) as archive, archive.open(member) as inside:
-            yield from _unpacked(inside, packing)
+        return
+    with _archive(place, Path(place).stat().st_mtime_ns).open(member) as inside:
+        yield from _unpacked(inside, packing)
+
+
+@functools.lru_cache(maxsize=1)
+def _archive(place: str, _changed_ns: int) -> zipfile.ZipFile:
+    """Return an archive that stays open for its next member: a year of exports has thousands of them."""
+    return zipfile.ZipFile(place)
 
 
 def _unpacked(file: IO[bytes], packing: Packing) -> Iterator[bytes]:
@@ -88,18 +98,19 @@ def _members(file: IO[bytes], unpack: Unpack) -> Iterator[bytes]:
 
 
 def start(place: str, packing: Packing, member: str | None = None, *, size: int) -> bytes:
-    """Return the first bytes of a file, as many as there are up to a size. Raises one of BROKEN."""
+    """Return the first bytes of a file, as many as can be read up to a size: who reads on is told why not."""
     found = b""
-    for chunk in chunks(place, packing, member):
-        found += chunk
-        if len(found) >= size:
-            break
+    with contextlib.suppress(*BROKEN):
+        for chunk in chunks(place, packing, member):
+            found += chunk
+            if len(found) >= size:
+                break
     return found[:size]
 
 
-def to_file(place: str, packing: Packing, to: Path) -> str:
-    """Unpack a file whole and return the place of the copy."""
+def to_file(place: str, packing: Packing, to: Path, member: str | None = None) -> str:
+    """Unpack a file whole and return the place of the copy. Raises one of BROKEN."""
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("wb") as plain:
-        plain.writelines(chunks(place, packing))
+        plain.writelines(chunks(place, packing, member))
     return str(to)

@@ -105,12 +105,15 @@ def parse(document: object) -> Mapping:
             f"The mapping says nothing of {', '.join(missing)}",
             mend="Each event needs a type, a time, and a user_id or a device_id",
         )
+    delimiter = _text_or_none(source.get("delimiter"), "source.delimiter", blank=True)
+    if delimiter is not None and len(delimiter) != 1:
+        raise InputError("source.delimiter is not one character")
     columns = _table(source.get("columns") or {}, "source.columns")
     return Mapping(
         fields=fields,
         where=_text_or_none(top.get("where"), "where"),
         format=chosen,
-        delimiter=_text_or_none(source.get("delimiter"), "source.delimiter"),
+        delimiter=delimiter,
         columns={name: str(kind) for name, kind in columns.items()},
     )
 
@@ -169,8 +172,8 @@ def _known(block: dict[str, object], names: set[str], where: str) -> None:
         )
 
 
-def _text_or_none(value: object, name: str) -> str | None:
-    if value is None or (isinstance(value, str) and value.strip()):
+def _text_or_none(value: object, name: str, *, blank: bool = False) -> str | None:
+    if value is None or (isinstance(value, str) and (blank or value.strip())):
         return value
     raise InputError(f"{name} is not a text")
 
@@ -209,12 +212,20 @@ def piece(  # noqa: PLR0911  # one for each kind of field
     if kind == "integer":
         return f"CAST(CAST({_floored(value, type_name)} AS BIGINT) AS VARCHAR)"
     if kind == "number":
-        return f"CAST(to_json(CAST({value} AS DOUBLE)) AS VARCHAR)"
+        return _finite(f"CAST({value} AS DOUBLE)")
     if kind == "flag":
         return f"CAST(CAST({value} AS BOOLEAN) AS VARCHAR)"
     if kind == "object":
         return json_object(_json(value, type_name))
+    if type_name in {"DOUBLE", "FLOAT"}:
+        return _finite(value)
     return f"nullif({_json(value, type_name)}, 'null')"
+
+
+def _finite(number: str) -> str:
+    """Return SQL for the JSON of a number, which raises for those that JSON has not, as a division by 0 gives them."""
+    json = f"CAST(to_json({number}) AS VARCHAR)"
+    return f"CASE WHEN isfinite({number}) THEN {json} ELSE CAST(CAST(CAST({number} AS VARCHAR) AS BIGINT) AS VARCHAR) END"
 
 
 def json_object(json: str) -> str:
@@ -276,7 +287,16 @@ class Pieces(Struct, frozen=True):
         joined = ", ".join(
             f"{_key(name, ',')} || {_piece(sql)}" for name, sql in self.members.items()
         )
-        return f"nullif('{{' || substr(concat({joined}), 2) || '}}', '{{}}')"
+        there = ", ".join(self.values())
+        return f"CASE WHEN coalesce({there}) IS NOT NULL THEN '{{' || substr(concat({joined}), 2) || '}}' END"
+
+    def values(self) -> Iterator[str]:
+        """Yield the SQL of all values inside."""
+        for member in self.members.values():
+            if isinstance(member, Pieces):
+                yield from member.values()
+            else:
+                yield member
 
 
 def _key(name: str, before: str) -> str:
