@@ -67,6 +67,7 @@ def test_only_a_200_that_says_code_200_acknowledges(
 ) -> None:
     found = judge(answer, 10, NOW)
     assert (found.verdict, found.uncertain) == (verdict, uncertain)
+    assert (found.status == 200) == (verdict == "taken")
 
 
 @given(
@@ -92,6 +93,7 @@ def test_no_answer_at_all_breaks_the_judge(status: int, value: Any, pause: str) 
     found = judge(Answer(status, json.dumps(value).encode(), pause), 3, NOW)
     assert all(0 <= index < 3 for index in (*found.refusal.listed, *found.refusal.throttled))
     assert found.retry_after_s >= 0
+    assert (found.status == 200) == (found.verdict == "taken")
 
 
 @pytest.mark.parametrize(

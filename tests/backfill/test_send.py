@@ -338,6 +338,22 @@ def test_a_run_gives_up_after_the_time_it_was_given(tmp_path: Path) -> None:
     check_whole(tmp_path, made, calm)
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_ends_while_answers_are_bad_counts_nothing_of_them(
+    tmp_path: Path, fault: str
+) -> None:
+    made = staged.history({1: 20, 2: 3})
+    staged.write(tmp_path, made)
+    to = Misbehaving(faults={fault: 1.0}, calm_after=10**9)
+    outcome = send(tmp_path, to, OPEN, give_up_after_s=100)
+    assert not outcome.complete
+    ledger = Ledger(tmp_path)
+    taken = ledger.totals().taken
+    ledger.close()
+    assert taken == 0
+    assert send(tmp_path, Misbehaving(), OPEN, start=START_S + 1000).progress.taken == len(made)
+
+
 def test_the_time_to_give_up_counts_from_the_last_200(tmp_path: Path) -> None:
     """A 200 every half minute is no reason to give up after 60 s, however long it takes; silence after the tenth is."""
     staged.write(tmp_path, staged.history({1: 200}))

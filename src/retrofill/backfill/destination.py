@@ -105,7 +105,7 @@ class Refusal(Struct, frozen=True):
 
 
 class Judgement(Struct, frozen=True):
-    """What to do next. status: the one that decided, the body's own `code` where HTTP said 200."""
+    """What to do next. status: the one that decided, the body's own `code` where HTTP said 200; 200 only if taken."""
 
     verdict: Verdict
     status: int
@@ -131,7 +131,7 @@ def judge(answer: Answer, events: int, now: float) -> Judgement:  # noqa: PLR091
         status = code
     elif status == 200:
         problem = "a 200 without a JSON body that says code 200"
-        return Judgement("again", 200, uncertain=True, problem=problem)
+        return Judgement("again", 0, uncertain=True, problem=problem)
     refusal = _refusal(body, events)
     problem = f"{status} {refusal.error}".strip()
     if status == 429:
