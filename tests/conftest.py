@@ -1,22 +1,29 @@
-"""What all tests share: which of them run by default, and what Hypothesis searches.
+"""What all tests share: which of them run by default, what Hypothesis searches, and what makes lakes quick.
 
 `slow` tests use processes or sockets, `long` ones take minutes. Long tests run only when asked for: `-m long`.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from retrofill.lake import Lake, ducklake, history
+from retrofill.lake.files import Files
 
 # How long something takes says how busy the machine is, and nothing of the code.
 _UNHURRIED = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 # The same examples each time: who changes one thing shall not meet the fault of another. The long run searches anew.
 settings.register_profile("default", _UNHURRIED, derandomize=True)
 settings.register_profile("long", _UNHURRIED, max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+settings.load_profile(PROFILE)
 
 DATA = Path(__file__).parent / "data"
 
@@ -29,6 +36,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if item.get_closest_marker("long") else chosen).append(item)
     items[:] = chosen
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # some 100,000 objects that stay to the end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_lakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the lakes of this process have one thread, and begin with a copy of an empty catalog.
+
+    A second thread costs a fifth more for a few rows, and tables cost more than all else that a short test does. The
+    processes that tests start have it all as it is, and so has the long run.
+    """
+    if PROFILE == "long":
+        yield
+        return
+    empty = tmp_path_factory.mktemp("empty") / "lake"
+    made = Lake.open(empty)
+    made.close()
+    real = Lake.open.__func__  # type: ignore[attr-defined] # it is a classmethod
+
+    def opened(cls: type[Lake], folder: Path, files: Files | None = None) -> Lake:
+        catalog = folder / "catalog.duckdb"
+        if not catalog.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(empty / catalog.name, catalog)
+        return real(cls, folder, files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ducklake, history):
+            patch.setattr(module, "LAKE_THREADS", 1)
+        patch.setattr(Lake, "open", classmethod(opened))
+        yield
 
 
 @pytest.fixture
