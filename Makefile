@@ -30,7 +30,7 @@ demo: $(RUNTIME) ## send two real histories into a fresh server, read them back,
 	@$(RUN) demo/histories.py
 
 test: $(DEV) ## all tests but the long ones, under ten minutes
-	@$(RUN) -m pytest -q -n 3 --dist worksteal -m "not long"
+	@$(RUN) -m pytest -q -n 3 --dist load --maxschedchunk 1 -m "not long"
 
 test-fast: $(DEV) ## tests without processes and sockets, under one minute
 	@$(RUN) -m pytest -q -m "not slow and not long"
