@@ -97,6 +97,10 @@ TIME_MS_MAX = 253_402_300_799_999
 # Reading a request, ours: decoding a small value costs some 60 bytes, so 20 MB of nothing but brackets would cost a GB.
 BODY_CONTAINERS_MAX = 400_000  # objects and arrays in a body over 1 MiB; beyond it 413
 BODY_VALUES_MAX = 3_000_000  # commas in a body over 1 MiB; beyond it 413
+ALIKE_MAX = (
+    32_768  # texts of `user_properties` that came twice and are kept decoded; then it begins anew
+)
+ALIKE_BYTES_MAX = 1024  # of such a text; a longer one is decoded each time
 SCAN_TOKENS_MAX = 300_000  # tokens looked at one by one in a body that no decoder takes
 KEY_CHARS_MAX = 200  # of an unknown API key, repeated in the answer
 

@@ -9,7 +9,7 @@ import msgspec
 
 from retrofill.core import block as block_codec
 from retrofill.core.block import Block, Kind, Table
-from retrofill.core.event import Batch, Event
+from retrofill.core.event import Batch, Event, decode_one
 from retrofill.core.fold import Folded, Known, fold
 from retrofill.core.identity import derived_device
 from retrofill.core.person import Person
@@ -28,7 +28,7 @@ def event(event_type: str = "View", **fields: Any) -> Event:
     wire = {"event_type": event_type, **fields}
     if "skip" in wire:
         wire["$skip_user_properties_sync"] = wire.pop("skip")
-    return msgspec.json.decode(msgspec.json.encode(wire), type=Event)
+    return decode_one(msgspec.json.encode(wire))
 
 
 class History:

@@ -15,7 +15,7 @@ from tests.core.permuted import Sent, history
 
 from retrofill.core import order, row
 from retrofill.core.block import SAYABLE, Block, Flag
-from retrofill.core.event import Batch, Event
+from retrofill.core.event import Batch, Event, decode, encode
 from retrofill.core.fold import Changes, Known, fold
 from retrofill.core.identity import derived_device
 from retrofill.core.person import Person
@@ -49,9 +49,9 @@ class Project:
         known = Known(self.devices, self.users, self.people, self.groups, self.last)
         batches = []
         for path, events in requests:
-            body = msgspec.json.encode({"events": events})
+            body = encode(events)
             # As after reading: each event its own.
-            own = msgspec.json.decode(msgspec.json.encode(events), type=list[Event])
+            own = decode(body)
             for one in own:
                 if one.device_id is None:
                     one.device_id = derived_device(one.user_id) if one.user_id else ""

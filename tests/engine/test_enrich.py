@@ -79,7 +79,7 @@ def database(tmp_path: Path) -> Path:
 
 def enriched(enricher: Enricher, *, remote: str | None = "203.0.113.9", **said: Any) -> Event:
     wire = msgspec.json.encode({"event_type": "View", "user_id": "user-1", **said})
-    found = [msgspec.json.decode(wire, type=Event)]
+    found = [events.decode_one(wire)]
     body = events.encode(found)
     batch = Batch(1, "/batch", body, found, len(body), 0, remote=remote)
     enricher.enrich(batch)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from retrofill.core import fold, person
-from retrofill.core.event import Batch, Event, encode
+from retrofill.core.event import Batch, decode_one, encode
 from retrofill.core.fold import Folded, Known
 from retrofill.engine.recover import fill_devices
 from retrofill.engine.state import State
@@ -44,7 +44,7 @@ def _request(rnd: random.Random) -> Batch:
         # An identify with groups stays with its person.
         if rnd.random() < (0.02 if wire["event_type"] == "View" else 0.001):
             wire["groups"] = {"org": rnd.choice(["acme", "duff"])}
-        found.append(msgspec.json.decode(msgspec.json.encode(wire), type=Event))
+        found.append(decode_one(msgspec.json.encode(wire)))
     batch = Batch(1, "/batch", encode(found), found, 0, 1_790_000_000_000)
     fill_devices(batch)
     return batch

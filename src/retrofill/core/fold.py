@@ -407,9 +407,12 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         said = _said(event)
         if said[14] == "$remote":
             said = (*said[:14], remote, *said[15:])
-        entry = said_before(said)
-        if entry is None:
-            entry = _said_before[said] = said, _which(said)
+        entry = who.sent
+        # Compared with what the person said last, the fresh strings need not be hashed.
+        if entry is None or entry[0] != said:
+            entry = said_before(said)
+            if entry is None:
+                entry = _said_before[said] = said, _which(said)
         said, which = entry
         event_groups = event.groups
         shown = b""
@@ -422,9 +425,13 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             shown = _show(table, own, event_groups, {}, known, change)
         elif kind in _TABLE_KINDS:
             before = who
-            table = properties.apply(who.properties, sent) if sent else who.properties
+            table = who.properties
+            if sent and sent is not table and sent is not who.told:
+                table = properties.apply(table, sent)
+                if table is who.properties:
+                    who.told = sent
             built_in = who.columns
-            if said is not who.sent or (said[15] is None and built_in[_LIBRARY] != library):
+            if entry is not who.sent or (said[15] is None and built_in[_LIBRARY] != library):
                 built_in = _started(_columns(built_in, said, library))
             if (
                 event.price is not None
@@ -461,7 +468,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                         0,
                         who.joined,
                         b"",
-                        said,
+                        entry,
                     )
                 elif updates is not who.updates:
                     who = _replaced(who, updates=updates)

@@ -1,7 +1,7 @@
 """One person's state in one project: the current property table and what the fold must remember.
 
-A Person is never changed once others can see it: the fold makes a new one. `shown` and `sent` are remembered answers,
-functions of the rest, so that an unchanged person is not encoded again; they are not saved.
+A Person is never changed once others can see it: the fold makes a new one. `shown`, `sent` and `told` are remembered
+answers, functions of the rest, so that an unchanged person is not encoded or compared again; they are not saved.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Person(Struct, array_like=True, gc=False):
     hour of the same time, see `throttle.UpdateWindow`.
     merged_into: the surviving amplitude_id if this person was absorbed, FORGOTTEN if deleted, else 0.
     joined: how many people it has absorbed while a limit of them was in force.
+    shown: the snapshot. sent: what an event said of the columns that changes nothing, and which it said. told: the same of properties.
     """
 
     amplitude_id: int
@@ -39,7 +40,8 @@ class Person(Struct, array_like=True, gc=False):
     merged_into: int = 0
     joined: int = 0
     shown: bytes = b""
-    sent: tuple[str | None, ...] | None = None
+    sent: tuple[tuple[str | None, ...], int] | None = None
+    told: dict[str, Any] | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode

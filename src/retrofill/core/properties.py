@@ -3,6 +3,7 @@
 A table is name → JSON value and never holds null. Nothing here changes a value that others can see: a changed table is
 a new dict, a grown list a new list, so a checkpoint or a snapshot may keep a reference. An unchanged table is returned
 as the same object, and that identity is how the caller knows that neither state nor snapshot has to be written again.
+A table applied to itself does not change: it has no operation in it.
 
 The silences of the contract, as decided here:
 
@@ -71,7 +72,8 @@ def apply(table: Properties, sent: Properties) -> Properties:
             if result is table:
                 result = table.copy()
             result[name] = value
-    return result
+    # A table that holds just what was sent is that object, which others may say too: see `core.alike`.
+    return sent if result == sent and list(result) == list(sent) else result
 
 
 def unknown(sent: Properties) -> list[str]:

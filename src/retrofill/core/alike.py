@@ -1,0 +1,64 @@
+"""Objects said again and again, decoded and checked once.
+
+Senders repeat what they know of a user on event after event. Whoever says the same text gets the very same object, so
+that the fold sees by identity that nothing new is said, and little memory is touched. Nobody may change such an object.
+
+Kept are texts that came twice: one that comes once only leaves a mark, or else a stream of texts that are all different
+would go through the memory of the whole table. What is kept changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from retrofill.core import mend
+from retrofill.limits import ALIKE_BYTES_MAX, ALIKE_MAX, DEPTH_MAX
+
+Object = dict[str, Any]
+
+_MARKS = 65_536
+_decode = msgspec.json.Decoder(list[Object | None]).decode
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class Alike:
+    """The texts that came twice. Emptied at its bound."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, Object | None] = {}
+        self._marks = bytearray(_MARKS)
+
+    def read(self, texts: list[bytes]) -> list[Object | None]:
+        """Return the objects that these texts say, None for null. Raises what `read` does."""
+        found = list(map(self._kept.get, texts))
+        new = [index for index, one in enumerate(found) if one is None]
+        if new:
+            kept, marks = self._kept, self._marks
+            for index, one in zip(new, read([texts[index] for index in new]), strict=True):
+                found[index] = one
+                text = texts[index]
+                mark = hash(text)
+                place, tag = mark % _MARKS, mark >> 32 & 0xFF
+                if marks[place] != tag:
+                    marks[place] = tag
+                elif len(text) <= ALIKE_BYTES_MAX:
+                    kept[text] = one
+            if len(kept) > ALIKE_MAX:
+                kept.clear()
+        return found
+
+
+def read(texts: list[bytes]) -> list[Object | None]:
+    """Read objects or nulls.
+
+    Raises ValueError, RecursionError or OverflowError if one is something else, too deep, or holds a number that not
+    every decoder does.
+    """
+    body = b"[" + b",".join(texts) + b"]"
+    found = _decode(body)
+    _pack(found)  # refuses whole numbers beyond 64 bits
+    if body.count(b"{") + body.count(b"[") > DEPTH_MAX + len(found) and mend.too_deep(*found):
+        raise ValueError(f"more than {DEPTH_MAX} levels")
+    return found
