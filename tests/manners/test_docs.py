@@ -24,6 +24,7 @@ from retrofill.backfill.profile import describe
 from retrofill.core import mapping
 from retrofill.limits import PROFILES, Limits
 from retrofill.rehearse.outcome import Outcome
+from retrofill.server import metrics
 
 # A path as a sender or reader writes it. `/` alone is the oldest SDKs' endpoint.
 PATH = re.compile(r"/[a-z0-9_.{}/:-]*")
@@ -110,6 +111,15 @@ def _sections() -> dict[str, str]:
     """Return each verb's part of docs/cli.md."""
     parts = re.split(r"^## ", document("docs/cli.md"), flags=re.MULTILINE)
     return {found[1]: part for part in parts if (found := re.match(r"`retrofill ([a-z-]+)", part))}
+
+
+def test_each_metric_is_documented() -> None:
+    found = metrics.Metrics()
+    found.engine = lambda: dict.fromkeys([*metrics.COUNTERS, *metrics.GAUGES], 0.0)
+    shown = document("docs/api.md")
+    for metric in found.collect():
+        total = "_total" if metric.type == "counter" else ""
+        assert f"`{metric.name}{total}`" in shown, metric.name
 
 
 def test_each_command_and_option_is_documented_with_an_example() -> None:
