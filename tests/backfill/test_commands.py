@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from retrofill.backfill import drive
 from retrofill.backfill import keys as key_ring
 from retrofill.backfill.profile import PROFILES, adjust, choose, target
 from retrofill.cli import report, resend, run, status, undo_recipe, verify
-from retrofill.errors import Error, InputError
+from retrofill.cli.run import resumable, resume_line
+from retrofill.errors import Error, FinalError, InputError
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +214,8 @@ def test_wrong_lines_are_refused_before_anything_is_sent(tmp_path: Path) -> None
     base = ["run", *given, "--work", str(tmp_path / "w"), "--profile", "retrofill", *KEYS]
     to = ["--to", "http://127.0.0.1:9"]
     assert "no destination" in str(refused(*base, "--to", "nowhere"))
-    assert "no time span" in str(refused(*base, *to, "--give-up-after", "soon"))
+    for span in ("soon", "0s", "-5m", "nans", "infh"):
+        assert "no time span" in str(refused(*base, *to, f"--give-up-after={span}"))
     assert "is no part" in str(refused(*base, *to, "--sample", "200%"))
     assert "is no time" in str(refused(*base, *to, "--until", "later"))
     assert "is no import name" in str(refused(*base, *to, "--import", "a b"))
@@ -220,6 +223,32 @@ def test_wrong_lines_are_refused_before_anything_is_sent(tmp_path: Path) -> None
     assert "out of range" in str(refused(*base, *to, "--events-per-request", "5000", "--yes"))
     assert "No API key" in str(refused(*base[:-2], *to))
     assert "Nothing is staged" in str(refused("status", "--work", str(tmp_path / "none")))
+
+
+def test_a_line_to_go_on_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "run",
+        "postgresql://me:a%2Fb:c@db.example/shop",
+        "--api-key",
+        "secret",
+        "--to=http://x",
+    ]
+    monkeypatch.setattr(sys, "argv", ["retrofill", *words, "--secret-key=secret"])
+    assert resume_line() == (
+        "retrofill run 'postgresql://me:…@db.example/shop' --api-key … --to=http://x '--secret-key=…'"
+    )
+
+
+def test_an_error_that_ends_a_run_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrofill", "run", "a.csv"])
+    with pytest.raises(FinalError) as caught, resumable(as_json=True):
+        raise FinalError("The key is unknown", mend="Check it")
+    assert caught.value.mend == "Check it. To go on: retrofill run a.csv"
+    assert json.loads(capsys.readouterr().out) == {
+        "event": "end", "complete": False, "reason": "The key is unknown", "resume": "retrofill run a.csv",
+    }  # fmt: skip
 
 
 def test_keys_come_from_the_line_a_file_or_the_environment(

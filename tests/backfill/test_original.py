@@ -18,6 +18,7 @@ from tests.backfill.staging import letters, run, table
 
 from retrofill.backfill import original, stage
 from retrofill.backfill.journal import Dead, Journal
+from retrofill.errors import InputError
 
 MAPPING = """
 event: {user_id: user, event_type: event, time: at, insert_id: id, event_properties: props}
@@ -92,6 +93,17 @@ def test_what_is_refused_after_the_mapping_shows_its_row(
     first = 1 + (form is cells)
     assert [letter["line"] for letter in told] == [20 + first, 41 + first]
     assert [letter["row"] for letter in told] == [texts[letter["line"] - 1] for letter in told]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_source_with_too_many_bad_ones_are_shown_too(
+    tmp_path: Path, form: Callable[[Path, list[Row]], tuple[Path, list[str]]]
+) -> None:
+    path, texts = form(tmp_path, history())
+    with pytest.raises(InputError, match="rows were refused"):
+        run(tmp_path / "work", path, MAPPING, bad_rows=0.0)
+    (letter,) = letters(tmp_path / "work")
+    assert letter["row"] == texts[letter["line"] - 1]
 
 
 @pytest.mark.parametrize("form", FORMS)

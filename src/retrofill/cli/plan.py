@@ -108,6 +108,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
 
 def show(made: Plan, console: Console, *, work: Path) -> None:
     """Print the plan as tables."""
+    from rich.markup import escape
     from rich.table import Table
 
     from retrofill.backfill.plan import sentence
@@ -137,11 +138,15 @@ def show(made: Plan, console: Console, *, work: Path) -> None:
         {f"{one.kind} {one.id}": one.events for one in made.kiosks},
     )
     for warning in made.warnings:
-        console.print(f"[yellow]![/] {warning}")
-    console.print(f"Import [bold]{made.import_id}[/] is staged in {work}; nothing was sent.")
+        console.print(f"[yellow]![/] {escape(warning)}")
+    console.print(
+        f"Import [bold]{made.import_id}[/] is staged in {escape(str(work))}; nothing was sent."
+    )
 
 
 def _figures(made: Plan, sentence: Callable[[float], str]) -> Sequence[tuple[str, str]]:
+    from rich.markup import escape
+
     first, last = (_date(moment_ms) for moment_ms in (made.first_ms, made.last_ms))
     sync = (
         "left as they are ($skip_user_properties_sync)"
@@ -149,7 +154,7 @@ def _figures(made: Plan, sentence: Callable[[float], str]) -> Sequence[tuple[str
         else "[bold yellow]changed by these events[/]"
     )
     return (
-        ("Import", f"{made.import_id} to {made.destination}, limits of {made.profile}"),
+        ("Import", escape(f"{made.import_id} to {made.destination}, limits of {made.profile}")),
         (
             "Rows",
             f"{made.rows:,}: {made.events:,} events, {made.dead_letters:,} dead letters, {made.duplicates:,} duplicates",
@@ -196,7 +201,7 @@ def _table(console: Console, title: str, counts: dict[str, int]) -> None:
 
     if not counts:
         return
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=None)
     largest = max(counts.values()) or 1
     for name, count in counts.items():
         table.add_row(escape(name), f"{count:,}", "█" * round(_BAR * count / largest))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from retrofill.cli import options
-from retrofill.cli.run import WORK, Display, end, say
+from retrofill.cli.run import WORK, Display, end, resumable, say
 from retrofill.errors import InputError
 
 EXAMPLE = "Example: retrofill resend --work retrofill-work --from 2026-03-01T10:00Z --to 2026-03-01T12:00Z"
@@ -40,7 +40,7 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     now_ms = int(time.time() * 1000)
     events = resend.lose(work, from_ms=window[0], to_ms=window[1], now_ms=now_ms)
     say(f"{events:,} events were acknowledged in that window")
-    with Display(as_json=as_json) as display:
+    with resumable(as_json=as_json), Display(as_json=as_json) as display:
         outcome = drive.drive(
             drive.Drive(
                 work=work, to=where, profile=profile, api_key=keys.api_key, show=display.show

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -16,7 +17,7 @@ import typer
 
 from retrofill.backfill import memory
 from retrofill.cli import options
-from retrofill.errors import Error, InputError, SendError
+from retrofill.errors import Error, InputError, SendError, StoreError
 
 if TYPE_CHECKING:
     from retrofill.backfill.keys import Keys
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*@")  # of a database
 UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
@@ -118,7 +120,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     if generation is not None:
         _note(imports.opened, where, keys, found.import_id)
     memory.give_back()
-    with Display(as_json=as_json) as display:
+    with resumable(as_json=as_json), Display(as_json=as_json) as display:
         outcome = drive(
             Drive(
                 work=work,
@@ -235,7 +237,11 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
         endpoint=endpoint,
     )
     with Staging(as_json=as_json) as staging:
-        return stage(work, asked, wanted, progress=staging.show)
+        try:
+            return stage(work, asked, wanted, progress=staging.show)
+        except KeyboardInterrupt:
+            say(f"stopped, nothing is staged; again: {resume_line()}")
+            raise
 
 
 def generation_of(
@@ -342,7 +348,7 @@ def seconds(text: str) -> float:
         value = float(number) * units[unit]
     except ValueError:
         value = -1.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise InputError(f"{text!r} is no time span", mend="Give one such as 5s, 10m or 2h")
     return value
 
@@ -514,6 +520,20 @@ def end(outcome: Outcome, work: Path, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def resumable(*, as_json: bool) -> Iterator[None]:
+    """Let an error that ends a run say how to go on, as every other end does."""
+    try:
+        yield
+    except (SendError, StoreError) as problem:
+        line = resume_line()
+        if as_json:
+            facts = {"event": "end", "complete": False, "reason": problem.what}
+            emit({**facts, "resume": line})
+        problem.mend = ". ".join(part for part in (problem.mend, f"To go on: {line}") if part)
+        raise
+
+
 def resume_line() -> str:
     """The line that was given, without keys: they come from where they came from, or the environment."""
     words: list[str] = []
@@ -525,6 +545,7 @@ def resume_line() -> str:
             hidden = True
         elif word.startswith(("--api-key=", "--secret-key=")):
             word = word.partition("=")[0] + "=…"  # noqa: PLW2901 - the same
+        word = _PASSWORD.sub(r"\1…@", word)  # noqa: PLW2901 - the same
         words.append(word if word == "…" else shlex.quote(word))
     return " ".join(["retrofill", *words])
 
