@@ -215,6 +215,28 @@ def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
     assert max(row["line"] for row in rows(tmp_path / "work")) == 102
 
 
+def test_a_stray_quote_or_return_costs_its_own_row_alone(tmp_path: Path) -> None:
+    text = separated(ROWS, ",").decode().splitlines()
+    text.insert(4, "user-1,Op\ren,1700000000000,1")
+    text.append('user-1,"Open,1700000000000,1')
+    (tmp_path / "rows.csv").write_bytes("\n".join(text).encode())
+    run(tmp_path / "work", tmp_path / "rows.csv", MAPPING, bad_rows=0.5)
+    assert numbers(tmp_path / "work") == list(range(10))
+    assert {letter["line"] for letter in letters(tmp_path / "work")} == {5, 13}
+
+
+@given(st.text('",\n\rx;', max_size=60), st.integers(1, 70))
+def test_no_text_at_all_breaks_the_reading_of_cells(text: str, chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, DeadLetters(Path("/dev/null")) as told:
+        path = Path(folder) / "rows.csv"
+        path.write_bytes(b"a,b,c\n" + text.encode() + b"\nx,y,z\n")
+        piece = source.Piece(0, "rows", str(path), "csv")
+        found = [*records.csv_records(piece, ["a", "b", "c"], told, chunk=chunk)]
+        last = text.count("\n") + 3
+        good = [line for batch in found for line in batch.column("line").to_pylist()]
+        assert last in good or told.total
+
+
 def test_a_file_cut_off_gives_what_can_be_read_and_says_so(tmp_path: Path) -> None:
     many = ROWS * 2000
     packed = gzip.compress(lines(many))

@@ -278,7 +278,7 @@ def csv_records(  # what a cell is takes this many words
     for buffer, ends, lines in _csv_cut(_blocks(piece, letters, chunk), piece, letters):
         texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
         if len(texts):
-            yield _cells(piece, own, names, texts, lines, mark, letters)
+            yield from _cells(piece, own, names, texts, lines, mark, letters)
 
 
 def _csv_cut(
@@ -370,10 +370,19 @@ def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and i
     lines: NDArray[np.int64],
     mark: str,
     letters: DeadLetters,
-) -> pa.RecordBatch:
+) -> Iterator[pa.RecordBatch]:
     wrong: list[pyarrow.csv.InvalidRow] = []
     data = b"".join(texts.cast(pa.binary()).to_pylist())
     table = _parse(data, own, mark, wrong)
+    if table.num_rows + len(wrong) != len(texts):  # a stray quote or return: which record has it?
+        if len(texts) == 1:
+            text = texts[0].as_py().rstrip("\r\n")
+            letters.add(piece.name, int(lines[0]), "unreadable", "a quote or return is odd", text)
+            return
+        half = len(texts) // 2
+        yield from _cells(piece, own, names, texts[:half], lines[:half], mark, letters)
+        yield from _cells(piece, own, names, texts[half:], lines[half:], mark, letters)
+        return
     if wrong:
         kept = np.ones(len(texts), np.bool_)
         for row in wrong:
@@ -384,19 +393,14 @@ def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and i
                 piece.name, int(lines[at]), "unreadable", reason, texts[at].as_py().rstrip("\r\n")
             )
         texts, lines = texts.filter(pa.array(kept)), lines[kept]
-    if table.num_rows != len(texts):
-        raise InputError(
-            f"{len(texts)} records were cut, {table.num_rows} read",
-            where=f"{piece.name}, lines {lines[0]} to {lines[-1]}",
-            mend="Look for quotes that are opened and not closed",
-        )
+    assert table.num_rows == len(texts)
     place = [pa.array(np.full(len(texts), piece.number, np.int32)), pa.array(lines), texts]
     cells = [
         table[name].combine_chunks() if name in own else pa.nulls(len(texts), pa.string())
         for name in names
     ]
     cells = [one.chunk(0) if isinstance(one, pa.ChunkedArray) else one for one in cells]
-    return pa.RecordBatch.from_arrays([*place, *cells], schema=cells_schema(names))
+    yield pa.RecordBatch.from_arrays([*place, *cells], schema=cells_schema(names))
 
 
 def _parse(
