@@ -144,9 +144,9 @@ def test_lives_with_deletions_end_as_those_that_never_saw_the_import(
         elif chance < 0.3:
             subject.run(subject.engine.undo(1, "old-shop"))
     subject.run(subject.engine.undo(1, "old-shop"))
-    same(subject, control)
+    theirs = same(subject, control)
     subject.crash()
-    same(subject, control)
+    same(subject, theirs)
     for number in range(5):  # and goes on as the other does
         clock.ms += 1000
         wire = [_event(1000 + number, KIOSK, seeded.choice([*USERS, None, None]))]

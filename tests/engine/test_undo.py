@@ -147,13 +147,15 @@ def _groups(text: str | None) -> Iterator[tuple[str, str]]:
         yield from ((group_type, one) for one in (value if isinstance(value, list) else [value]))
 
 
-def same(subject: Server, control: Server) -> None:
-    """Both hold the same; told row by row, so that a difference can be read."""
-    mine, theirs = subject.seen(), control.seen()
+def same(subject: Server, control: Server | dict[str, Any]) -> dict[str, Any]:
+    """Both hold the same; told row by row, so that a difference can be read. Returns what the control holds."""
+    mine = subject.seen()
+    theirs = control.seen() if isinstance(control, Server) else control
     for one, other in zip(mine["rows"], theirs["rows"], strict=False):
         assert one == other
     assert len(mine["rows"]) == len(theirs["rows"])
     assert mine == theirs
+    return theirs
 
 
 @pytest.fixture
@@ -271,9 +273,9 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
         elif chance < 0.25:
             subject.run(subject.engine.undo(1, "old-shop"))
     subject.run(subject.engine.undo(1, "old-shop"))
-    same(subject, control)
+    theirs = same(subject, control)
     subject.crash()
-    same(subject, control)
+    same(subject, theirs)
     for _ in range(5):  # and goes on as the other does
         clock.ms += 1000
         number += 5
@@ -310,9 +312,9 @@ def test_traffic_and_crashes_while_an_import_is_undone_leave_no_trace_of_it(
         clock.ms = ms
         control.send(wire, path)
     clock.ms = now_ms
-    same(subject, control)
+    theirs = same(subject, control)
     subject.crash()
-    same(subject, control)
+    same(subject, theirs)
     for _ in range(3):  # and goes on as the other does
         clock.ms += 1000
         wire, path = _request(story.seeded, story.number + 5, clock.ms)
@@ -569,6 +571,47 @@ CUTS = [
 ]
 
 
+STORY: list[tuple[str, dict[str, Any]]] = [
+    # The import joins two people who are two without it: one of them gets a new number.
+    ("old-shop", {"device_id": "phone-1", "user_id": "ann-111"}),
+    ("", {"device_id": "phone-1"}),
+    ("", {"device_id": "tablet-4", "user_id": "ann-111"}),
+]
+
+
+def begun(server: Server, *, imports: bool) -> Wire:
+    """Tell a server the story, with what is imported or without; return what that is."""
+    old: Wire = []
+    for at, (source, event) in enumerate(STORY):
+        server.clock.ms += 1000
+        wire = [{"event_type": "open", "insert_id": f"i-{at}", "time": server.clock.ms, **event}]
+        if source:
+            wire[0]["ingestion_metadata"] = {"source_name": "retrofill", "source_version": source}
+            old = wire
+        if imports or not source:
+            server.send(wire)
+    return old
+
+
+def gone_on(server: Server, old: Wire) -> list[dict[str, Any]]:
+    """Return what a server holds: now, after a new event, and after those of the import were sent again."""
+    held = [server.seen()]
+    server.clock.ms += 1000
+    server.send([{"event_type": "open", "device_id": "kiosk-9", "insert_id": "new"}])
+    held.append(server.seen())
+    server.send(old)  # they are stored: none of their keys is left
+    return [*held, server.seen()]
+
+
+@pytest.fixture(scope="module")
+def spared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What a server holds that never saw the import of the story."""
+    control = Server(tmp_path_factory.mktemp("spared") / "control", FakeClock())
+    held = gone_on(control, begun(control, imports=False))
+    control.close()
+    return held
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "name", "after"), CUTS)
 def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
@@ -576,27 +619,11 @@ def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
     name: str,
     after: bool,  # noqa: FBT001 - a parameter
     tmp_path: Path,
-    clock: FakeClock,
     monkeypatch: pytest.MonkeyPatch,
+    spared: list[dict[str, Any]],
 ) -> None:
-    subject = Server(tmp_path / "subject", clock)
-    control = Server(tmp_path / "control", clock)
-    steps: list[tuple[str, dict[str, Any]]] = [
-        # The import joins two people who are two without it: one of them gets a new number.
-        ("old-shop", {"device_id": "phone-1", "user_id": "ann-111"}),
-        ("", {"device_id": "phone-1"}),
-        ("", {"device_id": "tablet-4", "user_id": "ann-111"}),
-    ]
-    old: Wire = []
-    for at, (source, event) in enumerate(steps):
-        clock.ms += 1000
-        wire = [{"event_type": "open", "insert_id": f"i-{at}", "time": clock.ms, **event}]
-        if source:
-            wire[0]["ingestion_metadata"] = {"source_name": "retrofill", "source_version": source}
-            old = wire
-        else:
-            control.send(wire)
-        subject.send(wire)
+    subject = Server(tmp_path / "subject", FakeClock())
+    old = begun(subject, imports=True)
     engine: Any = subject.engine
     owner = {"swap": Swap, "engine": engine}.get(what) or getattr(engine, what)
     real = getattr(owner, name)
@@ -617,17 +644,10 @@ def test_an_undo_cut_off_is_ended_with_its_keys_and_numbers(
     monkeypatch.undo()
     subject.crash()
     assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
-    assert subject.seen() == control.seen()
-    clock.ms += 1000
-    for server in (subject, control):
-        server.send([{"event_type": "open", "device_id": "kiosk-9", "insert_id": "new"}])
-    assert subject.seen() == control.seen()
-    for server in (subject, control):  # sent again it is stored: none of its keys is left
-        server.send(old)
-    assert subject.seen() == control.seen()
-    assert len({row["amplitude_id"] for row in subject.seen()["rows"]}) == 3
+    held = gone_on(subject, old)
+    assert held == spared
+    assert len({row["amplitude_id"] for row in held[-1]["rows"]}) == 3
     subject.close()
-    control.close()
 
 
 def test_a_start_without_the_values_of_a_swap_is_refused(
