@@ -65,7 +65,7 @@ class Site:
         """Send events, of an import if one is named."""
         origin = {"ingestion_metadata": {"source_name": "retrofill", "source_version": of}}
         sent = [one | origin if of else one for one in wire]
-        found = [msgspec.json.decode(msgspec.json.encode(one), type=events.Event) for one in sent]
+        found = [events.decode_one(msgspec.json.encode(one)) for one in sent]
         body = events.encode(found)
         return await self.engine.ingest(
             Batch(1, path, body, found, len(body), self.clock.ms, remote="203.0.113.9")

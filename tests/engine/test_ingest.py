@@ -34,7 +34,7 @@ def opened(data: Path, limits: str = "amplitude") -> Engine:
 
 
 def batch(*wire: dict[str, Any], path: str = "/batch") -> Batch:
-    found = [msgspec.json.decode(msgspec.json.encode(one), type=events.Event) for one in wire]
+    found = [events.decode_one(msgspec.json.encode(one)) for one in wire]
     body = events.encode(found)
     return Batch(1, path, body, found, len(body), SystemClock().now_ms())
 
@@ -172,6 +172,64 @@ def test_a_seal_that_fails_is_told_to_its_asker_and_the_next_takes_what_is_left(
         assert not engine.unsealed
         await engine.close()
         assert rows(opened(tmp_path)) == 3
+
+    asyncio.run(run())
+
+
+class FailingOnce:
+    """A sealer's `seal` that fails the first time. done: it has sealed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.real = engine._sealer.seal
+        self.calls = 0
+        self.done = asyncio.Event()
+
+    async def __call__(self, first: int, last: int) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            raise FullError("The disk is full")
+        done = await self.real(first, last)
+        self.done.set()
+        return done
+
+
+def test_a_seal_that_failed_in_the_background_is_tried_again_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        for name, value in {"SEAL_EVENTS": 1, "SEAL_RETRY_MS": 10, "BACKGROUND_S": 0.01}.items():
+            monkeypatch.setattr(ingest, name, value)
+        engine = opened(tmp_path)
+        failing = FailingOnce(engine)
+        monkeypatch.setattr(engine._sealer, "seal", failing)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        async with asyncio.timeout(60):
+            await failing.done.wait()
+        async with engine.sealing:
+            assert not engine.unsealed
+        assert (engine.figures.seal_failures, engine.problem()) == (1, None)
+        await engine.close()
+        assert rows(opened(tmp_path)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_deletion_whose_seal_fails_is_told_and_done_when_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        assert isinstance(await engine.ingest(update(1)), Accepted)
+        ann = engine.state.project(1).users.get("ann-111") or 0
+        monkeypatch.setattr(engine._sealer, "seal", FailingOnce(engine))
+        with pytest.raises(FullError):
+            await engine.forget(1, [ann])
+        assert engine.problem() is None
+        await engine.forget(1, [ann])
+        await engine.close()
+        assert rows(opened(tmp_path)) == 0
 
     asyncio.run(run())
 

@@ -45,10 +45,7 @@ class House:
 
     def send(self, project: int, *wire: dict[str, Any], path: str = "/batch") -> Outcome:
         same = {"event_type": "View", "user_id": "ann-111", "device_id": "phone-1"}
-        found = [
-            msgspec.json.decode(msgspec.json.encode({**same, **one}), type=events.Event)
-            for one in wire
-        ]
+        found = [events.decode_one(msgspec.json.encode({**same, **one})) for one in wire]
         body = events.encode(found)
         batch = Batch(project, path, body, found, len(body), SystemClock().now_ms())
         return self.loop.run_until_complete(self.engine.ingest(batch))
