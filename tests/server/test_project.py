@@ -90,6 +90,8 @@ def test_rows_of_every_kind_count_as_live_unless_an_import_brought_them(tmp_path
         assert rows() == {"rows": 3, "live": 1}
     with Live(tmp_path) as live:
         assert rows() == {"rows": 3, "live": 1}
+        assert call(live, "DELETE", "/api/1/imports/old")[0] == 200
+        assert rows() == {"rows": 1, "live": 1}
 
 
 def test_a_limit_that_cannot_be_is_named(tmp_path: Path) -> None:

@@ -458,8 +458,11 @@ def _seconds(ms: int) -> int | float:
 
 
 def rows(view: View) -> dict[str, int]:
-    """Return how many rows there are of every kind, identify calls and aliases too, and how many came with no import."""
-    kinds = [kind for kind in Kind if kind != Kind.DROPPED]
+    """Return how many rows there are of every kind, identify calls and aliases too, and how many came with no import.
+
+    Those of an import that was undone are there for nobody.
+    """
+    kinds = [kind for kind in Kind if kind not in (Kind.DROPPED, Kind.UNDONE)]
     source = view.source(("import_id",), kinds=kinds)
     every, live = view.ask(f"SELECT count(*), count(*) - count(import_id) FROM {source}").fetchone()
     return {"rows": every, "live": live}
