@@ -42,14 +42,19 @@ def _event(number: int, device: str, user: str | None = None, name: str = "") ->
     return event
 
 
-def _delete(server: Server, *, user: str = "", device: str = "") -> None:
-    """Delete whoever has an id now, with everyone merged into them; nobody if it is nobody's."""
+def _owner(server: Server, *, user: str = "", device: str = "") -> int:
+    """Whoever has an id now, 0 if it is nobody's."""
     state = server.engine.state.project(1)
     one = (state.users.get(user) if user else state.devices.get(device)) or 0
     who = state.people.get(one) if one else None
-    if who is None or who.merged_into == FORGOTTEN:
+    return 0 if who is None or who.merged_into == FORGOTTEN else who.merged_into or one
+
+
+def _delete(server: Server, **ids: str) -> None:
+    """Delete whoever has an id now, with everyone merged into them; nobody if it is nobody's."""
+    one = _owner(server, **ids)
+    if not one:
         return
-    one = who.merged_into or one
     server.run(server.engine.seal())
     with server.engine.lake.snapshot() as snapshot:
         merges = snapshot.merges(1)
@@ -117,6 +122,25 @@ def test_who_is_hidden_as_the_first_on_a_freed_device_frees_it(
         server.close()
 
 
+def test_who_was_deleted_does_not_come_back_with_an_import(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """While the import is undone its rows are hidden, and those of whoever it had made known are nobody's."""
+    server = Server(tmp_path / "data", clock)
+    server.send([_event(1, "crm-1", "eve-333", "old-shop"), _event(2, "crm-1", name="old-shop")])
+    server.send([_event(3, "crm-2", "ann-111", "old-shop")])
+    server.run(server.engine.undo(1, "old-shop"))
+    server.send([_event(4, "phone-1", "bob-222"), _event(5, "tablet-4", "eve-333")])
+    _delete(server, user="eve-333")
+    server.run(server.engine.restore(1, "old-shop"))
+    rows = server.seen()["rows"]
+    assert {row["user_id"] for row in rows} == {"ann-111", "bob-222"}
+    server.crash()
+    assert server.seen()["rows"] == rows
+    server.close()
+    assert check(server.folder, clock, sealer=SealerInside).differences == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 100))]
@@ -168,3 +192,50 @@ def _request(seeded: random.Random, number: int, name: str) -> list[dict[str, An
             event["user_properties"] = _properties(seeded)
         wire.append(event)
     return wire
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 100))]
+)
+def test_lives_with_deletions_end_as_those_that_never_took_the_import_back(
+    seed: int, tmp_path: Path, clock: FakeClock
+) -> None:
+    """As above, and the import is restored, now and then and in the end. Nothing of it comes while it is undone."""
+    seeded = random.Random(seed)
+    subject, control = (Server(tmp_path / name, clock) for name in ("subject", "control"))
+    undone = False
+    for number in range(1, seeded.randint(15, 30)):
+        clock.ms += seeded.choice([10, 1000, 3_600_000])
+        name = "" if undone else seeded.choice(["", "", "old-shop"])
+        wire = _request(seeded, number, name)
+        for server in (subject, control):
+            server.send(wire)
+        chance = seeded.random()
+        if chance < 0.15:
+            gone: dict[str, Any] = seeded.choice(
+                [*({"user": user} for user in USERS), {"device": seeded.choice(DEVICES)}]
+            )
+            if _owner(subject, **gone):  # whom only a hidden row names nobody can delete
+                for server in (subject, control):
+                    _delete(server, **gone)
+        elif chance < 0.2:
+            subject.crash()
+        elif chance < 0.4 and subject.run(_is_there(subject)):
+            change = subject.engine.restore if undone else subject.engine.undo
+            subject.run(change(1, "old-shop"))
+            undone = not undone
+    if undone:
+        subject.run(subject.engine.restore(1, "old-shop"))
+    same(subject, control)
+    subject.crash()
+    same(subject, control)
+    for server in (subject, control):
+        server.close()
+    assert check(subject.folder, clock, sealer=SealerInside).differences == []
+
+
+async def _is_there(server: Server) -> bool:
+    await server.engine.seal()
+    known = server.engine.imports.get(1, "old-shop")
+    return known is not None or server.engine.lake.holds_import(1, "old-shop", 0)

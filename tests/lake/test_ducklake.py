@@ -182,8 +182,8 @@ def test_deleting_people_takes_their_rows_of_that_project_alone(lake: Lake) -> N
         assert snapshot.cursor.execute("SELECT count(*) FROM lake.merges").fetchall() == [(0,)]
 
 
-def test_deleting_people_takes_what_imports_displaced_of_them(lake: Lake) -> None:
-    displaced = [
+def test_deleting_people_takes_what_is_hidden_of_them(lake: Lake) -> None:
+    rows = [
         ({"user_id": "user-1", "device_id": "other"}, 0, Kind.DISPLACED),
         ({"device_id": "device-1"}, 0, Kind.DISPLACED),
         ({"user_id": "user-2", "device_id": "device-1"}, 0, Kind.DISPLACED),
@@ -191,15 +191,22 @@ def test_deleting_people_takes_what_imports_displaced_of_them(lake: Lake) -> Non
         ({"user_id": "user-1", "device_id": "device-1"}, 1, Kind.EVENT),
         ({"user_id": "user-2", "device_id": "device-2"}, 2, Kind.EVENT),
         ({"device_id": "device-1"}, 0, Kind.GROUP_IDENTIFY),
+        # Of the import that was undone she had another number, also where she was not named.
+        ({"user_id": "user-1", "device_id": "device-3"}, 3, Kind.UNDONE),
+        ({"device_id": "device-3"}, 3, Kind.UNDONE),
+        ({"device_id": "device-1"}, 4, Kind.UNDONE),
+        ({"device_id": "device-4"}, 1, Kind.UNDONE),
+        ({"user_id": "user-2", "device_id": "device-1"}, 2, Kind.UNDONE),
+        ({"device_id": "device-3"}, 3, Kind.EVENT),
     ]
-    events = [{"event_type": "e", **ids} for ids, _, _ in displaced]
-    people = [person for _, person, _ in displaced]
-    kinds = [kind for _, _, kind in displaced]
+    events = [{"event_type": "e", **ids} for ids, _, _ in rows]
+    people = [person for _, person, _ in rows]
+    kinds = [kind for _, _, kind in rows]
     seal(lake, [block_of(events, people=people, kinds=kinds)])
     seal(lake, [block_of(events, people=people, kinds=kinds, project=8, number=2)])
-    assert lake.delete(7, [1]) == 3
-    assert [row for block, row in positions(lake) if block == 1] == [2, 3, 5, 6]
-    assert [row for block, row in positions(lake) if block == 2] == list(range(7))
+    assert lake.delete(7, [1]) == 7
+    assert [row for block, row in positions(lake) if block == 1] == [2, 3, 5, 6, 11, 12]
+    assert [row for block, row in positions(lake) if block == 2] == list(range(13))
     assert lake.delete(7, [1]) == 0
 
 

@@ -69,17 +69,23 @@ WHERE table_name = 'events' AND ducklake_table.end_snapshot IS NULL AND ducklake
 """  # noqa: S608 - a name of ours
 # The first question of a transaction: it reads this snapshot from then on.
 _PIN = "SELECT id FROM ducklake_current_snapshot('lake')"
-_DISPLACED_OF = f"""
-WITH theirs AS (
+# A displaced row is of nobody yet, and one that was undone is of whom it would be if it were there.
+_HIDDEN_OF = f"""
+WITH hidden AS (
+    SELECT "partition", "block", "row", kind, amplitude_id, user_id, device_id FROM lake.events
+    WHERE project = $1 AND kind BETWEEN {int(Kind.DISPLACED)} AND {int(Kind.UNDONE)}
+        AND amplitude_id NOT IN (SELECT unnest($2))
+), theirs AS (
     SELECT DISTINCT user_id, device_id FROM lake.events
     WHERE project = $1 AND amplitude_id IN (SELECT unnest($2))
-)
-SELECT "partition", "block", "row" FROM lake.events
-WHERE project = $1 AND amplitude_id = 0 AND kind = {int(Kind.DISPLACED)} AND (
-    user_id IN (SELECT user_id FROM theirs WHERE user_id IS NOT NULL)
+), users AS (SELECT user_id FROM theirs WHERE user_id IS NOT NULL)
+SELECT "partition", "block", "row" FROM hidden
+WHERE user_id IN (FROM users)
     OR (user_id IS NULL AND device_id IN (SELECT device_id FROM theirs WHERE device_id IS NOT NULL))
-)
-"""  # noqa: S608 - a number of ours
+    OR (kind = {int(Kind.UNDONE)} AND amplitude_id IN (
+        SELECT amplitude_id FROM hidden WHERE kind = {int(Kind.UNDONE)} AND amplitude_id > 0 AND user_id IN (FROM users)
+    ))
+"""  # noqa: S608 - numbers of ours
 _FETCH_ROWS = 20_000
 # What decides whether an event is a duplicate, with its place.
 _DEDUPE_COLUMNS = (
@@ -292,24 +298,24 @@ class Lake:
         return swapped
 
     def delete(self, project: int, amplitude_ids: Sequence[int]) -> int:
-        """Delete every row of some people in one transaction, and what imports displaced of them.
+        """Delete every row of some people in one transaction, and what is hidden of them: displaced, or undone.
 
-        Returns how many there were. A displaced row is of nobody yet: it is found by the ids on the people's rows.
+        Returns how many there were. Hidden rows are found by the ids on the people's rows.
         """
         gone = 0
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             nonlocal gone
             people = [project, list(amplitude_ids)]
-            displaced = cursor.execute(_DISPLACED_OF, people).fetchall()
-            if displaced:
+            hidden = cursor.execute(_HIDDEN_OF, people).fetchall()
+            if hidden:
                 cursor.execute(
-                    "DELETE FROM lake.events WHERE amplitude_id = 0 "
+                    f"DELETE FROM lake.events WHERE kind IN ({int(Kind.DISPLACED)}, {int(Kind.UNDONE)}) "  # noqa: S608 - numbers of ours
                     'AND ("partition", "block", "row") IN (SELECT unnest(?), unnest(?), unnest(?))',
-                    [list(side) for side in zip(*displaced, strict=True)],
+                    [list(side) for side in zip(*hidden, strict=True)],
                 )
             gone = (
-                len(displaced)
+                len(hidden)
                 + cursor.execute(
                     "DELETE FROM lake.events WHERE project = ? AND amplitude_id IN (SELECT unnest(?))",
                     people,
