@@ -139,6 +139,7 @@ WHY_ROWS_MAX = 2_000_000  # rows folded for one answer of `why`; beyond it 413
 WHY_FOLDED_ROWS_MAX = 60_000  # rows folded to try which of them are needed, all trials of an answer
 WHY_CAUSES_MAX = 100  # events of an answer that changed the value, the newest
 WHY_IDLE_MAX = 20  # and that said something of it and changed nothing
+WHY_TEXTS_KEPT_MAX = 1000  # operations as sent that `why` keeps, with what they say of the value
 WHY_PEOPLE_MAX = 1000  # other people on a person's devices whose rows are looked at
 UNDO_RETENTION_DAYS = 30  # an undone import can be restored so long; then its rows are deleted
 SEAL_EVENTS = 150_000  # blocks become a lake file at this many events

@@ -26,13 +26,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from retrofill.core import properties
-from retrofill.core.block import COLUMNS, SAYABLE, Flag, Kind
+from retrofill.core.block import COLUMNS, SAYABLE, Flag, Kind, Table
 from retrofill.core.fold import Group
 from retrofill.core.person import Person
 from retrofill.core.refold import Merged, Outcome, Refold, Rows
-from retrofill.limits import WHY_CAUSES_MAX, WHY_FOLDED_ROWS_MAX, WHY_IDLE_MAX
+from retrofill.limits import WHY_CAUSES_MAX, WHY_FOLDED_ROWS_MAX, WHY_IDLE_MAX, WHY_TEXTS_KEPT_MAX
 
 Json = Any
+_table = msgspec.json.Decoder(Table).decode
+_SKIP, _UPDATE_DROPPED, _REVENUE = map(int, (Flag.SKIP, Flag.UPDATE_DROPPED, Flag.REVENUE))
 
 RULES = {
     "changed": "it made the value what it was from then on",
@@ -99,7 +101,9 @@ class Explanation(Struct):
 
 
 def _same(one: Json, other: Json) -> bool:
-    return one is other or msgspec.json.encode(one) == msgspec.json.encode(other)
+    if one is other or (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    return msgspec.json.encode(one) == msgspec.json.encode(other)
 
 
 class Trace:
@@ -148,7 +152,7 @@ class Trace:
         """Say what was found, and try it."""
         value = self._read(self._refold, self._last)
         asked = self._asked
-        if asked.event and self._last is not None and self._last.flags[-1] & Flag.SKIP:
+        if asked.event and self._last is not None and self._last.flags[-1] & _SKIP:
             self._only_the_last()
         facts = self.shown()
         for one in facts if asked.event else ():
@@ -206,9 +210,9 @@ class Trace:
         before = self._values.get(key)
         flags = outcome.flags[at]
         fact = Fact(place, rows.block[at], rows.row[at], "ignored", before, before, said)
-        if flags & Flag.SKIP and self._asked.what in ("property", "column"):
+        if flags & _SKIP and self._asked.what in ("property", "column"):
             fact.rule = "skipped"
-        elif flags & Flag.UPDATE_DROPPED and self._asked.what in ("property", "column"):
+        elif flags & _UPDATE_DROPPED and self._asked.what in ("property", "column"):
             fact.rule = "dropped"
         else:
             fact.after = after = self._shown(rows, outcome, at, before)
@@ -249,14 +253,15 @@ class Trace:
 
     def _in(self, text: bytes) -> Json:
         asked = self._asked
-        table, _, groups, *columns = msgspec.json.decode(text)
+        table = _table(text)
         if asked.what == "column":
-            return columns[COLUMNS.index(asked.name)]
+            return getattr(table, asked.name)
         if asked.what == "group":
             assert asked.group is not None
             group_type, value = asked.group
+            groups = msgspec.json.decode(table.group_properties)
             return groups.get(group_type, {}).get(value, {}).get(asked.name)
-        return table.get(asked.name)
+        return msgspec.json.decode(table.user_properties).get(asked.name)
 
     def _only_the_last(self) -> None:
         """A row with the skip flag shows what it says itself: nothing else has to do with it."""
@@ -374,6 +379,7 @@ class _Property:
     def __init__(self, name: str) -> None:
         self._name = name
         self._plain = name.isascii() and name.isprintable() and not set(name) & {'"', "\\", "/"}
+        self._kept: dict[str, list[tuple[str, Json]] | None] = {}  # many rows say the same
 
     def __call__(self, rows: Rows, outcome: Outcome, at: int) -> list[tuple[str, Json]] | None:
         if outcome.kind[at] == Kind.GROUP_IDENTIFY:
@@ -385,6 +391,14 @@ class _Property:
             self._plain and self._name not in sent and "$clearAll" not in sent and "\\" not in sent
         ):
             return None
+        kept = self._kept
+        if sent not in kept:
+            if len(kept) >= WHY_TEXTS_KEPT_MAX:
+                kept.clear()
+            kept[sent] = self._read(sent)
+        return kept[sent]
+
+    def _read(self, sent: str) -> list[tuple[str, Json]] | None:
         said: list[tuple[str, Json]] = []
         for operation, operand in properties.in_order(msgspec.json.decode(sent)):
             if operation == "$clearAll":
@@ -449,9 +463,9 @@ class _Column:
         said = rows.said[at]
         if self._place >= 0 and said >> self._place & 1:
             return [("$set", rows.shown[at][self._place])]
-        earned = self._name == "paying" and outcome.flags[at] & Flag.REVENUE
+        earned = self._name == "paying" and outcome.flags[at] & _REVENUE
         touched = said & self._mask or self._name == "library" or earned
-        return [] if touched and not outcome.flags[at] & Flag.SKIP else None
+        return [] if touched and not outcome.flags[at] & _SKIP else None
 
 
 # Rows.

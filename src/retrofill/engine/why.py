@@ -26,7 +26,7 @@ from retrofill.core.fold import Group
 from retrofill.core.person import FORGOTTEN
 from retrofill.core.why import Asked, Fact, Trace
 from retrofill.engine.query import Statement, View
-from retrofill.engine.refold import rows_of
+from retrofill.engine.refold import FOLDED, rows_of
 from retrofill.errors import CorruptError, InputError, MissingError, SizeError
 from retrofill.lake.arrow import SCHEMA
 from retrofill.limits import REFOLD_ROWS, WHY_FOLDED_ROWS_MAX, WHY_PEOPLE_MAX, WHY_ROWS_MAX
@@ -36,6 +36,9 @@ _DETAIL = (
     *("project", "partition", "block", "row", "amplitude_id", "event_type", "user_id"),
     *("device_id", "insert_id", "event_time", "import_id", "path", "server_upload_time"),
 )
+# Rows are wide: what nobody looks at is not read.
+_NEEDED = tuple(name for name in SCHEMA.names if name in {*FOLDED, *_DETAIL, "kind"})
+_ROWS = pa.schema([SCHEMA.field(name) for name in _NEEDED])
 _CHOOSE = "Give property, column, first_seen or merge"
 
 
@@ -369,8 +372,9 @@ def _traced(view: View, whose: _Whose, others: list[int], devices: list[str]) ->
 
 
 def _rows(view: View, whose: _Whose, others: list[int], devices: list[str]) -> Iterator[pa.Table]:
-    """Yield the rows that can matter in order of position, with all columns, at least one at a time."""
+    """Yield the rows that can matter in order of position, at least one at a time."""
     statement = Statement()
+    needed = SCHEMA.names if whose.asked.by_time else _NEEDED  # the order looks at what events say
     before = "true"
     if whose.until:
         block, row = whose.until
@@ -382,19 +386,19 @@ def _rows(view: View, whose: _Whose, others: list[int], devices: list[str]) -> I
         if others:
             some = f"device_id IN (SELECT unnest({statement.bind(devices)}::VARCHAR[]))"
             where += f" AND (amplitude_id IN ({_ids(whose.own)}) OR {some})"
-        sources.append(view.source(SCHEMA.names, where=where, kinds=_KINDS))
+        sources.append(view.source(needed, where=where, kinds=_KINDS))
     if whose.group:
         everyone = _ids([*whose.own, *others]) or "-1"
         where = f"sent_groups IS NOT NULL AND amplitude_id NOT IN ({everyone}) AND {before}"
-        sources.append(view.source(SCHEMA.names, where=where, kinds=(Kind.GROUP_IDENTIFY,)))
-    columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
-    every = " UNION ALL ".join(f"SELECT {columns} FROM {source}" for source in sources)
+        sources.append(view.source(needed, where=where, kinds=(Kind.GROUP_IDENTIFY,)))
+    read, columns = (", ".join(f'"{name}"' for name in names) for names in (needed, _NEEDED))
+    every = " UNION ALL ".join(f"SELECT {read} FROM {source}" for source in sources)
     by = order.SQL if whose.asked.by_time else '"block", "row"'
     reader = view.ask(f"SELECT {columns} FROM ({every}) ORDER BY {by}", statement).to_arrow_reader(
         REFOLD_ROWS
     )
     for batch in _until(whose, reader):
-        rows = batch.cast(SCHEMA)
+        rows = batch.cast(_ROWS)
         if whose.group:
             rows = rows.filter(_of_group(rows, whose))
         if rows.num_rows:
