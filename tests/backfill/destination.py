@@ -91,6 +91,7 @@ class Misbehaving:
         self.stored: list[Json] = []
         self.keys: set[tuple[str, str]] = set()
         self.repeats = 0
+        self.throttles = 0
         self.arrivals: list[Arrival] = []
         self.acknowledged: set[str] = set()
         self.statuses: Counter[str] = Counter()
@@ -174,6 +175,7 @@ class Misbehaving:
         self, events: list[Json], devices: dict[str, int], users: dict[str, int], at: float
     ) -> Reply:
         assert at
+        self.throttles += 1
         listed = [
             index
             for index, event in enumerate(events)
