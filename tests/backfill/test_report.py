@@ -12,7 +12,8 @@ from tests.backfill import staged
 from tests.backfill.destination import Misbehaving
 from tests.backfill.test_send import OPEN, send
 
-from retrofill.backfill import rehearsed
+from retrofill.backfill import manifest as manifests
+from retrofill.backfill import rehearsed, report
 from retrofill.backfill.journal import Dead, Journal
 from retrofill.backfill.profile import PROFILES
 from retrofill.backfill.report import grouped, page
@@ -58,6 +59,19 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert text.count("<svg") >= 4
     assert "<b>bad</b>" not in text
     assert "&lt;b&gt;bad" in text
+
+
+def test_a_calendar_too_long_shows_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged.write(tmp_path, staged.history({1: 3}))
+    manifest = manifests.read(tmp_path / "stage")
+    assert manifest is not None
+    days = {"1999-01-01": 1, "2024-01-01": 2, "2024-01-02": 3}
+    long = msgspec.structs.replace(manifest, days=days)
+    monkeypatch.setattr(report, "staged", lambda _work: long)
+    text = page(tmp_path)
+    assert "the last 3,700 of 9,133 days" in text
+    assert 'title="2024-01-02: 3 of the history' in text
+    assert 'title="1999-01-01' not in text
 
 
 def test_a_stage_alone_has_a_page_too(tmp_path: Path) -> None:

@@ -443,6 +443,8 @@ def test_objects_of_an_s3_server(tmp_path: Path, s3: str, monkeypatch: pytest.Mo
     one = run(tmp_path / "one", "s3://history/y/part-2.ndjson", MAPPING)
     assert [file.name for file in one.files] == ["s3://history/y/part-2.ndjson"]
     assert not (tmp_path / "one" / "scratch").exists()
+    found = source.locate(["s3://history/y/"])
+    assert source.few(found * 5) == found
     with pytest.raises(InputError, match="No object is named s3://history/z"):
         run(tmp_path / "none", "s3://history/z", MAPPING)
     with pytest.raises(InputError, match="NoSuchBucket"):

@@ -201,7 +201,10 @@ def _coverage(work: Path, found: Manifest) -> str:
     live = {} if known is None else known.days
     first = date.fromisoformat(min([*found.days, *live]))
     last = date.fromisoformat(max([*found.days, *live]))
-    length = min((last - first).days + 1, SQUARES_MAX)
+    days = (last - first).days + 1
+    length = min(days, SQUARES_MAX)
+    first += timedelta(days=days - length)  # the end is where the seam is
+    of = f"the last {length:,} of {days:,} days; " if length < days else ""
     squares = []
     for at in range(length):
         day = (first + timedelta(days=at)).isoformat()
@@ -211,11 +214,11 @@ def _coverage(work: Path, found: Manifest) -> str:
         squares.append(f'<i class="{kind}" title="{title}"></i>')
     calendar = f'<div class="calendar">{"".join(squares)}</div>'
     if known is None:
-        return f"<h2>Coverage</h2><p>blue: history</p>{calendar}"
+        return f"<h2>Coverage</h2><p>{of}blue: history</p>{calendar}"
     left_out = found.left_out.get("until", 0)
     rows = [(name, moment(one.first_ms), one.events) for name, one in known.types.items()]
     return (
-        "<h2>Coverage</h2><p>blue: history, orange: live, violet: both. "
+        f"<h2>Coverage</h2><p>{of}blue: history, orange: live, violet: both. "
         f"{left_out:,} rows of the source lie on the live side of their type's seam and were left out; "
         f"{known.imported:,} rows there are of imports and not live.</p>{calendar}"
         + table(rows, ("event type", "live from", "live events"))

@@ -43,6 +43,7 @@ _SAID: Final[dict[str, Format]] = {
 }
 _PACKED: Final[dict[str, unpack.Packing]] = {".gz": "gz", ".zst": "zst"}
 _QUERIES: Final = ("sqlite", "duckdb", "postgresql", "postgres")
+_FAR_LOOKED_AT = 3  # ours: objects fetched for a look
 _NATURAL = re.compile(r"(\d+)")
 
 
@@ -170,6 +171,12 @@ def _suffix(name: str) -> tuple[str, unpack.Packing]:
 def _file(path: Path) -> Origin:
     there = path.stat()
     return Origin(str(path), str(path.absolute()), there.st_size, str(there.st_mtime_ns))
+
+
+def few(origins: Sequence[Origin]) -> list[Origin]:
+    """Return what is enough to look at: of objects that must be fetched first, a few."""
+    far = [origin for origin in origins if origin.place.startswith("s3://")]
+    return [*far[:_FAR_LOOKED_AT], *(one for one in origins if not one.place.startswith("s3://"))]
 
 
 def pieces(

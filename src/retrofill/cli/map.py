@@ -28,7 +28,7 @@ def command(
     from retrofill.backfill import source as sources
 
     with tempfile.TemporaryDirectory(prefix="retrofill-") as scratch:
-        origins = sources.locate(source, query=query, endpoint=endpoint)
+        origins = sources.few(sources.locate(source, query=query, endpoint=endpoint))
         pieces = sources.pieces(origins, scratch=Path(scratch), endpoint=endpoint)
         text = guess.write(intake.look(pieces, None), " ".join(source))
     if out is None:

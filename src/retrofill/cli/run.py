@@ -325,7 +325,8 @@ def fitting(sources: list[str], query: str | None, endpoint: str | None) -> str:
 
     with tempfile.TemporaryDirectory(prefix="retrofill-") as scratch:
         origins = kinds.locate(sources, query=query, endpoint=endpoint)
-        pieces = kinds.pieces(origins, scratch=Path(scratch), endpoint=endpoint)
+        some = kinds.few(origins)
+        pieces = kinds.pieces(some, scratch=Path(scratch), endpoint=endpoint)
         name = guess.preset(intake.look(pieces, None))
     say(f"The source looks like {name}: --map {name}")
     return name
