@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,36 @@ KEYS = Keys("key", "secret")
 def data() -> Iterator[Exporting]:
     with serving(Exporting()) as found:
         yield found
+
+
+Reply = tuple[int, bytes, dict[str, str]]
+
+
+@contextmanager
+def answering(reply: Callable[[str | None], Reply]) -> Iterator[str]:
+    """Serve one reply to every GET, made of the keys it carries. Yields the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body, fields = reply(self.headers.get("Authorization"))
+            self.send_response(status)
+            for name, value in {**fields, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def sent_and_stored(work: Path, data: Exporting, *, hours: int = 3) -> list[staged.Made]:
@@ -129,6 +162,33 @@ def test_wrong_keys_are_told_and_never_shown(tmp_path: Path, data: Exporting) ->
     with pytest.raises(FinalError, match="does not let us read: 401") as problem:
         verify(tmp_path, target(data.url), Keys("key", "wrong-secret"), found=lambda _: None)
     assert "wrong-secret" not in str(problem.value)
+
+
+@pytest.mark.parametrize("said", [b"<html>", b"\x1f\x8b\x08cut", b"PK\x03\x04cut", b"[1]\n"])
+def test_what_is_no_export_is_told(tmp_path: Path, data: Exporting, said: bytes) -> None:
+    sent_and_stored(tmp_path, data)
+    with (
+        answering(lambda _: (200, said, {})) as url,
+        pytest.raises(FinalError, match="What the des"),
+    ):
+        verify(tmp_path, target(url), KEYS, found=lambda _: None)
+
+
+def test_keys_do_not_follow_a_redirection(tmp_path: Path, data: Exporting) -> None:
+    sent_and_stored(tmp_path, data)
+    heard: list[str | None] = []
+
+    def stranger(keys: str | None) -> Reply:
+        heard.append(keys)
+        return 404, b"", {}
+
+    with (
+        answering(stranger) as away,
+        answering(lambda _: (302, b"", {"Location": f"{away}/else"})) as url,
+    ):
+        verify(tmp_path, target(url), KEYS, found=lambda _: None)
+    assert heard
+    assert set(heard) == {None}
 
 
 def test_order_is_checked_where_the_export_keeps_it(tmp_path: Path) -> None:

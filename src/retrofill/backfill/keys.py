@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import urllib.request
 from pathlib import Path
 
 from msgspec import Struct
@@ -21,6 +23,11 @@ class Keys(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return "Keys(…)"
+
+    def sign(self, request: urllib.request.Request) -> None:
+        """Let a request carry both keys, but no further: where it is redirected to must not learn them."""
+        token = base64.b64encode(f"{self.api_key}:{self.secret_key}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
 
 
 def find(api_key: str | None, secret_key: str | None, file: Path | None) -> Keys:

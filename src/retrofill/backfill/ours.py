@@ -5,7 +5,6 @@ A server that its /healthz does not name as ours is never sent the keys.
 
 from __future__ import annotations
 
-import base64
 import http.client
 import urllib.error
 import urllib.request
@@ -48,13 +47,13 @@ def ask(
     seconds: how long it may take. body: JSON.
     """
     url = f"{to.read}{path}"
-    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
     request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
         url,
         body,
-        {"Authorization": f"Basic {token}", "Content-Type": "application/json"},
+        {"Content-Type": "application/json"},
         method=method,
     )
+    keys.sign(request)
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310 - the same
             return msgspec.json.decode(answer.read(), type=kind)

@@ -7,7 +7,6 @@ which is asked for them. Every number can be given on the command line.
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import urllib.error
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 from msgspec import Struct
 
+from retrofill.backfill.keys import Keys
 from retrofill.core.schedule import Rates
 from retrofill.errors import InputError
 
@@ -146,10 +146,8 @@ def _told(where: Target, path: str, api_key: str, secret_key: str) -> bytes | No
     """What our own server answers of this project; None whenever it cannot be known."""
     if not (api_key and secret_key and where.ours and names_retrofill(where.read)):
         return None
-    token = base64.b64encode(f"{api_key}:{secret_key}".encode()).decode()
-    request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
-        f"{where.read}{path}", headers={"Authorization": f"Basic {token}"}
-    )
+    request = urllib.request.Request(f"{where.read}{path}")  # noqa: S310 - http or https: `target` checked it
+    Keys(api_key, secret_key).sign(request)
     try:
         with urllib.request.urlopen(request, timeout=COUNT_S) as answer:  # noqa: S310 - the same
             said: bytes = answer.read(SAID_BYTES_MAX)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import http.client
 import io
@@ -10,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -34,8 +34,8 @@ def fetch(url: str, keys: Keys, path: Path, *, divisible: bool = False) -> Fetch
     divisible: the caller asks for less when there was too much; then a 504 counts as 400 and is not tried again.
     Raises FinalError: the keys are refused, or nothing helps.
     """
-    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
-    request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"})  # noqa: S310 - http or https: `target` checked it
+    request = urllib.request.Request(url)  # noqa: S310 - http or https: `target` checked it
+    keys.sign(request)
     problem = ""
     for tries in range(READ_TRIES):
         if tries:
@@ -71,6 +71,16 @@ def _copy(answer: http.client.HTTPResponse, file: IO[bytes]) -> int:
     while block := answer.read(1 << 18):
         copied += file.write(block)
     return copied
+
+
+def given(path: Path) -> Iterator[bytes]:
+    """Yield the lines of what a destination gave as an archive. Raises FinalError if it is none."""
+    try:
+        yield from lines(path)
+    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as problem:
+        raise FinalError(
+            f"What the destination gave as an export cannot be read: {problem}", mend="Try it again"
+        ) from problem
 
 
 def lines(path: Path) -> Iterator[bytes]:

@@ -234,7 +234,7 @@ def window(
     url = f"{to.read}/api/2/export?{span}"
     fetched = readback.fetch(url, keys, path, divisible=hours > 1)
     if fetched.status == 200:
-        yield from readback.lines(path)
+        yield from readback.given(path)
     elif fetched.status == 400 and hours > 1:
         half = hours // 2
         yield from window(to, keys, path, first, half, step)

@@ -349,9 +349,16 @@ def _take_in(deal: Deal, path: Path, place: int) -> int:
     """Deal the rows of an archive, and remove it. Returns the place of its last row."""
     decode = msgspec.json.Decoder(_Back).decode
     rows: list[tuple[str, int, str]] = []
-    for line in readback.lines(path):
+    for line in readback.given(path):
         place += 1
-        insert_id = decode(line).insert_id
+        try:
+            insert_id = decode(line).insert_id
+        except msgspec.DecodeError as problem:
+            raise FinalError(
+                f"What the destination gave is no row of an export: {problem}",
+                where=line[:200].decode(errors="replace"),
+                mend="Look whether --to is the address of its API",
+            ) from problem
         if insert_id is not None:
             rows.append((insert_id, place, line.decode()))
         if len(rows) >= DEAL_ROWS:

@@ -6,7 +6,6 @@ taken as they come, straight into the scratch directory: however large the histo
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import gzip
 import http.client
@@ -316,10 +315,10 @@ def _read(to: Target, keys: Keys, path: str, kind: type[T]) -> T:
 
 def _open(to: Target, keys: Keys, path: str, body: bytes | None) -> http.client.HTTPResponse:
     url = f"{to.read}{path}"
-    token = base64.b64encode(f"{keys.api_key}:{keys.secret_key}".encode()).decode()
-    fields = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
+    fields = {"Content-Type": "application/json"}
     fields |= {} if body is None else {"Accept-Encoding": "gzip"}
     request = urllib.request.Request(url, body, fields)  # noqa: S310 - http or https: `target` checked it
+    keys.sign(request)
     for tries in range(_TRIES):
         try:
             answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=ANSWER_S)  # noqa: S310 - the same
