@@ -448,6 +448,8 @@ def test_posthog(tmp_path: Path) -> None:
         "$geoip_city_name": "Lyon",
         "$current_url": "https://example.com/",
         "color": "red",
+        "$set": {"$os": "Linux", "plan": "pro"},
+        "$set_once": {"$initial_referrer": "$direct", "$initial_os": "Linux", "initial_os": "own"},
     }
     view = {
         "uuid": "0190163d-8694-739b-aea5-966c26f8ad92",
@@ -465,7 +467,7 @@ def test_posthog(tmp_path: Path) -> None:
             "$device_id": device,
             "$anon_distinct_id": device,
             "$set": {"email": "x@example.com"},
-            "$set_once": {"first": "a"},
+            "$set_once": {"first": "a", "$initial_os": "Linux"},
         },
     }
     group = {
@@ -503,6 +505,7 @@ def test_posthog(tmp_path: Path) -> None:
         "ip": "203.0.113.5",
         "library": "web/1.139.1",
         "event_properties": {"$current_url": "https://example.com/", "color": "red"},
+        "user_properties": {"initial_referrer": "$direct", "initial_os": "own", "plan": "pro"},
     }
     assert second == {
         **SKIP,
@@ -511,7 +514,10 @@ def test_posthog(tmp_path: Path) -> None:
         "user_id": "user-9",
         "device_id": device,
         "time": 1718360100000,
-        "user_properties": {"$set": {"email": "x@example.com"}, "$setOnce": {"first": "a"}},
+        "user_properties": {
+            "$set": {"email": "x@example.com"},
+            "$setOnce": {"first": "a", "initial_os": "Linux"},
+        },
     }
     assert third["groups"] == {"company": "acme"}
     assert third["group_properties"] == {"$set": {"seats": 5}}

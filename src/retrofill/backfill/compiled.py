@@ -63,6 +63,10 @@ MACROS: Final = tuple(
         # A JSON object less the keys that match a regular expression from start to end, or with those alone.
         "without(o, pattern)": "_kept(o, lambda k: NOT regexp_full_match(k, pattern))",
         "matching(o, pattern)": "_kept(o, lambda k: regexp_full_match(k, pattern))",
+        # A JSON object whose names have lost a leading `$`; a name that was plain before counts.
+        "plain_names(o)": "json_merge_patch(CAST(map_from_entries(list_transform(list_filter(json_keys(o), "
+        "lambda k: starts_with(k, '$')), lambda k: {'k': k[2:], 'v': json_extract(o, _pointer(k))})) AS JSON), "
+        "without(o, '[$].*'))",
         # The moment inside a UUID of version 7, null for any other text.
         "uuid7_ms(u)": "CASE WHEN regexp_full_match(lower(u), '[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f-]*') "
         "THEN CAST(('0x' || u[1:8] || u[10:13]) AS BIGINT) END",

@@ -39,6 +39,7 @@ from retrofill.backfill.keys import Keys
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.profile import Target, names_retrofill
 from retrofill.backfill.sets import JSON, Set
+from retrofill.core.properties import OPERATIONS
 from retrofill.errors import FinalError
 
 Kind = Literal["missing", "doubled", "different", "extra"]
@@ -547,7 +548,7 @@ def _object(event: Json, row: Json, name: str) -> Iterator[tuple[str, object, ob
     if not isinstance(sent, dict):
         return
     for key, value in sent.items():
-        if value is None or (name == "user_properties" and key.startswith("$")):
+        if value is None or (name == "user_properties" and key in OPERATIONS):
             continue  # null says nothing; operations are no values
         if not _same(value, back.get(key)):
             yield f"{name}.{key}", value, back.get(key)
