@@ -85,12 +85,14 @@ class Server:
         return total
 
     def rss(self) -> int:
-        """Return resident bytes of the server and its children."""
-        total = 0
+        """Return resident bytes of the server and its children; what they map of the same files counts once."""
+        own, shared = 0, [0]
         for one in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                total += one.memory_info().rss
-        return total
+                used = one.memory_info()
+                own += used.rss - used.shared
+                shared.append(used.shared)
+        return own + max(shared)
 
     def settle(self) -> None:
         """Wait until nothing goes on in the background, by the CPU it uses, three minutes at most."""

@@ -138,11 +138,11 @@ class Sealer:
 
     @contextlib.asynccontextmanager
     async def compaction_rests(self) -> AsyncIterator[None]:
-        """Begin to merge nothing meanwhile; what is under way goes on. A child with nothing to do gives its memory back."""
+        """Begin to merge nothing meanwhile; what is under way goes on. Children with nothing to do give their memory back."""
         self._resting += 1
         try:
-            if self._round is None or self._round.done():
-                await self._compacting.stop()
+            await self._sealing.rest()
+            await self._compacting.rest()
             yield
         finally:
             self._resting -= 1
@@ -190,6 +190,12 @@ class _Child(Child):
     def __init__(self, nice: int, settings: dict[str, str]) -> None:
         super().__init__(_CHILD, nice, settings)
         self._asking = asyncio.Lock()
+
+    async def rest(self) -> None:
+        """End it if it has nothing to do: what it holds is given back, and the next task starts another."""
+        if not self._asking.locked():
+            async with self._asking:
+                await self.stop()
 
     async def ask(self, task: Task) -> Done:
         """Have a task done, by a second child if the first one dies of it. Raises what the child raised."""
