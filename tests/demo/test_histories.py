@@ -100,6 +100,7 @@ def test_the_comparison_finds(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # as much work as thirty others, and they begin together
 def test_the_demo_gets_everything_back_from_a_real_server(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "demo" / "histories.py"
     done = subprocess.run(
