@@ -38,22 +38,31 @@ if (
     os.environ["TMPDIR"] = str(MEMORY)
     tempfile.tempdir = None  # asked for anew
 
+BUSY = ("demo", "faults")  # folders of tests that start servers under load, and wait for them
+
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.hookimpl(trylast=True)  # what was asked for is chosen by then
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that all end together
-    if "long" in config.getoption("markexpr"):
-        return
-    chosen, left_out = [], []
-    for item in items:
-        (left_out if item.get_closest_marker("long") else chosen).append(item)
-    items[:] = chosen
-    config.hook.pytest_deselected(items=left_out)
+    if "long" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+    _in_turn(items)
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # some 100,000 objects that stay to the end
+
+
+def _in_turn(items: list[pytest.Item]) -> None:
+    """Put what is slow first, so that all processes end together, and what keeps both cores busy evenly among it."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    busy = [item for item in slow if item.path.parent.name in BUSY]
+    others = [item for item in slow if item.path.parent.name not in BUSY]
+    place = {item: at / len(part) for part in (busy, others) for at, item in enumerate(part)}
+    items.sort(key=lambda item: place.get(item, 1))
 
 
 @pytest.fixture(scope="session", autouse=True)
