@@ -330,6 +330,30 @@ def test_parquet_keeps_its_types_and_its_dead_letters_show_the_row(tmp_path: Pat
     assert (letter["line"], '"user":"u"' in letter["row"]) == (3, True)
 
 
+def test_columns_of_parquet_may_be_named_as_ours(tmp_path: Path) -> None:
+    ours = ("file", "line", "text", "filename", "unreadable", "bad", "body", "u0", "e1", "t2")
+    table = pa.table(
+        {
+            "user": ["user-1", "user-2"], "at": [1, 2], "event": ["Open"] * 2,
+            **{name: [f"{name} 1", f"{name} 2"] for name in ours},
+        }
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "source.parquet")
+    event = {**BASE, "event_properties": {name: name for name in ours}}
+    run(tmp_path / "work", tmp_path / "source.parquet", {"event": event})
+    assert [
+        row["line"] for row in sorted(staged_rows(tmp_path / "work"), key=lambda r: r["line"])
+    ] == [1, 2]
+    first, _ = events(tmp_path / "work")
+    assert first["event_properties"] == {name: f"{name} 1" for name in ours}
+    pq.write_table(
+        table.rename_columns(["user", "at", "event", "file_row_number", *ours[1:]]),
+        tmp_path / "b.parquet",
+    )
+    with pytest.raises(InputError, match="cannot be named file_row_number"):
+        run(tmp_path / "other", tmp_path / "b.parquet", {"event": BASE})
+
+
 def test_what_is_no_number_in_parquet_is_nothing(tmp_path: Path) -> None:
     columns = {"user": ["user-1"] * 3, "at": [1, 2, 3], "event": ["Open"] * 3}
     table = pa.table({**columns, "n": [1.5, float("nan"), float("inf")]})

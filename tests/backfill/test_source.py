@@ -215,6 +215,12 @@ def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
     assert max(row["line"] for row in rows(tmp_path / "work")) == 102
 
 
+def test_lines_that_end_in_returns_alone_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(FORMS["rows.csv"].replace(b"\n", b"\r"))
+    with pytest.raises(InputError, match="returns alone"):
+        run(tmp_path / "work", tmp_path / "rows.csv", MAPPING)
+
+
 def test_a_stray_quote_or_return_costs_its_own_row_alone(tmp_path: Path) -> None:
     text = separated(ROWS, ",").decode().splitlines()
     text.insert(4, "user-1,Op\ren,1700000000000,1")

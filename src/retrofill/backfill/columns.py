@@ -25,6 +25,9 @@ from retrofill.errors import InputError
 Style: TypeAlias = Literal["json", "cells", "native"]
 Path: TypeAlias = tuple[str, ...]
 
+# Beside the columns of Parquet, which may have any name.
+FILE: Final = "_retrofill_file"
+LINE: Final = "_retrofill_line"
 WHOLE: Final[Path] = (
     "source_row",
 )  # the name under which an expression has all columns, as one JSON object
@@ -147,10 +150,10 @@ class Columns:
             return self._json_frame()
         forms = ", ".join(self._forms(number, path) for number, path in enumerate(self.used))
         more = f", {forms}" if forms else ""
-        text = "text"
+        place, text = "file, line", "text"
         if self.style == "native":
-            text = self._row()
-        return f"SELECT file, line, {text} AS text, false AS unreadable{more} FROM source"  # names are quoted
+            place, text = f"{FILE} AS file, {LINE} AS line", self._row()
+        return f"SELECT {place}, {text} AS text, false AS unreadable{more} FROM source"  # names are quoted
 
     def _json_frame(self) -> str:
         pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "'/'"

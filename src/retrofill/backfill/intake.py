@@ -202,10 +202,10 @@ class Intake:
         names = ", ".join(literal(piece.place) for piece in self.pieces)
         numbers = ", ".join(str(piece.number) for piece in self.pieces)
         return (
-            "CREATE OR REPLACE TEMP VIEW source AS SELECT * EXCLUDE (filename, file_row_number), "  # names are quoted
-            f"CAST([{numbers}][list_position([{names}], filename)] AS INTEGER) AS file, "
-            "CAST(file_row_number + 1 AS BIGINT) AS line "
-            f"FROM read_parquet([{names}], filename = true, file_row_number = true, union_by_name = true)"
+            f"CREATE OR REPLACE TEMP VIEW source AS SELECT * EXCLUDE ({columns.FILE}, file_row_number), "  # names are quoted
+            f"CAST([{numbers}][list_position([{names}], {columns.FILE})] AS INTEGER) AS {columns.FILE}, "
+            f"CAST(file_row_number + 1 AS BIGINT) AS {columns.LINE} FROM read_parquet([{names}], "
+            f"filename = '{columns.FILE}', file_row_number = true, union_by_name = true)"
         )
 
     def _records(self) -> Iterator[pa.RecordBatch]:
@@ -456,6 +456,12 @@ def _look_native(pieces: Sequence[Piece]) -> Source:
             f"This is no Parquet that can be read: {_one_line(error)}",
             where=", ".join(piece.name for piece in pieces[:3]),
         ) from error
+    if any(row[0].lower() == "file_row_number" for row in found):
+        raise InputError(
+            "A column of Parquet cannot be named file_row_number",
+            where=", ".join(piece.name for piece in pieces[:3]),
+            mend="Write the file with another name for it",
+        )
     return Source("native", {(row[0],): row[1] for row in found}, [], None, [], table)
 
 

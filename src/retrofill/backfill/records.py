@@ -241,10 +241,12 @@ def delimiter(piece: Piece, told: str | None) -> str:
 
 
 def header(piece: Piece, told: str | None) -> list[str]:
-    """Return the names of the cells. Raises InputError where two are the same, or none is there."""
+    """Return the names of the cells. Raises InputError where two are the same, or lines have no end."""
     line = _first_line(piece)
     if not line.strip():
         return []
+    if "\r" in line.rstrip("\r\n") and '"' not in line:
+        raise InputError("Its lines end in returns alone", where=piece.name, mend="End them in \\n")
     parsed = _parse(line.encode(), None, delimiter(piece, told), None)
     names = [str(one) for one in parsed.column_names]
     twice = sorted({name for name in names if names.count(name) > 1})
