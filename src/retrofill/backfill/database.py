@@ -83,4 +83,6 @@ def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequ
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except psycopg.Error as error:
-        raise InputError(f"PostgreSQL said: {error}", where=url.rpartition("@")[2]) from error
+        raise InputError(
+            f"PostgreSQL said: {error}", where=url.rpartition("@")[2].partition("?")[0]
+        ) from error

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
-_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*@")  # of a database
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*(?=@)|([?&]password=)[^&]*")  # of a database
 UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
@@ -546,7 +546,7 @@ def resume_line() -> str:
             hidden = True
         elif word.startswith(("--api-key=", "--secret-key=")):
             word = word.partition("=")[0] + "=…"  # noqa: PLW2901 - the same
-        word = _PASSWORD.sub(r"\1…@", word)  # noqa: PLW2901 - the same
+        word = _PASSWORD.sub(r"\1\2…", word)  # noqa: PLW2901 - the same
         words.append(word if word == "…" else shlex.quote(word))
     return " ".join(["retrofill", *words])
 
