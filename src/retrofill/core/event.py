@@ -404,7 +404,7 @@ def _mended(
             or envelope.events is None
             or not _good_objects(text, good),
             strings=not glance.strings(text),
-            exposures=EXPOSURE in {one.event_type for one in good},
+            exposures=EXPOSURE in [one.event_type for one in good],
         )
     if envelope.events is not None and not any(msgspec.structs.astuple(doubts)):
         return envelope.body
@@ -438,15 +438,13 @@ def _rules(envelope: Envelope, path: str, limits: Limits) -> _Rules:
 
 def _good_ids(events: list[Event], rules: _Rules) -> bool:
     """Say whether every event has an id, and no id or event type needs mending."""
-    if rules.strict and not RESERVED.isdisjoint({event.event_type for event in events}):
+    if rules.strict and not RESERVED.isdisjoint([event.event_type for event in events]):
         return False
-    ids = {event.user_id for event in events}
-    devices = {event.device_id for event in events}
-    if None in ids and None in devices:
+    users = [event.user_id for event in events]
+    devices = [event.device_id for event in events]
+    if None in users and None in devices:
         return False
-    ids |= devices
-    ids.discard(None)
-    known = cast("set[str]", ids)
+    known = [one for one in chain(users, devices) if one is not None]
     return glance.ids(known, length_min=rules.id_length_min)
 
 

@@ -404,9 +404,26 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         # The property table.
         skip = event.skip_user_properties_sync and kind == _EVENT
         sent = event.user_properties
-        said = _said(event)
-        if said[14] == "$remote":
-            said = (*said[:14], remote, *said[15:])
+        said: tuple[str | None, ...] = (  # as `_said`, in two thirds of its time
+            event.platform,
+            event.os_name,
+            event.os_version,
+            event.device_brand,
+            event.device_manufacturer,
+            event.device_model,
+            event.carrier,
+            event.country,
+            event.region,
+            event.city,
+            event.dma,
+            event.language,
+            event.app_version,
+            event.version_name,
+            remote if event.ip == "$remote" else event.ip,
+            event.library,
+            event.start_version,
+            event.paying,
+        )
         entry = who.sent
         # Compared with what the person said last, the fresh strings need not be hashed.
         if entry is None or entry[0] != said:

@@ -6,7 +6,7 @@ not at one event after another: that is what lets a batch of a thousand good eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -40,12 +40,12 @@ _E = 0x65
 _ZERO, _TEN = np.uint8(0x30), 10
 
 
-def ids(known: set[str], *, length_min: int) -> bool:
+def ids(known: Collection[str], *, length_min: int) -> bool:
     """Say whether all ids are good as they stand."""
     return (
         min(known) >= "!"  # none is empty or begins with a space
         and min(map(len, known)) >= length_min
-        and known.isdisjoint(FORBIDDEN_IDS)
+        and FORBIDDEN_IDS.isdisjoint(known)
     )
 
 
