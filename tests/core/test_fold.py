@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 import pytest
+from msgspec.structs import replace
 from tests.core.history import DAY_ONE_MS, History, event, shown
 
-from retrofill.core.block import Flag, Kind
+from retrofill.core.block import Block, Flag, Kind, same
 from retrofill.limits import Limits
 
 USER = "b4ee5d78-e1b6-11ec-8fea-0242ac120002"
@@ -271,3 +274,31 @@ def test_a_forgotten_person_comes_back_as_someone_new() -> None:
     assert history.send(event(user_id="Ann", device_id="phone"))[0][1] == 2
     assert history.table("Ann") == {}
     assert history.send(event(device_id="phone"))[0][1] == 2
+
+
+def test_a_block_holds_each_snapshot_once_and_one_that_repeats_it_says_the_same() -> None:
+    history = History()
+    history.send(*(event(user_id=user, city=user) for user in ("Ann-1", "Bob-2")))
+    history.send(*(event(user_id=user) for user in ("Ann-1", "Bob-2", "Ann-1", "Bob-2", "Ann-1")))
+    block = history.blocks[-1]
+    assert list(memoryview(block.table).cast("i")) == [0, 1, 0, 1, 0]
+    assert len(block.tables) == 2
+
+    def kept(*places: int) -> Block:
+        """The block with its tables as an older server wrote them, one for each row."""
+        tables = [block.tables[place] for place in places]
+        return replace(block, table=array("i", range(5)).tobytes(), tables=tables)
+
+    assert same(block, block)
+    assert same(kept(0, 1, 0, 1, 0), block)
+    assert not same(kept(0, 1, 0, 1, 1), block)
+    assert not same(replace(kept(0, 1, 0, 1, 0), number=7), block)
+
+
+def test_blocks_without_rows_that_show_anything_can_be_compared() -> None:
+    history = History()
+    history.send(event(user_id="Ann-1"))
+    block = history.blocks[-1]
+    empty = replace(block, parts=[], kind=b"", flags=b"", table=b"", tables=[])
+    assert same(empty, empty)
+    assert not same(empty, replace(empty, number=9))

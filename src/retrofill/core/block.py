@@ -12,6 +12,7 @@ from enum import IntEnum, IntFlag
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 
 class Kind(IntEnum):
@@ -126,6 +127,7 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
 
     amplitude_id: int64. event_time_ms: int64. created_ms: int64, first-seen as known then, -1 if none.
     kind: uint8. flags: uint8. table: int32, index into `tables` (each the JSON of a Table), -1 if none.
+    A table stands there once; older blocks may hold it several times.
     keys: 16 bytes each, the event's dedupe key, zeros if it has none.
     said: int32, bit i is set if the event itself says column i of SAYABLE.
     forgotten: (project, amplitude_id) of people deleted by this block: whoever uses their ids later is new.
@@ -156,6 +158,19 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
     def payload_bytes(self) -> int:
         """How large its bodies and snapshots are, by far most of it."""
         return sum(len(part.body) for part in self.parts) + sum(map(len, self.tables))
+
+
+def same(one: Block, other: Block) -> bool:
+    """Say whether two blocks say the same, wherever they keep the tables that their rows show."""
+    return one == other or (
+        replace(one, table=b"", tables=[]) == replace(other, table=b"", tables=[])
+        and _shown(one) == _shown(other)
+    )
+
+
+def _shown(block: Block) -> list[bytes]:
+    places = memoryview(block.table).cast("i")
+    return [block.tables[place] if place >= 0 else b"" for place in places]
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -140,7 +140,7 @@ class _Columns(Struct):
     flags: bytearray
     table: array[int]
     said: array[int]
-    tables: list[bytes]
+    tables: dict[bytes, int]  # each with its place; the bytes of a person's remember their hash
     merges: list[Merge]
 
 
@@ -175,7 +175,7 @@ def fold(
         bytearray(),
         array("i"),
         array("i"),
-        [],
+        {},
         [],
     )
     changes: dict[int, Changes] = {}
@@ -259,7 +259,7 @@ def fold(
         columns.table.tobytes(),
         keys,
         columns.said.tobytes(),
-        columns.tables,
+        list(columns.tables),
         columns.merges,
         list(forgotten),
     )
@@ -296,7 +296,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     add_table = columns.table.append
     add_said = columns.said.append
     said_before = _said_before.get
-    tables = columns.tables
+    tables, place_of = columns.tables, columns.tables.setdefault
     skew = skew_ms(batch.received_ms, client_upload_ms)
     remote = batch.remote
     library = DEFAULT_LIBRARY.get(batch.path, "http/2.0")
@@ -325,9 +325,8 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             if is_dropped == _DISPLACED:
                 shown, which = _alone(event, remote, library)
                 add_flags(_SKIP if event.skip_user_properties_sync else 0)
-                add_table(len(tables))
+                add_table(place_of(shown, len(tables)))
                 add_said(which)
-                tables.append(shown)
             else:
                 add_flags(0)
                 add_table(_NO_TABLE)
@@ -518,11 +517,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         add_kind(kind)
         add_flags(flags)
         add_said(which)
-        if tables and tables[-1] is shown:
-            add_table(len(tables) - 1)
-        else:
-            add_table(len(tables))
-            tables.append(shown)
+        add_table(place_of(shown, len(tables)))
     return fresh
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from retrofill.core import fold, identity
-from retrofill.core.block import Block, Kind
+from retrofill.core.block import Block, Kind, same
 from retrofill.core.event import Batch, decode
 from retrofill.engine.state import State
 from retrofill.errors import CorruptError
@@ -72,7 +72,7 @@ def refold(state: State, block: Block, batches: list[Batch]) -> None:
             partition=block.partition,
         ),
     )
-    if block.number != state.block + 1 or folded.block != block:
+    if block.number != state.block + 1 or not same(folded.block, block):
         raise CorruptError(
             f"Block {block.number:,} does not fold to what it says",
             where=f"after block {state.block:,}",
