@@ -111,7 +111,9 @@ QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
 LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
-REFOLD_GROUP_ROWS = 8_000  # changed rows read back at a time, from each piece that was set aside
+REFOLD_SORT_BYTES = 128 * 1024 * 1024  # of rows to be folded again that are put in order in memory
+REFOLD_ASIDE_ROWS = 80_000  # changed rows that are set aside on disk at once
+REFOLD_GROUP_ROWS = 4_000  # of these read back at a time
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
 REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time
@@ -129,6 +131,7 @@ REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for it, at most
 HISTORY_MEMORY_BYTES = (
     512 * 1024 * 1024
 )  # what DuckDB may hold in the child that folds history again
+CHECK_KEYS_SHOWN = 3  # dedupe keys without a row that it names for each project and day
 CHECK_SHOWN_MAX = 1000  # differences that `retrofill check` names; all are counted
 CHECK_TEXT_CHARS = 200  # of a value that it shows
 MERGES_LISTED_MAX = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,9 +39,19 @@ def row(seeded: random.Random, block: int, place: int) -> dict[str, object]:
     }
 
 
-def lake_file(folder: Path, seeded: random.Random, number: int, *, without: str = "") -> LakeFile:
-    """A lake file of several row groups; some of its rows are deleted in every other one."""
-    rows = [row(seeded, number, place) for place in range(ROWS)]
+def lake_file(
+    folder: Path,
+    seeded: random.Random,
+    number: int,
+    *,
+    without: str = "",
+    **others: Callable[[], object],
+) -> LakeFile:
+    """A lake file of several row groups; some of its rows are deleted in every other one. others: makes columns."""
+    rows = [
+        row(seeded, number, place) | {name: made() for name, made in others.items()}
+        for place in range(ROWS)
+    ]
     rows.sort(key=lambda one: (one["amplitude_id"], one["row"]))
     table = pa.Table.from_pylist(rows, SCHEMA)
     columns = [
@@ -65,7 +76,11 @@ def lake_file(folder: Path, seeded: random.Random, number: int, *, without: str 
 def test_what_differs_is_written_and_nothing_else(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, bound in (("REFOLD_FILE_ROWS", 37), ("REFOLD_GROUP_ROWS", 11)):
+    for name, bound in (
+        ("REFOLD_FILE_ROWS", 37),
+        ("REFOLD_ASIDE_ROWS", 23),
+        ("REFOLD_GROUP_ROWS", 11),
+    ):
         monkeypatch.setattr(changed, name, bound)
     seeded = random.Random(seed)
     sources, out = tmp_path / "sources", tmp_path / "out"

@@ -2,32 +2,38 @@
 
 The fold goes by position and reads some of the columns; the rows of a lake file stand by person. Most rows come out of
 it as they went in, and stay where they are. One that differs is set aside, on disk, with its place in its file and the
-columns that the fold decides. Then the files are read once, row group by row group and only those that hold such rows:
-the other columns are taken as they are, in an order that is nearly that of the new files. Whole rows are never sorted,
-nor held but for those of one new file.
+columns that the fold decides. Then the files are read once, row group by row group and only those that hold such rows,
+the other columns are taken as they are, and the files' rows are merged into new ones as compaction does it. Held are
+some rows of each file; and whole rows of people with another number now, for they stand elsewhere among the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrofill.core.row import SHOWN
 from retrofill.lake import parquet
 from retrofill.lake.arrow import FILE, SCHEMA
-from retrofill.lake.compact import LakeFile
+from retrofill.lake.compact import LakeFile, merge
 from retrofill.lake.files import Files
-from retrofill.limits import REFOLD_FILE_ROWS, REFOLD_GROUP_ROWS
+from retrofill.limits import REFOLD_ASIDE_ROWS, REFOLD_FILE_ROWS, REFOLD_GROUP_ROWS
 
 DECIDED = ("amplitude_id", "created_time", "kind", "flags", "user_properties", *SHOWN)
+ASIDE = ["file", "place", "block", "row", *DECIDED]  # what is to be known of a changed row
 # `at`: the place of the file among the sources, and of the row in it.
 _SET_ASIDE = pa.schema(
     [("at", pa.int64()), *(SCHEMA.field(name) for name in ("block", "row", *DECIDED))]
 )
+_DECIDED_ANEW = set(DECIDED) - {"amplitude_id"}
 _FILE_BITS = 40
 _READ_BYTES = 256 * 1024  # of one column
 
@@ -39,22 +45,20 @@ class Changed:
         self._scratch = scratch
         self._waiting: list[pa.Table] = []
         self._rows = 0
-        self._pieces: list[Path] = []
-        self._files: set[int] = set()
+        self._pieces: list[tuple[Path, dict[int, range]]] = []  # with the batches of each file
         self.places: list[pa.Table] = []
 
     def add(self, rows: pa.Table) -> None:
-        """Set rows aside: as they must be, of the columns DECIDED, block, row, and where they stand (`History`)."""
+        """Set rows aside: the columns ASIDE, as they must be and where they stand (`History`)."""
         if not rows.num_rows:
             return
         file = rows["file"].to_numpy().astype(np.int64)
-        self._files.update(np.unique(file).tolist())
         at = pa.array((file << _FILE_BITS) | rows["place"].to_numpy())
         names = _SET_ASIDE.names[1:]
         arrays = [at, *(rows[name] for name in names)]
         self._waiting.append(pa.Table.from_arrays(arrays, schema=_SET_ASIDE))
         self._rows += rows.num_rows
-        if self._rows >= REFOLD_FILE_ROWS:
+        if self._rows >= REFOLD_ASIDE_ROWS:
             self._lay()
 
     def _lay(self) -> None:
@@ -64,69 +68,114 @@ class Changed:
         self.places.append(rows.select(["block", "row"]))
         path = self._scratch / f"changed-{len(self._pieces)}.arrow"
         options = pa.ipc.IpcWriteOptions(compression="lz4")
+        files, firsts = np.unique(rows["at"].to_numpy() >> _FILE_BITS, return_index=True)
+        ends = [*firsts[1:].tolist(), rows.num_rows]
+        batches, count = {}, 0
         with (
             pa.OSFile(str(path), "wb") as out,
             pa.ipc.new_file(out, _SET_ASIDE, options=options) as writer,
         ):
-            writer.write_table(rows, max_chunksize=REFOLD_GROUP_ROWS)
-        self._pieces.append(path)
+            for file, first, end in zip(files.tolist(), firsts.tolist(), ends, strict=True):
+                some = rows.slice(first, end - first).to_batches(max_chunksize=REFOLD_GROUP_ROWS)
+                for batch in some:
+                    writer.write_batch(batch)
+                batches[file] = range(count, count + len(some))
+                count += len(some)
+        self._pieces.append((path, batches))
 
     def write(self, sources: Sequence[LakeFile], folder: Path) -> list[Path]:
         """Write all of them as new lake files. sources: the files where they stand. Raises StoreError."""
         if self._waiting:
             self._lay()
+        if not self._pieces:
+            return []
+        bounds = [pc.min_max(some["block"]).as_py() for some in self.places]
+        first, last = min(one["min"] for one in bounds), max(one["max"] for one in bounds)
+        moved: list[pa.Table] = []
         written: list[Path] = []
-        held: list[pa.Table] = []
-        rows = 0
-        for some in self._whole(sources):
-            held.append(some)
-            rows += some.num_rows
-            if rows >= REFOLD_FILE_ROWS:
-                written.append(write(folder, pa.concat_tables(held)))
-                held, rows = [], 0
-        if held:
-            written.append(write(folder, pa.concat_tables(held)))
-        for path in self._pieces:
+        with contextlib.ExitStack() as stack:
+            asides: dict[int, list[_Aside]] = {}
+            for path, batches in self._pieces:
+                reader = pa.ipc.open_file(stack.enter_context(pa.OSFile(str(path))))
+                for file, some in batches.items():
+                    asides.setdefault(file, []).append(_Aside(reader, some))
+            rows = merge(
+                [_whole(sources[file], file, asides[file], moved, stack) for file in sorted(asides)]
+            )
+            for head in rows:
+                path = folder / parquet.file_name(first, last)
+                parquet.write(path, _some(head, rows, REFOLD_FILE_ROWS), Files())
+                written.append(path)
+                written += _written(folder, moved, REFOLD_FILE_ROWS)
+        written += _written(folder, moved, 1)
+        for path, _ in self._pieces:
             path.unlink()
         self._pieces = []
         return written
 
-    def _whole(self, sources: Sequence[LakeFile]) -> Iterator[pa.Table]:
-        pieces = [_Piece(path) for path in self._pieces]
-        for number in sorted(self._files):
-            path = sources[number].path
-            with (
-                parquet.told(path),
-                pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened,
-            ):
-                first = 0
-                for group in range(opened.num_row_groups):
-                    last = first + opened.metadata.row_group(group).num_rows
-                    end = (number << _FILE_BITS) | last
-                    if taken := [some for piece in pieces for some in piece.take(end)]:
-                        yield _copied(opened, group, first, pa.concat_tables(taken))
-                    first = last
-        for piece in pieces:
-            piece.close()
+
+def _written(folder: Path, rows: list[pa.Table], rows_min: int) -> list[Path]:
+    """Write rows if there are so many, and empty the list."""
+    if sum(some.num_rows for some in rows) < rows_min:
+        return []
+    path = write(folder, pa.concat_tables(rows))
+    rows.clear()
+    return [path]
 
 
-class _Piece:
-    """Rows that were set aside, in order of `at`, read a few at a time."""
+def _some(head: pa.Table, further: Iterator[pa.Table], rows_max: int) -> Iterator[pa.Table]:
+    """Yield a table and those after it until they have so many rows."""
+    rows = 0
+    for table in itertools.chain([head], further):
+        yield table
+        rows += table.num_rows
+        if rows >= rows_max:
+            return
 
-    def __init__(self, path: Path) -> None:
-        self._file = pa.OSFile(str(path))
-        self._reader = pa.ipc.open_file(self._file)
-        self._read = self._taken = 0
+
+def _whole(
+    source: LakeFile,
+    number: int,
+    asides: Sequence[_Aside],
+    moved: list[pa.Table],
+    stack: contextlib.ExitStack,
+) -> Iterator[pa.Table]:
+    """Yield the changed rows of a file, whole, in its order; those of people with another number now are moved."""
+    with parquet.told(source.path):
+        opened = stack.enter_context(
+            pq.ParquetFile(source.path, pre_buffer=False, buffer_size=_READ_BYTES)
+        )
+        first = 0
+        for group in range(opened.num_row_groups):
+            last = first + opened.metadata.row_group(group).num_rows
+            end = (number << _FILE_BITS) | last
+            if taken := [some for aside in asides for some in aside.take(end)]:
+                rows, stays = _copied(opened, group, first, pa.concat_tables(taken))
+                if not stays.all():
+                    moved.append(rows.filter(pa.array(~stays)))
+                    rows = rows.filter(pa.array(stays))
+                yield rows
+            first = last
+
+
+class _Aside:
+    """Rows of one file that were set aside in one piece, in order of `at`, read a few at a time."""
+
+    def __init__(self, reader: pa.ipc.RecordBatchFileReader, batches: range) -> None:
+        self._reader = reader
+        self._batches = iter(batches)
+        self._taken = 0
         self._rows = _SET_ASIDE.empty_table()
 
     def take(self, end: int) -> Iterator[pa.Table]:
         """Yield the next rows, those before `end`."""
         while True:
             if self._taken == self._rows.num_rows:
-                if self._read == self._reader.num_record_batches:
+                batch = next(self._batches, None)
+                if batch is None:
                     return
-                self._rows = pa.Table.from_batches([self._reader.get_batch(self._read)])
-                self._read, self._taken = self._read + 1, 0
+                self._rows = pa.Table.from_batches([self._reader.get_batch(batch)])
+                self._taken = 0
             cut = int(np.searchsorted(self._rows["at"].to_numpy(), end))
             if cut == self._taken:
                 return
@@ -135,29 +184,34 @@ class _Piece:
             if cut < self._rows.num_rows:
                 return
 
-    def close(self) -> None:
-        self._file.close()
 
+def _copied(
+    opened: pq.ParquetFile, group: int, first: int, decided: pa.Table
+) -> tuple[pa.Table, np.ndarray[Any, Any]]:
+    """Return rows of a row group as in a lake file: what was decided, and the rest as it stands there.
 
-def _copied(opened: pq.ParquetFile, group: int, first: int, decided: pa.Table) -> pa.Table:
-    """Return rows of a row group as in a lake file: what was decided, and the rest as it stands there."""
+    And whose amplitude_id is what it was.
+    """
     at = decided["at"].to_numpy()
     order = np.argsort(at)
+    places = pa.array((at[order] & ((1 << _FILE_BITS) - 1)) - first)
     decided = decided.combine_chunks().take(pa.array(order))
-    stays = set(opened.schema_arrow.names).difference(DECIDED)
-    rest = opened.read_row_group(group, columns=[name for name in FILE.names if name in stays])
-    places = (at[order] & ((1 << _FILE_BITS) - 1)) - first
-    if len(places) < rest.num_rows:
-        rest = rest.take(pa.array(places))
-    columns = [
-        _typed(decided[field.name], field)
-        if field.name in DECIDED
-        else rest[field.name].cast(field.type)
-        if field.name in stays
-        else pa.nulls(len(at), field.type)
-        for field in FILE
-    ]
-    return pa.Table.from_arrays(columns, schema=FILE)
+    rest = opened.read_row_group(
+        group,
+        columns=[name for name in opened.schema_arrow.names if name not in _DECIDED_ANEW],
+        use_threads=False,
+    )
+    ids = rest["amplitude_id"].take(places)
+    columns = []
+    for field in FILE:
+        if field.name in DECIDED:
+            columns.append(_typed(decided[field.name], field))
+        elif field.name not in rest.column_names or (rest[field.name].null_count == rest.num_rows):
+            columns.append(pa.nulls(len(at), field.type))
+        else:
+            columns.append(rest[field.name].take(places).cast(field.type))
+    rows = pa.Table.from_arrays(columns, schema=FILE)
+    return rows, np.asarray(rows["amplitude_id"].to_numpy() == ids.to_numpy())
 
 
 def write(folder: Path, rows: pa.Table) -> Path:
@@ -174,5 +228,7 @@ def write(folder: Path, rows: pa.Table) -> Path:
 
 
 def _typed(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), field.type)])
     wanted = pa.types.is_dictionary(field.type) and not pa.types.is_dictionary(column.type)
     return column.dictionary_encode() if wanted else column

@@ -25,6 +25,7 @@ from retrofill.core.dedupe import KEY_BYTES, NO_KEY
 from retrofill.core.fold import Group
 from retrofill.core.refold import Merged, Refold, Rows
 from retrofill.core.row import SHOWN, Vocabulary
+from retrofill.engine.changed import ASIDE
 from retrofill.engine.duplicates import packed_of_rows
 from retrofill.lake import arrow
 from retrofill.lake.arrow import SCHEMA, MergeRow
@@ -36,6 +37,7 @@ KEY_COLUMNS = (
     *("project", "block", "row", "kind", "user_id", "device_id", "event_type", "insert_id"),
     *("event_id", "client_event_time", "import_id"),
 )
+_KEYED = [*KEY_COLUMNS, "server_upload_time"]
 _BLOCK_MAX = 2**62
 _NEVER_MS = 2**62
 _SEEN = (int(Kind.EVENT), int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY))
@@ -267,7 +269,7 @@ class Folding:
     def judge(self, rows: pa.Table) -> None:
         """Decide which of these, in order of position, repeat an earlier one: that goes by arrival in any fold."""
         good = self._not_repeated(rows, self._mine(rows)[1])
-        repeated = rows.filter(pa.array(~good))
+        repeated = rows.select(["block", "row"]).filter(pa.array(~good))
         places = zip(repeated["block"].to_pylist(), repeated["row"].to_pylist(), strict=True)
         self._judged = set(places)
 
@@ -309,7 +311,7 @@ class Folding:
         changed = np.flatnonzero(were != are)
         if not len(changed):
             return
-        some = rows.take(pa.array(changed))
+        some = rows.select(_KEYED).take(pa.array(changed))
         self.stored.change(some, were[changed], are[changed])
         for keys, kinds in ((self.gone, were[changed]), (self.added, are[changed])):
             holds = kinds != Kind.UNDONE
@@ -327,7 +329,7 @@ class Folding:
                 looked = pc.or_(looked, pc.is_valid(rows["event_id"]))
             at = np.flatnonzero(np.asarray(looked) & candidate)
             if len(at):
-                self._decide(rows.take(pa.array(at)), at, good)
+                self._decide(rows.select(_KEYED).take(pa.array(at)), at, good)
         kinds = rows["kind"].to_numpy()
         # A displaced row with a key has a contested one: whether it is seen is in `_held`.
         self._imports_of(rows, candidate & (kinds != Kind.DISPLACED))
@@ -354,7 +356,7 @@ class Folding:
 
     def _imports_of(self, rows: pa.Table, seen: Bools) -> None:
         """Remember the keys of imports' rows: what is displaced by them may come later."""
-        some = rows.filter(pa.array(_is_imported(rows) & seen))
+        some = rows.select(_KEYED).filter(pa.array(_is_imported(rows) & seen))
         if some.num_rows:
             packed = dedupe.table_of(packed_of_rows(some, self._limits))
             self._imported.append((packed, some["server_upload_time"].to_numpy()))
@@ -379,23 +381,23 @@ class Refolded:
         self.kind[self._seen] = decided.kind
 
     def changed(self) -> pa.Table:
-        """Return the closure's rows that are not what they were, as they must be, in any order."""
+        """Return the closure's rows that are not what they were, as they must be, in any order: the columns ASIDE."""
         differs = self.kind != self._rows["kind"].to_numpy()
         if self._decided is not None:
             differs[self._seen] |= self._decided.differs
-        return self._new(differs & self._own)
+        return self._new(differs & self._own, self._rows.select(ASIDE))
 
     def all(self) -> pa.Table:
         """Return every row as it must be, in any order."""
         others = self._rows.filter(pa.array(~self._own))
-        return pa.concat_tables([self._new(self._own), others])
+        return pa.concat_tables([self._new(self._own, self._rows), others])
 
-    def _new(self, chosen: Bools) -> pa.Table:
+    def _new(self, chosen: Bools, olds: pa.Table) -> pa.Table:
         folded = np.zeros(len(chosen), bool)
         folded[self._seen] = True
         parts = []
         for some, decided in ((chosen & ~folded, None), (chosen & folded, self._decided)):
-            rows = self._rows.filter(pa.array(some))
+            rows = olds.filter(pa.array(some))
             if decided is not None:
                 for name, values in decided.columns(np.flatnonzero(some[self._seen])).items():
                     rows = with_column(rows, name, values)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ from retrofill.hot import keys as key_files
 from retrofill.hot.keys import KeyFile
 from retrofill.hot.sqlite import read_blocks
 from retrofill.lake import arrow
+from retrofill.lake.arrival import Wanted, in_arrival, positions
 from retrofill.lake.arrow import MERGES, SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
@@ -56,13 +57,12 @@ _NICE = 5
 _CHILD = "from retrofill.engine import refolder; refolder.main()"
 _SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
 _HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
-# What the fold looks at, and what it decides; and where the row stands. Event properties say whether there is revenue
+# What the fold looks at, and what it decides. Event properties say whether there is revenue
 # in a row that was never folded, and are read for those alone.
-_FOLDED = (
-    ", ".join(
-        f'"{name}"' for name in SCHEMA.names if name in {"project", *KEY_COLUMNS, *DECIDED, *FOLDED}
-    )
-    + ", file, place"
+_FOLDED = [name for name in SCHEMA.names if name in {"project", *KEY_COLUMNS, *DECIDED, *FOLDED}]
+_DISPLACED = (
+    f"kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
+    "OR user_id IN (SELECT id FROM closure_users))"
 )
 _MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
 _ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)}
@@ -473,7 +473,7 @@ class Session:
                 'AND amplitude_id IN (SELECT id FROM closure_ids) ORDER BY "block", "row"',
                 [self._project, self._until],
             )
-            for rows in _whole_blocks(found.to_arrow_reader(REFOLD_ROWS)):
+            for rows in _whole_blocks(_tables(found.to_arrow_reader(REFOLD_ROWS))):
                 self._folding.know(rows)
 
     def _register(self, members: Members) -> None:
@@ -500,36 +500,32 @@ class Session:
         folding = self._folding
         folding.people = np.sort(self._members.people)
         self._register(self._members)
-        displaced = (
-            f"kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
-            "OR user_id IN (SELECT id FROM closure_users))"
-        )
         where = 'project = $1 AND "block" > $2 AND "block" <= $3'
         keys = ", ".join(f'"{name}"' for name in KEY_COLUMNS)
-        contested = ask(f"SELECT {keys} FROM events WHERE {where} AND {displaced}", between)
-        folding.contest(contested.to_arrow_table())
-        rule = self._begun.rule
-        unfolded = rule.show is not None or folding.contested
-        said = f"CASE WHEN kind IN ({_HIDDEN}) THEN event_properties END" if unfolded else "NULL"
-        chosen = (
-            f"FROM events WHERE {where} AND ("
-            f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
-            f"OR kind = {int(Kind.GROUP_IDENTIFY)} OR ({displaced}) "
-            f'OR (kind = {int(Kind.UNDONE)} AND import_id = $4 AND "block" > $5 AND "block" <= $6)) '
-        )
-        values = [*between, *rule.bounds]
-        if rule.by_time and folding.contested:
-            inserts = pa.array(folding.contested, pa.string())
-            self._history.register("contested", pa.table({"id": inserts}))
-            judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
-            folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
-        by = order.SQL if rule.by_time else '"block", "row"'
-        reader = ask(
-            f"SELECT {_FOLDED}, {said}::VARCHAR AS event_properties {chosen} ORDER BY {by}", values
-        ).to_arrow_reader(REFOLD_ROWS)
+        contested = ask(
+            f"SELECT {keys} FROM events WHERE {where} AND {_DISPLACED}", between
+        ).to_arrow_table()
+        folding.contest(contested)
+        if self._begun.rule.by_time:
+            read = self._in_time(between)
+        else:
+            wanted = Wanted(
+                self._project,
+                task.after,
+                task.until,
+                folding.people,
+                np.sort(positions(contested)),
+                self._begun.rule.bounds,
+            )
+            read = _whole_blocks(
+                in_arrival(
+                    *(self._sources, wanted, _FOLDED, self._begun.scratch),
+                    of_hidden=["event_properties"],
+                )
+            )
         before = folding.rows
         changed = Changed(self._begun.scratch)
-        for rows in _tables(reader) if rule.by_time else _whole_blocks(reader):
+        for rows in read:
             for some in folding.parts(rows):
                 changed.add(folding.fold(some).changed())
         files = changed.write(self._sources, self._begun.events)
@@ -542,6 +538,29 @@ class Session:
             files=files,
             places=self._written("places", pa.concat_tables(places)) if places else None,
         )
+
+    def _in_time(self, between: list[int]) -> Iterator[pa.Table]:
+        """Yield the same rows in event time."""
+        where = 'project = $1 AND "block" > $2 AND "block" <= $3'
+        chosen = (
+            f"FROM events WHERE {where} AND ("
+            f"(kind IN ({_SEEN}) AND amplitude_id IN (SELECT id FROM closure_ids)) "
+            f"OR kind = {int(Kind.GROUP_IDENTIFY)} OR ({_DISPLACED}) "
+            f'OR (kind = {int(Kind.UNDONE)} AND import_id = $4 AND "block" > $5 AND "block" <= $6)) '
+        )
+        ask, folding = self._history.ask, self._folding
+        values = [*between, *self._begun.rule.bounds]
+        if folding.contested:
+            inserts = pa.array(folding.contested, pa.string())
+            self._history.register("contested", pa.table({"id": inserts}))
+            judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
+            folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
+        names = ", ".join(f'"{name}"' for name in _FOLDED)
+        unfolded = self._begun.rule.show is not None or folding.contested
+        said = f"CASE WHEN kind IN ({_HIDDEN}) THEN event_properties END" if unfolded else "NULL"
+        found = f"{names}, file, place, {said}::VARCHAR AS event_properties"
+        reader = ask(f"SELECT {found} {chosen} ORDER BY {order.SQL}", values)
+        yield from _tables(reader.to_arrow_reader(REFOLD_ROWS))
 
     def _tail(self, task: Tail) -> Done:
         self._ids.add(*task.ids)
@@ -728,19 +747,19 @@ def _groups(text: str) -> Iterator[Group]:
 
 def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
     """Yield a table some thousand rows at a time, blocks whole."""
-    yield from _whole_blocks(rows.to_batches(max_chunksize=REFOLD_ROWS))
+    yield from _whole_blocks(_tables(rows.to_batches(max_chunksize=REFOLD_ROWS)))
 
 
-def _tables(batches: Any) -> Iterator[pa.Table]:
+def _tables(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         yield pa.Table.from_batches([batch])
 
 
-def _whole_blocks(batches: Any) -> Iterator[pa.Table]:
+def _whole_blocks(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield rows so that no block is cut; a block is at most some thousand rows."""
     left: pa.Table | None = None
-    for batch in batches:
-        rows = pa.Table.from_batches([batch])
+    for part in parts:
+        rows = part
         if left is not None:
             rows = pa.concat_tables([left, rows])
         if not rows.num_rows:

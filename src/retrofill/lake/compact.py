@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from retrofill.limits import COMPACT_FILES, COMPACT_FILES_MIN, COMPACT_ROWS_MAX
 
-_KEY = ("amplitude_id", "block", "row")
+KEY = ("amplitude_id", "block", "row")
 
 
 class LakeFile(Struct, frozen=True):
@@ -85,23 +85,24 @@ def _fitting(run: Sequence[LakeFile]) -> list[LakeFile]:
     return chosen if 2 * largest <= rows else []
 
 
-def merge(sources: Sequence[Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """Yield the rows of sorted sources in one order, by (amplitude_id, block, row).
+def merge(sources: Sequence[Iterator[pa.Table]], names: Sequence[str] = KEY) -> Iterator[pa.Table]:
+    """Yield the rows of sorted sources in one order, by columns of numbers: (amplitude_id, block, row) as in a lake file.
 
     Each round takes from every source the rows up to the smallest of the sources' last keys held: behind that key no
     source can have anything more, so what was taken only needs sorting.
     """
-    held = [_Held(source) for source in sources]
+    held = [_Held(source, names) for source in sources]
     while held := [one for one in held if one.fill()]:
         cut = min(one.last() for one in held)
-        yield _in_order(pa.concat_tables([one.take(cut) for one in held]))
+        yield _in_order(pa.concat_tables([one.take(cut) for one in held]), names)
 
 
 class _Held:
     """The rows of one source that were read and not taken yet."""
 
-    def __init__(self, source: Iterator[pa.Table]) -> None:
+    def __init__(self, source: Iterator[pa.Table], names: Sequence[str]) -> None:
         self._source = source
+        self._names = names
         self._table: pa.Table | None = None
         self._keys: tuple[np.ndarray[Any, Any], ...] = ()
         self._at = 0
@@ -112,7 +113,7 @@ class _Held:
             self._table = next(self._source, None)
             if self._table is None:
                 return False
-            self._keys = tuple(self._table[name].to_numpy() for name in _KEY)
+            self._keys = tuple(self._table[name].to_numpy() for name in self._names)
             self._at = 0
         return True
 
@@ -133,24 +134,27 @@ class _Held:
         return self._table.slice(first, high - first)
 
 
-def _in_order(table: pa.Table) -> pa.Table:
+def _in_order(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """Return the same rows sorted. Columns that hold nothing, a third of them as a rule, need no sorting."""
-    order, rows = pa.array(_order(table)), table.num_rows
+    order, rows = pa.array(_order(table, names)), table.num_rows
     columns = [
         column if column.null_count == rows else column.take(order) for column in table.columns
     ]
     return pa.Table.from_arrays(columns, schema=table.schema)
 
 
-def _order(table: pa.Table) -> np.ndarray[Any, Any]:
+def _order(table: pa.Table, names: Sequence[str]) -> np.ndarray[Any, Any]:
     """Return the places of the rows in the order of the key.
 
     Sources mostly come in the order of their blocks: then to sort by person is enough, if equal ones stay as they came.
     """
-    people, blocks, rows = (table[name].to_numpy() for name in _KEY)
-    order = np.argsort(people, kind="stable")
-    same = np.diff(people[order]) == 0
-    later, ahead = np.diff(blocks[order]), np.diff(rows[order])
-    if ((later > 0) | ((later == 0) & (ahead > 0)))[same].all():
+    first, *further = (table[name].to_numpy() for name in names)
+    order = np.argsort(first, kind="stable")
+    later = np.zeros(max(len(order) - 1, 0), bool)
+    for key in reversed(further):
+        ahead = np.diff(key[order])
+        later = (ahead > 0) | ((ahead == 0) & later)
+    same = np.diff(first[order]) == 0
+    if later[same].all():
         return order
-    return np.lexsort([rows, blocks, people])
+    return np.lexsort([*reversed(further), first])

@@ -57,8 +57,7 @@ class Footers:
             if found is not None:
                 self._kept.move_to_end(path)
                 return found
-        with parquet.told(path):
-            footer = _footer(pq.read_metadata(path))
+        footer = footer_of(path)
         with self._lock:
             if path not in self._kept:
                 self._kept[path] = footer
@@ -69,17 +68,26 @@ class Footers:
         return footer
 
 
-def _footer(metadata: pq.FileMetaData) -> Footer:
+def footer_of(path: Path) -> Footer:
+    """Read a file's footer. Raises StoreError if it cannot be read."""
+    with parquet.told(path):
+        metadata = pq.read_metadata(path)
+    low, high = ranges(metadata, "amplitude_id")
+    counts = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+    first = np.cumsum(np.array([0, *counts], np.int64))[:-1]
+    return Footer(metadata, low, high, first, parquet.empty_of(metadata))
+
+
+def ranges(metadata: pq.FileMetaData, name: str) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return the least and the largest number of a column in each row group, as far as the file says so."""
+    place = metadata.schema.names.index(name)
     groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
-    place = metadata.schema.names.index("amplitude_id")
     told = [group.column(place).statistics for group in groups]
-    ranges = [
+    found = [
         (one.min, one.max) if one is not None and one.has_min_max else (_INT64.min, _INT64.max)
         for one in told
     ]
-    low, high = np.array(ranges, np.int64).reshape(-1, 2).T
-    rows = np.array([0, *(group.num_rows for group in groups)], np.int64)
-    return Footer(metadata, low, high, np.cumsum(rows)[:-1], parquet.empty_of(metadata))
+    return tuple(np.array(found, np.int64).reshape(-1, 2).T)
 
 
 class Part(Struct, frozen=True):
@@ -93,8 +101,8 @@ class Part(Struct, frozen=True):
     def read(self, columns: Sequence[str], some: np.ndarray[Any, Any] | None = None) -> pa.Table:
         """Return columns of these rows, or of some of them by their indexes. Raises StoreError."""
         places = self.places if some is None else self.places[some]
-        with _opened(self.file, self.footers.of(self.file.path)) as opened:
-            return opened.rows(self.group, columns, places)
+        with opened(self.file, self.footers.of(self.file.path)) as source:
+            return source.rows(self.group, columns, places)
 
 
 def parts(
@@ -121,9 +129,9 @@ def parts(
             continue
         with parquet.told(file.path):
             gone = parquet.places_of(file.deleted)
-        with _opened(file, footer) as opened:
+        with opened(file, footer) as source:
             for group in groups:
-                places, rows = _found(opened, group, project, wanted, kinds, columns)
+                places, rows = _found(source, group, project, wanted, kinds, columns)
                 if gone is not None:
                     there = ~np.isin(places + footer.first[group], gone)
                     places, rows = places[there], rows.filter(pa.array(there))
@@ -132,7 +140,7 @@ def parts(
 
 
 def _found(
-    opened: _Opened,
+    source: Opened,
     group: int,
     project: int,
     wanted: np.ndarray[Any, Any],
@@ -140,18 +148,18 @@ def _found(
     columns: Sequence[str],
 ) -> tuple[np.ndarray[Any, Any], pa.Table]:
     """Return where in a row group the rows of these people are, with columns of them."""
-    ids = opened.ids(group)
+    ids = source.ids(group)
     # Rows are sorted by it: what lies between the first and the last one wanted is all there is to look at.
     low = int(np.searchsorted(ids, wanted[0], "left"))
     high = int(np.searchsorted(ids, wanted[-1], "right"))
     places = np.flatnonzero(np.isin(ids[low:high], wanted)) + low
-    rows = opened.rows(group, ("project", "kind", *columns), places)
+    rows = source.rows(group, ("project", "kind", *columns), places)
     keep = rows["project"].to_numpy() == project
     keep &= np.isin(rows["kind"].to_numpy(), np.array(kinds, np.uint8))
     return places[keep], rows.select(list(columns)).filter(pa.array(keep))
 
 
-class _Opened(Struct, frozen=True):
+class Opened(Struct, frozen=True):
     """A file that is being read."""
 
     file: pq.ParquetFile
@@ -162,9 +170,15 @@ class _Opened(Struct, frozen=True):
         found = self.file.read_row_group(group, ["amplitude_id"], use_threads=False)
         return np.asarray(found["amplitude_id"])
 
-    def rows(self, group: int, columns: Sequence[str], places: np.ndarray[Any, Any]) -> pa.Table:
-        """Return some rows of a row group, with the types of the lake table."""
-        fields = [SCHEMA.field(name) for name in columns]
+    def rows(
+        self,
+        group: int,
+        columns: Sequence[str],
+        places: np.ndarray[Any, Any],
+        schema: pa.Schema = SCHEMA,
+    ) -> pa.Table:
+        """Return some rows of a row group, with the types of the lake table or of its files."""
+        fields = [schema.field(name) for name in columns]
         there = [name for name in columns if name not in self.footer.empty]
         if not there or not len(places):
             nulls = [pa.nulls(len(places), field.type) for field in fields]
@@ -188,10 +202,11 @@ class _Opened(Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def _opened(file: LakeFile, footer: Footer) -> Iterator[_Opened]:
+def opened(file: LakeFile, footer: Footer) -> Iterator[Opened]:
+    """Open a file for reading. Raises StoreError if it cannot be read."""
     with (
         parquet.told(file.path),
         pa.OSFile(str(file.path)) as source,
-        pq.ParquetFile(source, metadata=footer.metadata, pre_buffer=False) as opened,
+        pq.ParquetFile(source, metadata=footer.metadata, pre_buffer=False) as one,
     ):
-        yield _Opened(opened, footer)
+        yield Opened(one, footer)
