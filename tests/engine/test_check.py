@@ -6,6 +6,7 @@ import random
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from tests.engine.test_undo import Server, _request
 from tests.stateful.test_engine import FakeClock, SealerInside
 
 from retrofill.cli import main
-from retrofill.core import person
+from retrofill.core import dedupe, person
 from retrofill.engine.check import Report, check
 from retrofill.engine.deletion import Deletions
 from retrofill.errors import BusyError, InputError
@@ -187,6 +188,73 @@ def test_a_lost_key_is_named(server: Server) -> None:
     table = np.stack([file.high, file.low], axis=1)
     keys.write(path.parent, file.first, file.last, table[1:].copy(), file.blocks()[1:])
     assert _found(_check(server)) == [("row", "dedupe key")]
+
+
+def plant_key(folder: Path, insert_id: str, *, at: int = 0, block: int = 1) -> bytes:
+    """Put a key of (project 1, phone-7, insert_id) into a key file."""
+    key = dedupe.keys(1, ["phone-7"], [insert_id])
+    path = sorted((folder / "keys").glob("keys-*.bin"))[at]
+    file = keys.KeyFile(path)
+    table = np.concatenate([dedupe.table_of(key), np.stack([file.high, file.low], axis=1)])
+    blocks = np.insert(file.blocks(), 0, block)
+    marks = [np.insert(file.values >> bit & 1 != 0, 0, values=False) for bit in (31, 30)]
+    last = max(file.last, block)
+    written = keys.write(
+        *(path.parent, file.first, last, table, blocks), forever=marks[0], imported=marks[1]
+    )
+    if written != path:
+        path.unlink()
+    return key
+
+
+@pytest.mark.parametrize("scope", ["project", "project+device"])
+def test_keys_that_no_row_holds_are_named_by_day(
+    scope: str, server: Server, clock: FakeClock
+) -> None:
+    first = {"device_id": "phone-3", "event_type": "open", "time": clock.ms}
+    server.send([{**first, "event_id": 5}])  # its key is that of device, event_id and time
+    origin = {"source_name": "retrofill", "source_version": "old-shop"}
+    server.send([{**first, "insert_id": "i", "ingestion_metadata": origin}])
+    server.send([{**first, "insert_id": "i"}])  # displaced: it holds no key
+    server.close()
+    assert _check(server).count == 0
+    settings = b'{"limits":{"dedupe_scope":"%s"}}' % scope.encode()
+    with closing(sqlite3.connect(server.folder / "hot.sqlite")) as db, db:
+        db.execute("UPDATE projects SET settings = ?", (settings,))
+    assert _check(server).count == 0  # keys of either scope are those of rows
+    # Ten, and one in a block that has no row.
+    planted = [plant_key(server.folder, f"planted-{number}") for number in range(10)]
+    plant_key(server.folder, "later", block=9)
+    report = _check(server)
+    assert report.count == 11
+    beside, known = report.differences
+    day = datetime.fromtimestamp(clock.ms / 1000, UTC).date().isoformat()
+    assert (known.project, known.where, known.field) == (1, f"dedupe keys of {day}", "row")
+    stored = msgspec.json.decode(known.stored)
+    assert stored["keys"] == 10
+    assert len(stored["such_as"]) == 3
+    assert set(stored["such_as"]) <= {f"{key.hex()} of block 1" for key in planted}
+    assert (beside.project, beside.where) == (0, f"dedupe keys of {day}")
+    assert known.refolded == "nothing"
+
+
+def test_a_key_that_a_row_of_another_block_holds_is_of_no_row(server: Server) -> None:
+    server.send([{"device_id": "phone-7", "event_type": "open", "insert_id": "x"}])
+    server.close()
+    plant_key(server.folder, "x")
+    assert _check(server).count == 1
+
+
+def test_keys_without_a_row_may_be_those_of_deleted_people(server: Server) -> None:
+    server.send([{"device_id": "phone-7", "event_type": "open", "insert_id": "x"}])
+    server.run(server.engine.seal())
+    one = server.engine.state.fresh - 1
+    _note(server, one, erased="2026-01-01")
+    server.run(server.engine.forget(1, [one]))
+    server.close()
+    report = _check(server)
+    assert report.differences == []
+    assert report.unknown == 1
 
 
 def test_a_flipped_byte_of_a_block_is_named(server: Server) -> None:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.engine.test_check import START
+from tests.engine.test_check import START, plant_key
 from tests.engine.test_undo import Server, _request
 from tests.stateful.test_engine import FakeClock, SealerInside
 
@@ -132,11 +132,14 @@ STATE: dict[str, Harm] = {
     ),
     "a lost key": _lost_key,
     "a key file": _flipped_key_file,
+    "a key too many": lambda folder: bytes(plant_key(folder, "planted")) and None,
 }
 
 
 TOGETHER = [
-    name for name in STATE if name not in {"a lost person", "an unreadable person", "a lost key"}
+    name
+    for name in STATE
+    if name not in {"a lost person", "an unreadable person", "a lost key", "a key too many"}
 ]
 
 
@@ -342,6 +345,51 @@ STEPS = [
 
 class _CutError(BaseException):
     """The machine stops here."""
+
+
+def test_a_key_without_a_row_is_removed_also_by_the_repair_after_one_that_is_cut_off(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.run(server.engine.seal())
+    server.close()
+    before = _held(server)
+    assert len(list((server.folder / "keys").glob("keys-*.bin"))) == 2
+    event = {"device_id": "phone-7", "event_type": "open", "insert_id": "planted"}
+    plant_key(server.folder, "planted")
+    plant_key(server.folder, "other", at=1, block=2)
+    _open(server)
+    server.send([event])
+    assert "planted" not in [row["insert_id"] for row in server.seen()["rows"]]
+    server.close()
+    drop = keys.KeyFiles.drop
+
+    def cut(files: keys.KeyFiles, *args: Any) -> None:
+        drop(files, *args)
+        raise _CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keys.KeyFiles, "drop", cut)
+        with pytest.raises(_CutError):
+            _repair(server)
+    assert _check(server).count == 1
+    done = _repair(server)
+    assert (done.found.count, done.left.count) == (1, 0)
+    assert _held(server) == before
+    _open(server)
+    server.send([event])
+    assert "planted" in [row["insert_id"] for row in server.seen()["rows"]]
+    server.close()
+    assert _check(server).count == 0
+
+
+def _held(server: Server) -> set[tuple[bytes, int, int]]:
+    return {
+        (high.tobytes() + low.tobytes(), int(value), file.first)
+        for path in (server.folder / "keys").glob("keys-*.bin")
+        for file in [keys.KeyFile(path)]
+        for high, low, value in zip(file.high, file.low, file.values, strict=True)
+        if file.count and file.last < 3
+    }
 
 
 @pytest.mark.parametrize("step", ["rename", "commit"])

@@ -7,11 +7,11 @@ say nothing about the rest. Only a damaged key file does not stop it, for a star
 Then the engine opens the directory as a server would, so blocks are sealed and the checkpoint is written, and the
 visible rows of each project are folded in order of position as at their first time, or in event time where its
 properties go by that (`core.refold`). Every row must be
-what the fold decides, each state what it ends in, each merge one that it made, and each row's keys must be held.
+what the fold decides, each state what it ends in, each merge one that it made, each row's keys must be held, and each key must be a row's.
 Quotas and the figures of imports are counted from rows at each start and are stored nowhere.
 
-People who were deleted left no rows, so two things cannot be known in their project: properties of groups, which they
-may have changed, and where a device of theirs went. Differences of groups are then only counted, as `unknown`; a
+People who were deleted left no rows, so some things cannot be known: whose the keys are that no row holds; and in their
+project properties of groups, which they may have changed, and where a device of theirs went. Keys and differences of groups are then only counted, as `unknown`; a
 device that somebody new begins without a user was theirs, and is taken as free.
 """
 
@@ -37,6 +37,7 @@ from retrofill.core.block import COLUMNS, Kind
 from retrofill.core.fold import Changes
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
+from retrofill.engine import surplus
 from retrofill.engine.changed import write
 from retrofill.engine.deletion import Deletions
 from retrofill.engine.ingest import Engine
@@ -237,6 +238,7 @@ async def refold(engine: Engine, clock: Clock, report: Report, mend: Mend | None
     data = engine.lake.folder.parent
     deletions = Deletions(data / "deletions.sqlite", clock, days=lambda _: 0)
     checkpoint = None
+    deleted = False
     try:
         await engine.start()
         await engine.seal()
@@ -250,15 +252,28 @@ async def refold(engine: Engine, clock: Clock, report: Report, mend: Mend | None
             )
             one.mending = mend is not None
             await asyncio.to_thread(one.run)
+            deleted |= one.deleted
             if mend is not None:
                 await asyncio.to_thread(mend, engine, project.number, one.mends)
                 await engine.checkpoint()
+        await asyncio.to_thread(_surplus, engine, report, unknown=deleted, mending=mend is not None)
         report.refolded = True
     finally:
         if checkpoint is not None:
             checkpoint.close()
         deletions.close()
         await engine.close()
+
+
+def _surplus(engine: Engine, report: Report, *, unknown: bool, mending: bool) -> None:
+    """Tell dedupe keys that belong to no row. unknown: they may be those of deleted people, and stay."""
+    for (project, day), one in surplus.found(engine, drop=mending and not unknown):
+        if unknown:
+            report.unknown += one.count
+            continue
+        stored = {"keys": one.count, "such_as": one.examples}
+        report.differs(project, f"dedupe keys of {day or 'a day unknown'}", "row", stored, None)
+        report.count += one.count - 1
 
 
 class _Project:
@@ -284,7 +299,7 @@ class _Project:
         self._people = self._stored_people()
         self._forgotten = {one for one, who in self._people.items() if who.merged_into == FORGOTTEN}
         erased, self._due = traces
-        self._deleted = erased or self._due or self._is_pointed_at()
+        self.deleted = erased or self._due or self._is_pointed_at()
         # Ids for people whose own is taken by somebody else: a difference, and nobody will keep them.
         fresh = itertools.count(engine.state.fresh).__next__
         self._by_time = engine.settings(project).property_time == "event"
@@ -358,7 +373,7 @@ class _Project:
             return
         self._report.rows += rows.num_rows
         every = np.ones(rows.num_rows, bool)
-        for part in self._freed.parts(rows, every) if self._deleted else [rows]:
+        for part in self._freed.parts(rows, every) if self.deleted else [rows]:
             self._fold(part)
         lost = set(
             self._engine.duplicates.unheld(rows, self._limits, oldest_block=self._oldest_block)
@@ -387,14 +402,14 @@ class _Project:
         if self.mending and self._report.count > before:
             right = rows
             for name, new in fresh.items():
-                if not (name == "group_properties" and self._deleted):
+                if not (name == "group_properties" and self.deleted):
                     right = with_column(right, name, new)
             right = right.filter(pa.array(wrong))
             self.mends.files.append(write(self._engine.lake.events, right))
             self.mends.places.append(right.select(["block", "row"]))
 
     def _row(self, rows: pa.Table, at: int, name: str, old: object, new: object) -> None:
-        if name == "group_properties" and self._deleted:
+        if name == "group_properties" and self.deleted:
             self._report.unknown += 1
             return
         where = f"row {rows['block'][at]}:{rows['row'][at]}"
@@ -464,7 +479,7 @@ class _Project:
         for user in sorted({*stored, *said}):
             if stored.get(user) == said.get(user):
                 continue
-            if self._deleted and user not in said:
+            if self.deleted and user not in said:
                 self._report.unknown += 1
             else:
                 mend.aliases[user] = said.get(user, "")
@@ -476,7 +491,7 @@ class _Project:
             new = made.pop(one, 0)
             # Nobody's is a device that an undo left free after a deletion.
             freed = not old or old in self._forgotten
-            if old != new and not (freed and (self._deleted or not new)):
+            if old != new and not (freed and (self.deleted or not new)):
                 mend[one] = new
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", old or None, new or None)
         for one, new in made.items():
@@ -485,7 +500,7 @@ class _Project:
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", None, new)
 
     def _group(self, key: tuple[str, str], old: object, new: dict[str, Any] | None) -> None:
-        if self._deleted:
+        if self.deleted:
             self._report.unknown += _sorted_json(old) != _sorted_json(new)
             return
         count = self._report.count

@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from retrofill.core import dedupe, identity
 from retrofill.core.block import Kind
 from retrofill.core.dedupe import NO_KEY, Fingerprints, Verdicts
 from retrofill.core.event import Batch, Event
-from retrofill.hot.keys import KeyFiles
+from retrofill.hot.keys import KeyFile, KeyFiles
 from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
 
 Bools = NDArray[np.bool_]
@@ -252,6 +253,33 @@ class Duplicates:
             waiting = [waiting[place] for place in sorted({places[one] for one in lost.tolist()})]
         return [(row["block"], row["row"]) for row in waiting]
 
+    def unowned(
+        self,
+        rows: Callable[[int, int], Iterator[pa.RecordBatch]],
+        limits: Callable[[int], Limits],
+    ) -> Iterator[tuple[KeyFile, NDArray[np.int64]]]:
+        """Yield key files with the places of keys that no row of their blocks holds. Every block must be in the lake.
+
+        rows: of some blocks, as for `open`. A row that was stored while the limits named the other scope, or counted
+        events without `insert_id` otherwise, holds the key that it had then.
+        """
+        for file in self._files.files:
+            owned = np.zeros(file.count, bool)
+            for other in (False, True):  # nearly always the first finds all
+                if owned.all():
+                    break
+                for batch in rows(file.first, file.last):
+                    for packed, blocks in _held_by(
+                        pa.Table.from_batches([batch]), limits, other=other
+                    ):
+                        owned[file.places(dedupe.table_of(packed), blocks)] = True
+            if not owned.all():
+                yield file, np.flatnonzero(~owned)
+
+    def drop(self, file: KeyFile, places: NDArray[np.int64]) -> None:
+        """Let go of the keys at these places of a key file."""
+        self._files.drop(file, places)
+
     def holders(self, packed: bytes) -> list[int]:
         """Return for each key the last block in the key files that holds it, 0 if none does. Any thread."""
         blocks: list[int] = self._files.holders(packed)[0].tolist()
@@ -413,6 +441,22 @@ def _keys_of_rows(
         np.array(forever, bool),
         np.array(imported, bool),
     )
+
+
+def _held_by(
+    rows: pa.Table, limits: Callable[[int], Limits], *, other: bool
+) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
+    """Yield keys of lake rows, NO_KEY where one has none, with their blocks. other: by the scope that does not hold now."""
+    for project in pc.unique(rows["project"]).to_pylist():
+        theirs = rows.filter(pc.equal(rows["project"], project))
+        rules = replace(limits(project), dedupe_triple=True)
+        if other:
+            wide = rules.dedupe_scope == "project"
+            rules = replace(rules, dedupe_scope="project+device" if wide else "project")
+        seen = theirs.filter(pc.not_equal(theirs["kind"], int(Kind.DISPLACED)))
+        imported = pc.fill_null(pc.not_equal(theirs["import_id"], ""), fill_value=False)
+        for some, own in ((seen, False), (theirs.filter(imported), True)):
+            yield packed_of_rows(some, rules, own=own), some["block"].to_numpy()
 
 
 def packed_of_rows(rows: pa.Table, limits: Limits, *, own: bool = False) -> bytes:

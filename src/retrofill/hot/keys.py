@@ -104,6 +104,20 @@ class KeyFile:
         imported[hit] = self.values[index[hit]] & _IMPORTED != 0
         return found, imported
 
+    def places(self, keys: Keys, blocks: Ints) -> Ints:
+        """Return where these keys of these blocks stand, of those that do."""
+        at = np.searchsorted(self.high, keys[:, 0])
+        open_ = np.flatnonzero(keys.any(axis=1) & (at < self.count))
+        found = []
+        while len(open_):  # once for nearly all: a key stands there once for each of its blocks
+            open_ = open_[self.high[at[open_]] == keys[open_, 0]]
+            here = at[open_]
+            same = (self.low[here] == keys[open_, 1]) & (self.blocks(here) == blocks[open_])
+            found.append(here[same])
+            at[open_] += 1
+            open_ = open_[at[open_] < self.count]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
 
 def write(
     folder: Path,
@@ -341,6 +355,13 @@ class KeyFiles:
                         forever=forever[mine],
                         imported=imported[mine],
                     )
+
+    def drop(self, file: KeyFile, places: Ints) -> None:
+        """Write a file anew without the keys at these places. On disk when this returns."""
+        stays = np.ones(file.count, bool)
+        stays[places] = False
+        parts = file.high[stays], file.low[stays], file.values[stays]
+        self.use(_write(self.folder, file.first, file.last, *parts))
 
     def find(self, packed: bytes | Keys, *, first: int = 1, last: int | None = None) -> Ints:
         """Return the last block that holds each key, 0 for none; only files with blocks of first … last are asked.

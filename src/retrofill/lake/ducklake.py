@@ -239,6 +239,15 @@ class Lake:
                 [first, last],
             ).to_arrow_reader(_FETCH_ROWS)
 
+    def blocks(self) -> pa.Table:
+        """Return every block with rows in order: `block`, the least and greatest project, `server_upload_time`."""
+        with self.snapshot() as snapshot, _told(self.folder):
+            return snapshot.cursor.execute(
+                'SELECT "block", min(project) AS first, max(project) AS last, '
+                "max(server_upload_time) AS server_upload_time "
+                'FROM lake.events GROUP BY "block" ORDER BY "block"'
+            ).to_arrow_table()
+
     def quota_rows(self, project: int, now_ms: int) -> tuple[Steps, Steps]:
         """Return the events stored in the last day by hour of server time, of each device and of each user."""
         with self.snapshot() as snapshot, _told(self.folder):
