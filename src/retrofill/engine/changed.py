@@ -91,7 +91,7 @@ class Changed:
             return []
         bounds = [pc.min_max(some["block"]).as_py() for some in self.places]
         first, last = min(one["min"] for one in bounds), max(one["max"] for one in bounds)
-        moved: list[pa.Table] = []
+        moved = _Moved(folder)
         written: list[Path] = []
         with contextlib.ExitStack() as stack:
             asides: dict[int, list[_Aside]] = {}
@@ -106,21 +106,34 @@ class Changed:
                 path = folder / parquet.file_name(first, last)
                 parquet.write(path, _some(head, rows, REFOLD_FILE_ROWS), Files())
                 written.append(path)
-                written += _written(folder, moved, REFOLD_FILE_ROWS)
-        written += _written(folder, moved, 1)
+        moved.write()
         for path, _ in self._pieces:
             path.unlink()
         self._pieces = []
-        return written
+        return written + moved.written
 
 
-def _written(folder: Path, rows: list[pa.Table], rows_min: int) -> list[Path]:
-    """Write rows if there are so many, and empty the list."""
-    if sum(some.num_rows for some in rows) < rows_min:
-        return []
-    path = write(folder, pa.concat_tables(rows))
-    rows.clear()
-    return [path]
+class _Moved:
+    """Rows that stand elsewhere among the others now: files of their own, each sorted in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: list[pa.Table] = []
+        self._rows = 0
+        self.written: list[Path] = []
+
+    def add(self, rows: pa.Table) -> None:
+        """Take rows."""
+        self._held.append(rows)
+        self._rows += rows.num_rows
+        if self._rows >= REFOLD_FILE_ROWS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is held."""
+        if self._held:
+            self.written.append(write(self._folder, pa.concat_tables(self._held)))
+            self._held, self._rows = [], 0
 
 
 def _some(head: pa.Table, further: Iterator[pa.Table], rows_max: int) -> Iterator[pa.Table]:
@@ -137,7 +150,7 @@ def _whole(
     source: LakeFile,
     number: int,
     asides: Sequence[_Aside],
-    moved: list[pa.Table],
+    moved: _Moved,
     stack: contextlib.ExitStack,
 ) -> Iterator[pa.Table]:
     """Yield the changed rows of a file, whole, in its order; those of people with another number now are moved."""
@@ -152,7 +165,7 @@ def _whole(
             if taken := [some for aside in asides for some in aside.take(end)]:
                 rows, stays = _copied(opened, group, first, pa.concat_tables(taken))
                 if not stays.all():
-                    moved.append(rows.filter(pa.array(~stays)))
+                    moved.add(rows.filter(pa.array(~stays)))
                     rows = rows.filter(pa.array(stays))
                 yield rows
             first = last
