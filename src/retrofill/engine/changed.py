@@ -33,7 +33,6 @@ ASIDE = ["file", "place", "block", "row", *DECIDED]  # what is to be known of a 
 _SET_ASIDE = pa.schema(
     [("at", pa.int64()), *(SCHEMA.field(name) for name in ("block", "row", *DECIDED))]
 )
-_DECIDED_ANEW = set(DECIDED) - {"amplitude_id"}
 _FILE_BITS = 40
 _READ_BYTES = 256 * 1024  # of one column
 
@@ -158,12 +157,14 @@ def _whole(
         opened = stack.enter_context(
             pq.ParquetFile(source.path, pre_buffer=False, buffer_size=_READ_BYTES)
         )
+        gone = parquet.empty_of(opened.metadata).union(DECIDED) - {"amplitude_id"}
+        there = [name for name in FILE.names if name not in gone]
         first = 0
         for group in range(opened.num_row_groups):
             last = first + opened.metadata.row_group(group).num_rows
             end = (number << _FILE_BITS) | last
             if taken := [some for aside in asides for some in aside.take(end)]:
-                rows, stays = _copied(opened, group, first, pa.concat_tables(taken))
+                rows, stays = _copied(opened, group, there, first, pa.concat_tables(taken))
                 if not stays.all():
                     moved.add(rows.filter(pa.array(~stays)))
                     rows = rows.filter(pa.array(stays))
@@ -199,9 +200,9 @@ class _Aside:
 
 
 def _copied(
-    opened: pq.ParquetFile, group: int, first: int, decided: pa.Table
+    opened: pq.ParquetFile, group: int, stays: list[str], first: int, decided: pa.Table
 ) -> tuple[pa.Table, np.ndarray[Any, Any]]:
-    """Return rows of a row group as in a lake file: what was decided, and the rest as it stands there.
+    """Return rows of a row group as in a lake file: what was decided, and what of the rest is there (stays) as it stands.
 
     And whose amplitude_id is what it was.
     """
@@ -209,11 +210,7 @@ def _copied(
     order = np.argsort(at)
     places = pa.array((at[order] & ((1 << _FILE_BITS) - 1)) - first)
     decided = decided.combine_chunks().take(pa.array(order))
-    rest = opened.read_row_group(
-        group,
-        columns=[name for name in opened.schema_arrow.names if name not in _DECIDED_ANEW],
-        use_threads=False,
-    )
+    rest = opened.read_row_group(group, stays, use_threads=False)
     ids = rest["amplitude_id"].take(places)
     columns = []
     for field in FILE:
