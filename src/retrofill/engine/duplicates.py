@@ -35,6 +35,10 @@ from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
 
 Bools = NDArray[np.bool_]
 IMPORT_SOURCE = "retrofill"
+_KEY_COLUMNS = [
+    *("project", "block", "row", "user_id", "device_id", "event_type", "insert_id", "event_id"),
+    *("client_event_time", "import_id"),
+]
 
 
 class Keyed(Struct, frozen=True):
@@ -235,23 +239,19 @@ class Duplicates:
         stored while the limits named the other scope is held by the key of that scope.
         """
         both: tuple[Literal["project+device", "project"], ...] = ("project+device", "project")
-        waiting = [
-            row for row in rows.to_pylist() if row["insert_id"] or row["event_id"] is not None
-        ]
+        waiting = rows.select(_KEY_COLUMNS)
         for scope in sorted(both, key=lambda one: one != limits.dedupe_scope):
             rules = replace(limits, dedupe_scope=scope)
-            packed: list[bytes] = []
-            places: list[int] = []
-            for place, row in enumerate(waiting):
-                for name in ("", row["import_id"]) if row["import_id"] else ("",):
-                    key = _key_of_row(row, rules, name)
-                    if key != NO_KEY and (name or row["block"] >= oldest_block):
-                        packed.append(key)
-                        places.append(place)
-            blocks = np.array([waiting[place]["block"] for place in places], np.int64)
-            lost = np.flatnonzero(self._files.find(b"".join(packed)) < blocks)
-            waiting = [waiting[place] for place in sorted({places[one] for one in lost.tolist()})]
-        return [(row["block"], row["row"]) for row in waiting]
+            lost: Bools = np.zeros(waiting.num_rows, bool)
+            for own in (False, True):
+                some = np.flatnonzero(imported_of(waiting)) if own else np.arange(len(lost))
+                theirs = waiting.take(pa.array(some))
+                keys = dedupe.table_of(packed_of_rows(theirs, rules, own=own))
+                blocks = theirs["block"].to_numpy()
+                counts = keys.any(axis=1) & (own | (blocks >= oldest_block))
+                lost[some] |= counts & (self._files.find(keys) < blocks)
+            waiting = waiting.filter(pa.array(lost))
+        return list(zip(waiting["block"].to_pylist(), waiting["row"].to_pylist(), strict=True))
 
     def unowned(
         self,
@@ -454,9 +454,15 @@ def _held_by(
             wide = rules.dedupe_scope == "project"
             rules = replace(rules, dedupe_scope="project+device" if wide else "project")
         seen = theirs.filter(pc.not_equal(theirs["kind"], int(Kind.DISPLACED)))
-        imported = pc.fill_null(pc.not_equal(theirs["import_id"], ""), fill_value=False)
-        for some, own in ((seen, False), (theirs.filter(imported), True)):
+        imported = theirs.filter(pa.array(imported_of(theirs)))
+        for some, own in ((seen, False), (imported, True)):
             yield packed_of_rows(some, rules, own=own), some["block"].to_numpy()
+
+
+def imported_of(rows: pa.Table) -> Bools:
+    """Say which lake rows are of an import."""
+    said = pc.fill_null(pc.not_equal(rows["import_id"], ""), fill_value=False)
+    return np.asarray(said.to_numpy(zero_copy_only=False), bool)
 
 
 def packed_of_rows(rows: pa.Table, limits: Limits, *, own: bool = False) -> bytes:

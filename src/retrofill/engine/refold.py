@@ -26,7 +26,7 @@ from retrofill.core.fold import Group
 from retrofill.core.refold import Merged, Refold, Rows
 from retrofill.core.row import SHOWN, Vocabulary
 from retrofill.engine.changed import ASIDE
-from retrofill.engine.duplicates import packed_of_rows
+from retrofill.engine.duplicates import imported_of, packed_of_rows
 from retrofill.lake import arrow
 from retrofill.lake.arrow import SCHEMA, MergeRow
 from retrofill.limits import MS_PER_HOUR, Limits
@@ -146,7 +146,7 @@ class Keys(Struct):
         if not rows.num_rows:
             return
         blocks = rows["block"].to_numpy()
-        imported = _is_imported(rows)
+        imported = imported_of(rows)
         ordinary = pa.array(kinds != Kind.DISPLACED)
         self.add(
             packed_of_rows(rows.filter(ordinary), limits),
@@ -356,7 +356,7 @@ class Folding:
 
     def _imports_of(self, rows: pa.Table, seen: Bools) -> None:
         """Remember the keys of imports' rows: what is displaced by them may come later."""
-        some = rows.select(_KEYED).filter(pa.array(_is_imported(rows) & seen))
+        some = rows.select(_KEYED).filter(pa.array(imported_of(rows) & seen))
         if some.num_rows:
             packed = dedupe.table_of(packed_of_rows(some, self._limits))
             self._imported.append((packed, some["server_upload_time"].to_numpy()))
@@ -415,11 +415,6 @@ def merge_row(project: int, merge: Merged) -> MergeRow:
 def no_places() -> pa.Table:
     """Return (block, row) of no row."""
     return pa.table({"block": pa.array([], pa.int64()), "row": pa.array([], pa.int32())})
-
-
-def _is_imported(rows: pa.Table) -> Bools:
-    said = pc.fill_null(pc.not_equal(rows["import_id"], ""), fill_value=False)
-    return np.asarray(said.to_numpy(zero_copy_only=False), bool)
 
 
 class Decided:
