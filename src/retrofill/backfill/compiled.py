@@ -186,8 +186,7 @@ class _Compiler:
     def compile(self) -> Compiled:
         values = [self._value(field) for field in self.told.fields]
         kept = self._kept(self._where())
-        for number, value in enumerate(values):
-            self._describe(value, number, kept)
+        self._describe(values, kept)
         return Compiled(
             self._query(values, kept),
             tuple(value.field for value in values),
@@ -300,7 +299,27 @@ class _Compiler:
         assert row is not None
         return f"({str(row[0]).removeprefix('SELECT ')})"
 
-    def _describe(self, value: _Value, number: int, kept: str) -> None:
+    def _describe(self, values: list[_Value], kept: str) -> None:
+        """Note the types of all values, in two questions; where those fail, one by one, to know whose fault it is."""
+        windows = "".join(
+            f", {value.sql} AS w{at}" for at, value in enumerate(values) if value.windowed
+        )
+        try:
+            for value, name in zip(
+                values, self._types([one.sql for one in values], kept), strict=True
+            ):
+                value.type_name = name
+            tried = [self._tried(value, number) for number, value in enumerate(values)]
+            self._types(tried, f"SELECT *{windows} FROM ({kept})" if windows else kept)
+        except InputError:
+            for number, value in enumerate(values):
+                self._describe_one(value, number, kept)
+        for value in values:
+            if value.field.kind == "millis" and value.type_name == "BOOLEAN":
+                reason = InputError("A truth value is no time")
+                raise self._wrong(value.field.name, value.field.expression, reason)
+
+    def _describe_one(self, value: _Value, number: int, kept: str) -> None:
         field = value.field
         try:
             value.type_name = self._type(value.sql, kept)
@@ -309,18 +328,18 @@ class _Compiler:
             self._type(self._tried(value, number), whole)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
-        if value.field.kind == "millis" and value.type_name == "BOOLEAN":
-            reason = InputError("A truth value is no time")
-            raise self._wrong(field.name, field.expression, reason)
 
     def _type(self, sql: str, relation: str) -> str:
+        (found,) = self._types([sql], relation)
+        return found
+
+    def _types(self, expressions: list[str], relation: str) -> list[str]:
+        named = ", ".join(f"{sql} AS v{at}" for at, sql in enumerate(expressions))
         try:
-            asked = f"DESCRIBE SELECT {sql} AS v FROM ({relation})"
-            row = self.connection.execute(asked).fetchone()
+            rows = self.connection.execute(f"DESCRIBE SELECT {named} FROM ({relation})").fetchall()
         except duckdb.Error as error:
             raise InputError(_first_line(error)) from error
-        assert row is not None
-        return str(row[1])
+        return [str(row[1]) for row in rows]
 
     def _wrong(self, name: str, expression: str, error: InputError) -> InputError:
         return InputError(
