@@ -14,7 +14,9 @@ COLLECT_AFTER: Final = (50_000, 20, 20)
 # glibc's names and numbers. By itself it gives memory back to the system after every few megabytes and asks for it again,
 # cleared, for the next piece: a third of cutting a source into rows, 6 % of staging.
 _TRIM, _MMAP = -1, -3
-KEPT_BYTES: Final = 16 * 1024 * 1024  # ours: free memory kept at the end of the heap
+KEPT_BYTES: Final = (
+    64 * 1024 * 1024
+)  # ours: free memory kept at the end of the heap, more than sorting has in use at once
 PIECE_BYTES: Final = 32 * 1024 * 1024  # glibc takes no more: larger pieces have memory of their own
 
 
@@ -26,6 +28,11 @@ def settle() -> None:
     """Keep what was freed for the next piece, and look for circles of objects less often. Call before much is loaded."""
     gc.set_threshold(*COLLECT_AFTER)
     _keep(KEPT_BYTES, PIECE_BYTES)
+
+
+def loaded() -> None:
+    """Look at nothing of what is loaded any more, now or at the end, when circles are looked for. Call once all is."""
+    gc.freeze()
 
 
 def give_back() -> None:

@@ -216,6 +216,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
     from retrofill.backfill.stage import Asked, import_name, stage
     from retrofill.clock import SystemClock
 
+    memory.loaded()
     before = manifests.read(work / "stage")
     if before is not None and skip is None and import_id in {None, before.import_id}:
         skip = before.options.skip_user_properties_sync
