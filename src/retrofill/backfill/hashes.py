@@ -66,7 +66,7 @@ def _distinct(sizes: Ints) -> list[int]:
     return [low] if low == high else np.unique(sizes).tolist()
 
 
-def _together(data: bytes, starts: Ints, size: int, seed: int) -> _Words:
+def _together(data: memoryview, starts: Ints, size: int, seed: int) -> _Words:
     """Hash ids of one length. Each step mixes in a word, so that no two differences cancel out by being at the same place."""
     text = np.frombuffer(data, np.uint8)
     padded = np.zeros((len(starts), -(-size // _WORD) * _WORD), np.uint8)

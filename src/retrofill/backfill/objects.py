@@ -150,8 +150,7 @@ def _at_exponents(text: NDArray[np.uint8], digit: Bools) -> Ints:
 
 
 def _at_minus(text: NDArray[np.uint8], digit: Bools) -> Ints:
-    at = np.flatnonzero(text[:-1] == _MINUS)
-    at = at[text[at + 1] == _ZERO]
+    at = np.flatnonzero((text[:-1] == _MINUS) & (text[1:] == _ZERO))
     at = at[~digit[np.minimum(at + 2, len(text) - 1)]]
     found: Ints = at[_BEFORE[text[at - 1]]]
     return found

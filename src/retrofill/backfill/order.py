@@ -36,9 +36,7 @@ BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
 GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
-_PART_ROWS = (
-    4 * GROUP_ROWS
-)  # taken, finished and written at once; more would be fresh memory each time
+_PART_ROWS = GROUP_ROWS  # taken, finished and written at once; more would be fresh memory each time
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 _BITS = 63  # of a number that is sorted
@@ -322,12 +320,13 @@ class Sorter:
         low, high = int(times.min()), int(times.max())
         found.first_ms = low if found.first_ms is None else min(found.first_ms, low)
         found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
-        days = pa.table({"day": times // _DAY_MS, "type": event_type})
-        counted = days.group_by(["day", "type"]).aggregate([([], "count_all")])
-        for day, kind, count in zip(
-            *(column.to_pylist() for column in counted.columns), strict=True
-        ):
-            found.days[day, kind] += count
+        kinds = event_type.combine_chunks().dictionary_encode()
+        names = kinds.dictionary.to_pylist()
+        each, counts = np.unique(
+            times // _DAY_MS * len(names) + kinds.indices.to_numpy(), return_counts=True
+        )
+        for number, count in zip(each.tolist(), counts.tolist(), strict=True):
+            found.days[number // len(names), names[number % len(names)]] += count
 
     def _runs(self, person: Ints) -> None:
         """Follow people through the sorted rows, to count them and to find the largest."""

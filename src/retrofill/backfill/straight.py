@@ -12,6 +12,7 @@ Nearly all batches hold nothing that the core would mend or refuse: their events
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import md5
 from itertools import starmap
@@ -50,6 +51,7 @@ _KEY: Final = "insert_id"
 _ABSENT = Raw()
 _BACKSLASH, _NEWLINE, _RETURN, _SPACE, _ZERO = 92, 10, 13, 32, 48
 _OPEN, _CLOSE = 0x7B, 0x7D
+_ESCAPE = re.compile(rb"\\").search
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
 _LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
@@ -174,7 +176,7 @@ class Straight:
         """Return the rows that can be decoded, and where they stand."""
         data, ends = flat(texts)
         usable = np.ones(len(texts), np.bool_)
-        if b"\\" in data:
+        if _ESCAPE(data):
             text = np.frombuffer(data, np.uint8)
             at = np.flatnonzero(text[:-1] == _BACKSLASH)
             usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
@@ -198,7 +200,7 @@ class Straight:
         return [list(map(attrgetter(name), events)) for name in self._tables.values()]
 
     def _decoded_lines(
-        self, data: bytes, ends: Ints, usable: NDArray[np.bool_]
+        self, data: memoryview, ends: Ints, usable: NDArray[np.bool_]
     ) -> tuple[list[Any], Ints]:
         if usable.all() and data[int(ends[0]) - 1] == _NEWLINE and _each_one(data, ends):
             try:
@@ -304,7 +306,7 @@ class Straight:
         return [msgspec.json.decode(raw) for raw in raws if raw]
 
 
-def _each_one(data: bytes, ends: Ints) -> bool:
+def _each_one(data: memoryview, ends: Ints) -> bool:
     """Say whether each row begins and ends as an object does: if there are as many values as rows, each is one."""
     text = np.frombuffer(data, np.uint8)
     starts = np.concatenate(([0], ends[:-1]))

@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 from retrofill.backfill.people import Ints
 
 
-def flat(texts: pa.StringArray) -> tuple[bytes, Ints]:
-    """Return all texts in one, and where each ends in it."""
+def flat(texts: pa.StringArray) -> tuple[memoryview, Ints]:
+    """Return all texts in one, as they lie there, and where each ends in it."""
     _valid, offsets, data = texts.buffers()
     if data is None:
-        return b"", np.zeros(len(texts), np.int64)
+        return memoryview(b""), np.zeros(len(texts), np.int64)
     ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    whole = data.slice(int(ends[0]), int(ends[-1] - ends[0])).to_pybytes()
+    whole = memoryview(data)[int(ends[0]) : int(ends[-1])].cast("B")
     return whole, ends[1:].astype(np.int64) - int(ends[0])
 
 
