@@ -36,7 +36,7 @@ BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
 GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
-_PART_ROWS = GROUP_ROWS  # taken, finished and written at once; more would be fresh memory each time
+_PART_ROWS = GROUP_ROWS  # taken, finished and written at once: what was gathered is still near
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 _BITS = 63  # of a number that is sorted
