@@ -61,14 +61,17 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     tmp_path: Path, server: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = {"user_id": "user-1", "event_type": "Live", "time": START_MS, "insert_id": "live"}
-    server.send([live])
+    server.send([{**live, "time": START_MS + 10_000}])
     to = ["--to", server.url, *KEYS]
     line = ["run", *history(tmp_path, 70), *to, "--work", str(tmp_path / "work")]
     assert call(*line, "--import", "old", "--yes").exit_code == 0
     assert len(server.export()) == 71
+    origin = {"source_name": "retrofill", "source_version": "old"}
+    again = {"user_id": "user-2", "event_type": "Seen", "insert_id": "i-2"}
+    server.send([{**again, "ingestion_metadata": origin}, again])
     shown = server.ask("GET", "/api/1/imports/old")
     facts = json.loads(shown[1])
-    assert (facts["state"], facts["generation"]) == ("closed", 1)
+    assert (facts["state"], facts["generation"], facts["duplicates"]) == ("closed", 1, 1)
     assert facts["opened_ms"] <= facts["first_arrival_ms"]
 
     with pytest.raises(InputError, match="Nobody is here to be asked"):
@@ -80,8 +83,13 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     done = call("undo", "old", *to, typed="y\n")
     assert done.exit_code == 0
     assert "closed: 70 events of 7 people, 2023-11-15 00:00:00 UTC to " in done.stderr
+    assert "6 people whom nothing else shows and 0 merges" in done.stderr
+    assert "the first event of 1 and set properties of 0" in done.stderr
+    assert "1 events come back that were left out as repeats of it" in done.stderr
     assert "undone in " in done.stderr
-    assert [row["event_type"] for row in server.export()] == ["Live"]
+    assert sorted(row["event_type"] for row in server.export()) == ["Live", "Seen"]
+    facts = json.loads(server.ask("GET", "/api/1/imports/old")[1])
+    assert (facts["events"], facts["duplicates"], facts["refusals"]) == (0, 0, 0)
 
     again = call("undo", "old", *to)
     assert (again.exit_code, "undone already" in again.stderr) == (0, True)

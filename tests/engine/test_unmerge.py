@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engine.test_check import SealerInside
+from tests.engine.test_freed import _delete
 from tests.engine.test_undo import Server, _CutError, _request, same
 from tests.engine.test_why import ask, rules
 from tests.stateful.test_engine import FakeClock
@@ -306,6 +307,8 @@ def test_random_lives_with_merges_taken_back_are_what_their_history_says(
             server.crash()
         elif chance > 0.85:
             server.run(server.engine.undo(1, "old-shop"))
+        elif chance > 0.8:
+            _delete(server, user=seeded.choice(["ann-111", "bob-222", "eve-333"]))
     barred = {(one.device_id, one.user_id) for one in merges(server, state="unmerged", limit=1000)}
     assert taken
     assert all((one.device_id, one.user_id) not in barred for one in merges(server, limit=1000))

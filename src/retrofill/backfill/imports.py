@@ -47,9 +47,25 @@ class Shown(Struct, frozen=True):
         return self.generation + self.undone
 
 
+class Effects(Struct, frozen=True):
+    """What an import did to others, as the server counts it: see its documentation."""
+
+    only_here: int
+    first_seen: int
+    properties: int
+    merges: int
+    repeats: int
+
+
 def show(to: Target, keys: Keys, name: str) -> Shown | None:
     """Return an import of our own server, None if there is none. Raises FinalError, RetryError."""
     return _ask(to, keys, name, "GET", seconds=READ_S)
+
+
+def effects(to: Target, keys: Keys, name: str) -> Effects | None:
+    """Return what an undo would change in others, None if the server cannot tell. Raises FinalError, RetryError."""
+    path = f"/api/1/imports/{quote(name, safe='')}/effects"
+    return ours.ask(to, keys, "GET", path, Effects, seconds=READ_S)
 
 
 def opened(to: Target, keys: Keys, name: str) -> None:

@@ -13,7 +13,7 @@ from retrofill.cli.run import emit, say
 from retrofill.errors import InputError
 
 if TYPE_CHECKING:
-    from retrofill.backfill.imports import Shown
+    from retrofill.backfill.imports import Effects, Shown
 
 EXAMPLE = "Example: retrofill undo old-shop --to http://localhost:8090"
 
@@ -53,6 +53,8 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
         if not as_json:
             say("it is undone already: nothing is left to do")
         return
+    if not restore:
+        _tell_effects(imports.effects(where, keys, import_), as_json=as_json)
     if not yes:
         _ask(before, where.name, restore=restore)
     started = time.monotonic()
@@ -70,6 +72,22 @@ def _tell(what: str, one: Shown, *, as_json: bool, **more: float) -> None:
         say(f"import {one.name}, generation {one.generation}, {one.state}: {_figures(one)}")
         if one.reason:
             say(f"tried {one.tries} times, the last one failed: {one.reason}")
+
+
+def _tell_effects(found: Effects | None, *, as_json: bool) -> None:
+    if found is None:
+        return
+    if as_json:
+        import msgspec
+
+        emit({"event": "effects", **msgspec.structs.asdict(found)})
+        return
+    say(
+        f"with it go {found.only_here:,} people whom nothing else shows and {found.merges:,} merges; of the others it has"
+        f" the first event of {found.first_seen:,} and set properties of {found.properties:,}"
+    )
+    if found.repeats:
+        say(f"{found.repeats:,} events come back that were left out as repeats of it")
 
 
 def _called_off(after: Shown, *, as_json: bool) -> None:

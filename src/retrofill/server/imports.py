@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from retrofill.clock import Clock
 from retrofill.engine import imports
+from retrofill.engine.effects import Effects, effects
 from retrofill.engine.export import hours_of_import
 from retrofill.engine.imports import Figures
 from retrofill.engine.query import Reader
@@ -56,6 +57,7 @@ class ImportRoutes:
             Route("/api/1/imports", self.open, methods=["POST"]),
             Route("/api/1/imports/{id}", self.show, methods=["GET"]),
             Route("/api/1/imports/{id}", self.undo, methods=["DELETE"]),
+            Route("/api/1/imports/{id}/effects", self.effects, methods=["GET"]),
             Route("/api/1/imports/{id}/restore", self.restore, methods=["POST"]),
             Route("/api/1/imports/{id}/cancel", self.cancel, methods=["POST"]),
             Route("/api/1/imports/{id}/close", self.close, methods=["POST"]),
@@ -81,6 +83,17 @@ class ImportRoutes:
         """GET /api/1/imports/{id}."""
         number, name = request.state.project.number, request.path_params["id"]
         return await self._answer(request, lambda: self._one(number, name))
+
+    async def effects(self, request: Request) -> Response:
+        """GET /api/1/imports/{id}/effects: what an undo will change."""
+        number, name = request.state.project.number, request.path_params["id"]
+
+        def ask() -> Effects:
+            self._one(number, name)  # 404 if there is none
+            with self._reader.view(number) as view:
+                return effects(view, name)
+
+        return await self._answer(request, ask)
 
     async def close(self, request: Request) -> Response:
         """POST /api/1/imports/{id}/close."""

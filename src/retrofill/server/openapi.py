@@ -488,6 +488,22 @@ _IMPORTS: Json = {
             },
         },
     },
+    "/api/1/imports/{id}/effects": _read(
+        "What an undo of the import will change in others",
+        _json(
+            _object(
+                ("only_here", "first_seen", "properties", "merges", "repeats"),
+                only_here=_INT,
+                first_seen=_INT,
+                properties=_INT,
+                merges=_INT,
+                repeats=_INT,
+            ),
+            "people, merges and events",
+        ),
+        _IMPORT_ID,
+        _404=_EITHER,
+    ),
     "/api/1/imports/{id}/cancel": {
         "post": {
             "summary": "Call off an undo or restore that has changed nothing yet",
