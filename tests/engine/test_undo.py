@@ -372,8 +372,11 @@ class Story:
             raise _CutError
 
 
-def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> None:
-    seeded = random.Random(5)
+@pytest.mark.parametrize(
+    "seed", [5, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 60))]
+)
+def test_a_restored_import_is_as_it_was(seed: int, tmp_path: Path, clock: FakeClock) -> None:
+    seeded = random.Random(seed)
     subject = Server(tmp_path / "subject", clock)
     number = 0
     for _ in range(30):
@@ -395,6 +398,80 @@ def test_a_restored_import_is_as_it_was(tmp_path: Path, clock: FakeClock) -> Non
     with pytest.raises(ConflictError, match="later generation"):
         subject.run(subject.engine.restore(1, "old-shop"))
     subject.close()
+
+
+@pytest.mark.parametrize("key", ["insert_id", "event_id"])
+def test_what_repeats_a_restored_import_is_left_out_again(
+    key: str, tmp_path: Path, clock: FakeClock
+) -> None:
+    """Before the undo, while the import was hidden, and while it is restored: as where it was never undone."""
+    subject = Server(tmp_path / "subject", clock)
+    control = Server(tmp_path / "control", clock)
+    origin = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "old-shop"}}
+
+    def wire(number: int, **more: Any) -> Wire:
+        said = {key: f"i-{number}" if key == "insert_id" else number, "time": clock.ms - number}
+        ids = {"device_id": "phone-1", "user_id": "ann-111"}
+        return [{"event_type": "open", **ids, **said, "user_properties": {"n": number}, **more}]
+
+    old = [wire(number, **origin) for number in range(4)]
+    live = [wire(number) for number in range(4)]
+    for one in [*old, live[0], wire(7)]:
+        clock.ms += 1000
+        for server in (subject, control):
+            server.send(one)
+    subject.run(subject.engine.undo(1, "old-shop"))
+    assert len(subject.seen()["rows"]) == 2
+    clock.ms += 1000
+    for server in (subject, control):
+        server.send(live[1])
+    assert len(subject.seen()["rows"]) == 3
+    clock.ms += 1000
+    waiting = [live[2]]
+
+    async def meddle() -> None:
+        while waiting:
+            await subject.post(waiting.pop())
+
+    subject.meddle = meddle
+    subject.run(subject.engine.restore(1, "old-shop"))
+    assert not waiting
+    control.send(live[2])
+    same(subject, control)
+    subject.crash()
+    for server in (subject, control):
+        server.send(live[3])
+    same(subject, control)
+    assert len(subject.seen()["rows"]) == 5
+    subject.close()
+    control.close()
+
+
+def test_what_repeats_an_import_while_it_is_undone_is_stored_once(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    control = Server(tmp_path / "control", clock)
+    one = {"event_type": "open", "device_id": "phone-1", "insert_id": "i-0", "time": clock.ms}
+    origin = {"source_name": "retrofill", "source_version": "old-shop"}
+    subject.send([{**one, "ingestion_metadata": origin}])
+    clock.ms += 1000
+    waiting = [[one]]
+
+    async def meddle() -> None:
+        while waiting:
+            await subject.post(waiting.pop())
+
+    subject.meddle = meddle
+    subject.run(subject.engine.undo(1, "old-shop"))
+    assert not waiting
+    control.send([one])
+    for server in (subject, control):  # its key is its own now
+        server.send([one])
+    same(subject, control)
+    assert len(subject.seen()["rows"]) == 1
+    subject.close()
+    control.close()
 
 
 class Interrupted(ThreadRefolder):

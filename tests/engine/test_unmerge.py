@@ -269,6 +269,14 @@ def take_back(server: Server, seeded: random.Random, found: list[Listed]) -> Non
         restore(server, seeded.choice(merges(server, state="unmerged")))
 
 
+def lose(server: Server, seeded: random.Random, *, the_import: bool) -> None:
+    """Undo the import, or delete somebody."""
+    if the_import:
+        server.run(server.engine.undo(1, "old-shop"))
+    else:
+        _delete(server, user=seeded.choice(["ann-111", "bob-222", "eve-333"]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))]
@@ -305,10 +313,8 @@ def test_random_lives_with_merges_taken_back_are_what_their_history_says(
             taken += 1
         elif chance > 0.9:
             server.crash()
-        elif chance > 0.85:
-            server.run(server.engine.undo(1, "old-shop"))
         elif chance > 0.8:
-            _delete(server, user=seeded.choice(["ann-111", "bob-222", "eve-333"]))
+            lose(server, seeded, the_import=chance > 0.85)
     barred = {(one.device_id, one.user_id) for one in merges(server, state="unmerged", limit=1000)}
     assert taken
     assert all((one.device_id, one.user_id) not in barred for one in merges(server, limit=1000))

@@ -262,6 +262,11 @@ class Folding:
         return self._freed.parts(rows, telling & seen)
 
     @property
+    def contests(self) -> bool:
+        """Whether rows were left out because an import's row had come before, with insert_ids or without."""
+        return bool(self._contested)
+
+    @property
     def contested(self) -> list[str]:
         """The insert_ids of rows that were left out because an import's row had come before."""
         return sorted(self._inserts)

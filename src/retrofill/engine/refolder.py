@@ -506,6 +506,8 @@ class Session:
             f"SELECT {keys} FROM events WHERE {where} AND {_DISPLACED}", between
         ).to_arrow_table()
         folding.contest(contested)
+        if self._begun.rule.show is not None:
+            folding.contest(self._taken(keys, between))
         if self._begun.rule.by_time:
             read = self._in_time(between)
         else:
@@ -556,11 +558,23 @@ class Session:
             judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
             folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
         names = ", ".join(f'"{name}"' for name in _FOLDED)
-        unfolded = self._begun.rule.show is not None or folding.contested
+        unfolded = self._begun.rule.show is not None or folding.contests
         said = f"CASE WHEN kind IN ({_HIDDEN}) THEN event_properties END" if unfolded else "NULL"
         found = f"{names}, file, place, {said}::VARCHAR AS event_properties"
         reader = ask(f"SELECT {found} {chosen} ORDER BY {order.SQL}", values)
         yield from _tables(reader.to_arrow_reader(REFOLD_ROWS))
+
+    def _taken(self, keys: str, between: list[Any]) -> pa.Table:
+        """Return the rows that may have taken the key of one that is shown again, while it was hidden."""
+        mine = 'import_id = $4 AND "block" > $5 AND "block" <= $6'
+        shown = f"FROM events WHERE project = $1 AND kind = {int(Kind.UNDONE)} AND {mine}"
+        return self._history.ask(
+            f'SELECT {keys} FROM events WHERE project = $1 AND "block" > $2 AND "block" <= $3 AND kind IN ({_SEEN}) '
+            f"AND (insert_id IN (SELECT insert_id {shown} AND insert_id IS NOT NULL) "
+            f"OR (insert_id IS NULL AND (device_id, event_id) IN (SELECT device_id, event_id {shown} "
+            "AND insert_id IS NULL AND event_id IS NOT NULL)))",
+            [*between, *self._begun.rule.bounds],
+        ).to_arrow_table()
 
     def _tail(self, task: Tail) -> Done:
         self._ids.add(*task.ids)
@@ -575,7 +589,13 @@ class Session:
         folding.people = np.sort(self._members.people)
         chosen = self._chosen(rows)
         some = rows.filter(pa.array(chosen))
-        folding.contest(some.filter(pc.equal(some["kind"], int(Kind.DISPLACED))))
+        # Any may have taken the key of a row that is shown again.
+        contested = (
+            some
+            if self._begun.rule.show
+            else some.filter(pc.equal(some["kind"], int(Kind.DISPLACED)))
+        )
+        folding.contest(contested)
         kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
         for piece in _pieces(some):
             kept += [folding.fold(part).all() for part in folding.parts(piece)]
