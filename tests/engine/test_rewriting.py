@@ -15,7 +15,7 @@ from tests.engine.test_undo import Interrupted, Server, _CutError, _event, one_i
 from tests.stateful.test_engine import FakeClock
 
 from retrofill.core.throttle import Quota
-from retrofill.engine import change, imports, refolder, rewriting
+from retrofill.engine import change, imports, refolder
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.refolder import Done, Rekey, Tail, Task, ThreadRefolder
 from retrofill.errors import ConflictError, StoreError
@@ -191,7 +191,7 @@ def test_a_switch_that_fails_is_forgotten_and_the_next_start_serves(
     engine: Any = subject.engine
     wanted = msgspec.structs.replace(engine.settings(1), property_time="event")
     with monkeypatch.context() as patched:
-        patched.setattr(rewriting, "ThreadRefolder", lambda: Interrupted(_fails))
+        patched.setattr(engine.rewriting, "_refolder", lambda: Interrupted(_fails))
         with pytest.raises(StoreError, match="no memory"):
             subject.run(engine.change_settings(1, wanted))
     assert engine._intents.all() == []

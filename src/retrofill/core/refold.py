@@ -3,7 +3,8 @@
 A row of the lake keeps what its event sent (`sent`, `sent_groups`, `said`, the skip flag), so the events of some
 people can be made again and given to the fold that made them the first time. `Refold` does that in order of position,
 or in event time (`order.SQL`), with nothing known at first: what it ends with is the state that a server would have
-that never saw the rows left out.
+that never saw the rows left out. In event time, rows that come later may belong before some that were folded. They are
+folded as on arrival, and `late` is whom they mark: the closure of those has to be folded again.
 
 The rows given must be whole: everyone who shares a device or user id with one of them, and every change of a group
 that they show. Group identifies of other people are `foreign`: they change their groups and no person here.
@@ -120,6 +121,7 @@ class Refold:
         self.merges: list[Merged] = []
         self.aliases: dict[str, str] = {}
         self.last: dict[order.Place, order.Key] = {}
+        self.late: set[order.Place] = set()
         self._touched = Changes({}, {}, {}, {}, {}, {})  # since `changes` was last asked
         self._by_time = by_time
         self._known = Known(
@@ -198,6 +200,7 @@ class Refold:
         }
         gone = [one for one in was.people if one not in self._taken]
         people |= {one: Person(one, merged_into=-1) for one in gone}
+        late, self.late = self.late, set()
         self._touched = Changes({}, {}, {}, {}, {}, {})
         return Changes(
             {**_absent(was.devices, self.devices), **_renamed(touched.devices, final)},
@@ -209,6 +212,7 @@ class Refold:
                 final[place] if isinstance(place, int) else place: key
                 for place, key in touched.last.items()
             },
+            {final[place] if isinstance(place, int) else place for place in late},
         )
 
     def person(self, amplitude_id: int) -> Person | None:
@@ -254,6 +258,7 @@ class Refold:
         ):
             mine.update(new)  # type: ignore[arg-type] # of the same side of both
             since.update(new)  # type: ignore[arg-type]
+        self.late |= changes.late
 
     def _merge(self, merges: list[Merge], rows: Rows, first: int) -> None:
         final = self._final

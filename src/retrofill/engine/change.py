@@ -21,6 +21,7 @@ from retrofill.engine.duplicates import Duplicates
 from retrofill.engine.pace import Pace
 from retrofill.engine.refold import Rule, Seed
 from retrofill.engine.refolder import (
+    EVERY_BLOCK,
     Begin,
     Counts,
     Done,
@@ -54,9 +55,8 @@ T = TypeVar("T")
 
 _IDS_AT_ONCE = 1000  # looked up before others have their turn
 
-# What the next block is folded by changes with these, in `ended`: no block may come before it. If they fail they are
-# forgotten, since who asks again begins anew.
-CHANGES_RULE = ("property_time", "unmerge", "remerge")
+# What the next block is folded by changes with these, in `ended`: no block may come before it.
+CHANGES_RULE = ("unmerge", "remerge")
 
 
 class Intent(Struct, frozen=True):
@@ -67,6 +67,11 @@ class Intent(Struct, frozen=True):
     argument: str
     seed: Seed
     rule: Rule
+
+    @property
+    def switches_to(self) -> bool | None:
+        """Whether blocks after it are folded in event time; None: as those before."""
+        return self.rule.by_time if self.kind == "property_time" else None
 
 
 class Host(Protocol):
@@ -156,6 +161,7 @@ class Change:
         self._steps: list[asyncio.Future[Any]] = []  # of the lake transaction, in order
         self._ids_left = 0
         self._nodes = 0
+        self._settled = EVERY_BLOCK
         self._files: list[Path] = []
         self._places: list[Path] = []
         self.rows = 0
@@ -163,6 +169,8 @@ class Change:
     async def run(self, seed: Seed, rule: Rule) -> int:
         """Do all of it; return the last block whose rows are changed, memory and lake alike."""
         host = self._host
+        if rule.by_time:  # late events that came until now are among what is folded in event time
+            self._settled = host.state.block
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
             async with host.compaction_rests():
@@ -236,6 +244,7 @@ class Change:
                 self._host.lake.events,
                 self._scratch,
                 self._host.state.server_upload_ms - MS_PER_DAY - MS_PER_HOUR,
+                self._settled,
             )
         )
         self._nodes = begun.nodes
@@ -447,8 +456,8 @@ class Change:
         whole = together([changes for changes, _ in changed])
 
         def follow() -> None:
-            host.state.replace(project, whole)
-            host.state.in_time(project)
+            by_time = self.intent.switches_to
+            host.state.replace(project, whole, settled=self._settled, by_time=by_time)
 
         self._still_wanted()
         self._decided = True

@@ -5,10 +5,12 @@ On arrival an event is folded over what is known then, and if it came too late f
 again in event time by `rewriting`: before a reader of the project is given anything, after each seal, and when many
 are marked. So readers see what a fold of everything in event time ends in, and never what a late event did on arrival.
 
-A change of history in such a project always takes the marks with it: when it ends, nobody is marked.
+A change of history in such a project takes the marks with it that it finds. Late events that come while it is under way
+mark whom they touch, in the old state and in what the change makes of it; these marks stay, and are folded again when
+it has ended. Who wants to read meanwhile waits for that, a while at most.
 
-The switch folds the whole project the other way. The setting follows when rows, state and checkpoint have: until then
-the project is what it was.
+The switch folds the whole project the other way. Blocks after its swap are folded so; the setting follows when the
+checkpoint has.
 """
 
 from __future__ import annotations
@@ -66,6 +68,11 @@ class EventTime:
         if self.late_since(project):
             self._may_change()
             await self._rewriting.whole(self._settle(project, self._host.state.block))
+
+    @property
+    def waits(self) -> bool:
+        """Whether a change of history is under way, which nobody can be folded again before."""
+        return self._rewriting.busy
 
     async def settle_held(self, project: int) -> None:
         """As `settle`; the caller is `alone`, and commits wait for it: when this returns nobody is marked."""

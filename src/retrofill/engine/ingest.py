@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from retrofill.core import block as block_codec
 from retrofill.core import fold
 from retrofill.core.block import Block, Kind
 from retrofill.core.event import Batch, Envelope, Refusal
-from retrofill.core.fold import Changes, Folded
+from retrofill.core.fold import Folded
 from retrofill.core.person import Person
 from retrofill.core.throttle import Accepted, Silenced, Throttled
 from retrofill.engine.admission import Admission, ProjectSettings
@@ -49,7 +49,7 @@ from retrofill.engine.pace import Pace
 from retrofill.engine.query import Reader
 from retrofill.engine.recover import batches_of, fill_devices, refold
 from retrofill.engine.refolder import Counts
-from retrofill.engine.rewriting import Rewriting
+from retrofill.engine.rewriting import Redone, Rewriting
 from retrofill.engine.seal import Sealer
 from retrofill.engine.state import State
 from retrofill.engine.undo import Undoing
@@ -248,14 +248,14 @@ class Engine:
             )
         self._deleted_to = (numbers[0][0] - 1) if numbers else self.state.block
 
-    def _follow(
-        self, redo: dict[int, list[tuple[int, Changes]]], reserved: list[tuple[int, int]]
-    ) -> None:
+    def _follow(self, redo: dict[int, list[Redone]], reserved: list[tuple[int, int]]) -> None:
         """Take what changed between the last block and the next, as it was then."""
         block = self.state.block
-        for project, changes in redo.get(block, ()):
-            self.state.replace(project, changes)
-            self.state.in_time(project)
+        for one in redo.get(block, ()):
+            self.state.replace(one.project, one.changes, settled=one.settled, by_time=one.by_time)
+        for one in chain.from_iterable(some for at, some in redo.items() if at < block):
+            if one.by_time is not None:  # the setting is written after the checkpoint
+                self.state.project(one.project).by_time = one.by_time
         self.state.fresh = max([self.state.fresh, *(to for at, to in reserved if at <= block)])
 
     def _dedupe_window_ms(self) -> int:
@@ -297,12 +297,14 @@ class Engine:
         return self._admissions[number].settings
 
     def set_settings(self, number: int, settings: ProjectSettings) -> None:
-        """Store what the operator sets for a project; it holds from the next request on. Raises InputError."""
+        """Store what the operator sets for a project; it holds from the next request on. Raises InputError.
+
+        `property_time` is what it is: only a fold of the whole project changes that.
+        """
         admission = self._admissions[number]
         admission.limits_of(settings)
         self.projects_store.set_settings(number, msgspec.json.encode(settings))
         admission.change(settings)
-        self.state.project(number).by_time = settings.property_time == "event"
 
     async def change_settings(self, number: int, settings: ProjectSettings) -> None:
         """As `set_settings`; another `property_time` holds when the project has been folded so. Raises StoreError too."""
@@ -653,9 +655,13 @@ class Engine:
                 await asyncio.wait_for(self._due.wait(), BACKGROUND_S)
 
     async def _settle(self, marks: int) -> None:
-        """Fold again what late events have marked, in projects with at least so many marks."""
+        """Fold again what late events have marked, in projects with at least so many marks.
+
+        Not while a change of history is under way: seals and checkpoints would wait for it too.
+        """
         for number in self._admissions:
-            if len(self.state.project(number).late) >= marks and not self._closing:
+            enough = len(self.state.project(number).late) >= marks
+            if enough and not self._closing and not self.event_time.waits:
                 try:
                     await self.event_time.settle(number)
                 except StoreError as problem:

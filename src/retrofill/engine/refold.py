@@ -243,14 +243,19 @@ class Folding:
                         self._held[one] = max(self._held.get(one, 0), int(times[at]))
 
     def know(self, rows: pa.Table) -> None:
-        """Fold rows that stay as they are, for what they make of people; groups were changed by them already."""
+        """Fold rows that stay as they are, for what they make of people; groups were changed by them already.
+
+        All of some people's so far, in the order of the fold: nobody is late by them.
+        """
         self._imports_of(rows, np.ones(rows.num_rows, bool))
+        late, self.refold.late = self.refold.late, set()
         groups = pc.equal(rows["event_type"], "$groupidentify")
         for name in ("sent", "sent_groups"):
             kept = pc.if_else(groups, pa.scalar(None, pa.string()), rows[name])
             rows = with_column(rows, name, kept)
         for some in self.parts(rows):
             self.refold.fold(rows_of(some, np.zeros(some.num_rows, bool)))
+        self.refold.late = late
 
     def parts(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Yield the next rows in parts, each to be folded at once: see `Freed`."""
@@ -272,11 +277,18 @@ class Folding:
         return sorted(self._inserts)
 
     def judge(self, rows: pa.Table) -> None:
-        """Decide which of these, in order of position, repeat an earlier one: that goes by arrival in any fold."""
+        """Decide which of these, in order of position, repeat an earlier one: that goes by arrival in any fold.
+
+        What is folded next comes in another order, until `judged`.
+        """
         good = self._not_repeated(rows, self._mine(rows)[1])
         repeated = rows.select(["block", "row"]).filter(pa.array(~good))
         places = zip(repeated["block"].to_pylist(), repeated["row"].to_pylist(), strict=True)
         self._judged = set(places)
+
+    def judged(self) -> None:
+        """All of what was judged is folded."""
+        self._judged = None
 
     def _mine(self, rows: pa.Table) -> tuple[Bools, Bools]:
         """Say which rows are the change's own, and which may be seen after it."""
@@ -327,8 +339,8 @@ class Folding:
         good = np.ones(rows.num_rows, bool)
         if self._judged is not None:
             places = zip(rows["block"].to_pylist(), rows["row"].to_pylist(), strict=True)
-            return np.array([place not in self._judged for place in places], bool)
-        if self._contested:
+            good = np.array([place not in self._judged for place in places], bool)
+        elif self._contested:
             looked = pc.is_in(rows["insert_id"], value_set=pa.array(self._inserts, pa.string()))
             if self._any_triple:
                 looked = pc.or_(looked, pc.is_valid(rows["event_id"]))

@@ -12,6 +12,9 @@ reads those. One child does one change, in this order:
 - `Tail`: fold blocks that are in the hot store only, as many as fit, and write one lake file of all their rows,
   everybody's. What a seal would write of these blocks is wrong already when it is made; so the two are one.
 
+In event time the first pass is in order. A row of a later pass or a tail may belong before some that were folded: it
+marks whom it touches, as on arrival, and the export tells the marks.
+
 Of a pass it holds some thousand rows at a time, and of tails one, whatever has come since the snapshot.
 
 Everything it writes is a file that nobody names yet. A child that dies leaves nothing to mend: another begins anew.
@@ -64,7 +67,9 @@ _DISPLACED = (
     f"kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
     "OR user_id IN (SELECT id FROM closure_users))"
 )
+_ARRIVAL = '"block", "row"'
 _MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
+EVERY_BLOCK = 2**62
 _ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)}
 
 
@@ -79,6 +84,7 @@ class Begin(Struct, frozen=True, tag="begin"):
     """Find the closure. events: the folder for lake files. scratch: a folder for all else, gone at the end.
 
     quota_after_ms: rows stored after this time are counted by the hour, where what becomes of them differs.
+    settled: see `Laid`.
     """
 
     project: int
@@ -89,6 +95,7 @@ class Begin(Struct, frozen=True, tag="begin"):
     events: Path
     scratch: Path
     quota_after_ms: int
+    settled: int
 
 
 class Pass(Struct, frozen=True, tag="pass"):
@@ -164,6 +171,7 @@ class Laid(Struct):
     """What memory must take, as it lies in a file. people: encoded. gone, added: of blocks in no key file.
 
     stored_devices, stored_users: by how much the events differ that count for the daily quota.
+    settled: marks of late events that blocks up to this one made are done with; late: marks that the fold made.
     """
 
     devices: dict[str, int]
@@ -175,6 +183,8 @@ class Laid(Struct):
     added: list[tuple[int, bytes, bytes]]
     stored_devices: Counts = []
     stored_users: Counts = []
+    settled: int = EVERY_BLOCK
+    late: list[order.Place] = []
 
 
 def _path(kind: type, value: object) -> Any:
@@ -194,7 +204,8 @@ def read_changes(path: Path) -> tuple[Changes, Laid]:
     laid = _laid(path.read_bytes())
     people = {one.amplitude_id: one for one in map(person.decode, laid.people)}
     groups = {(kind, value): properties for kind, value, properties in laid.groups}
-    return Changes(laid.devices, laid.users, people, groups, {}, dict(laid.last)), laid
+    last, late = dict(laid.last), set(laid.late)
+    return Changes(laid.devices, laid.users, people, groups, {}, last, late), laid
 
 
 class Refolder(Protocol):
@@ -467,14 +478,18 @@ class Session:
     def _take_in(self, known: Members) -> None:
         """Fold the rows so far of people whom the change did not touch until now."""
         self._register(known)
-        for source in ("events", "tails") if self._tails else ("events",):
-            found = self._history.ask(
-                f'SELECT {COLUMNS} FROM {source} WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
-                'AND amplitude_id IN (SELECT id FROM closure_ids) ORDER BY "block", "row"',
-                [self._project, self._until],
-            )
-            for rows in _whole_blocks(_tables(found.to_arrow_reader(REFOLD_ROWS))):
-                self._folding.know(rows)
+        by_time = self._begun.rule.by_time
+        theirs = " UNION ALL ".join(
+            f'SELECT {COLUMNS} FROM {source} WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
+            "AND amplitude_id IN (SELECT id FROM closure_ids)"
+            for source in (("events", "tails") if self._tails else ("events",))
+        )
+        found = self._history.ask(
+            f"SELECT * FROM ({theirs}) ORDER BY {order.SQL if by_time else _ARRIVAL}",
+            [self._project, self._until],
+        ).to_arrow_reader(REFOLD_ROWS)
+        for rows in _tables(found) if by_time else _whole_blocks(_tables(found)):
+            self._folding.know(rows)
 
     def _register(self, members: Members) -> None:
         for name, ids in (
@@ -530,6 +545,11 @@ class Session:
         for rows in read:
             for some in folding.parts(rows):
                 changed.add(folding.fold(some).changed())
+        folding.judged()
+        if (
+            not task.after
+        ):  # in order: only events with one key were in doubt, and their hash has decided
+            folding.refold.late.clear()
         files = changed.write(self._sources, self._begun.events)
         self._until = task.until
         places = changed.places
@@ -555,7 +575,7 @@ class Session:
         if folding.contested:
             inserts = pa.array(folding.contested, pa.string())
             self._history.register("contested", pa.table({"id": inserts}))
-            judged = f'{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY "block", "row"'
+            judged = f"{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY {_ARRIVAL}"
             folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
         names = ", ".join(f'"{name}"' for name in _FOLDED)
         unfolded = self._begun.rule.show is not None or folding.contests
@@ -647,6 +667,7 @@ class Session:
                 {},
             )
         )
+        devices, users = folding.stored.told()
         laid = Laid(
             changes.devices,
             changes.users,
@@ -654,7 +675,10 @@ class Session:
             [(kind, value, held) for (kind, value), held in changes.groups.items()],
             list(changes.last.items()),
             *self._recent_keys(),
-            *folding.stored.told(),
+            stored_devices=devices,
+            stored_users=users,
+            settled=self._begun.settled,
+            late=list(changes.late),
         )
         self._count += 1
         path = self._begun.scratch / f"changes-{self._count}.msgpack"

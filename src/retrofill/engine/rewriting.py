@@ -30,9 +30,11 @@ may be looked up anew after a crash. A fold that shall differ in another way (an
 that are barred) gets a field in `Rule` and a place in `refold.Folding`. What shall hold for every later fold of the
 project as well must be put into the rule of every intent: that is for `Rewriting.told` to add.
 
-Where properties go by event time, a row that comes later may belong between others: commits wait for all of such a
-change, from 2 until the intent is removed, and a thread of this process folds, which begins sooner than a child. A
-switch between the orders is such a change as well. After an unmerge the next block is folded by another rule: its pause
+Where properties go by event time, a row that comes meanwhile may belong before others that are folded already. It is
+folded as on arrival, over what the change has made of the rest, and marks whom it touches: after the swap these are late
+like any other (`engine.event_time`). Late events themselves are folded again while commits wait, by a thread of this
+process, which begins sooner than a child. A switch between the orders holds from the block after its swap on, for a
+start too, though the setting is written later. After an unmerge the next block is folded by another rule: its pause
 lasts until the intent is removed.
 """
 
@@ -49,6 +51,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Struct
 from msgspec.structs import replace
 
 from retrofill.core.fold import Changes, together
@@ -65,7 +68,18 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 Ended = Callable[[Intent, int], Awaitable[None]]
+# Forgotten if they fail, since who asks again begins anew.
+_FORGOTTEN = ("property_time", *CHANGES_RULE)
 _decode = msgspec.json.Decoder(Intent).decode
+
+
+class Redone(Struct, frozen=True):
+    """What memory must take of a change that is in the lake: see `State.replace`."""
+
+    project: int
+    changes: Changes
+    settled: int
+    by_time: bool | None
 
 
 class Rewriting:
@@ -113,6 +127,11 @@ class Rewriting:
         """Let nobody else change rows in the lake meanwhile. Taken before every other lock."""
         async with self._one:
             yield
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is `alone`."""
+        return self._one.locked()
 
     def told(self, intent: Intent) -> tuple[Seed, Rule]:
         """Return seed and rule of an intent with whatever holds for every fold of its project.
@@ -207,12 +226,12 @@ class Rewriting:
 
     # A start.
 
-    def redo(self) -> dict[int, list[tuple[int, Changes]]]:
-        """Return what memory must take of changes that are in the lake already: by block, project and values.
+    def redo(self) -> dict[int, list[Redone]]:
+        """Return what memory must take of changes that are in the lake already, by block.
 
-        To be laid over the state as of that block, if it is no later than that. Raises CorruptError.
+        To be laid over the state as of that block; of a later one, only how it is folded on. Raises CorruptError.
         """
-        found: dict[int, list[tuple[int, Changes]]] = {}
+        found: dict[int, list[Redone]] = {}
         for number, stored in self._intents.all():
             block = self._host.lake.rewritten(number)
             if block is None:
@@ -224,8 +243,11 @@ class Rewriting:
                     where=str(self._scratch(number)),
                     mend="Restore the folder from a copy, or run `retrofill check --repair`",
                 )
-            whole = together([read_changes(path)[0] for path in paths])
-            found.setdefault(block, []).append((_decode(stored).project, whole))
+            changes, laid = zip(*map(read_changes, paths), strict=True)
+            intent = _decode(stored)
+            found.setdefault(block, []).append(
+                Redone(intent.project, together(changes), laid[0].settled, intent.switches_to)
+            )
         return found
 
     async def resume(self) -> None:
@@ -239,7 +261,7 @@ class Rewriting:
                 await self._end(number, intent, block)
             elif self._given_up(number, tried) and intent.kind != "late":
                 log.error("history_change_given_up", kind=intent.kind, reason=tried[number].reason)
-                if intent.kind in CHANGES_RULE:
+                if intent.kind in _FORGOTTEN:
                     await asyncio.to_thread(self._intents.remove, number)
             elif self._waited_for(intent):
                 try:
@@ -285,8 +307,7 @@ class Rewriting:
 
     def _waited_for(self, intent: Intent) -> bool:
         """Say whether commits wait for all of a change."""
-        by_time = self._host.state.project(intent.project).by_time
-        return by_time or intent.kind == "property_time"
+        return intent.kind == "late"
 
     async def _change(
         self, number: int, intent: Intent, refolder: Refolder, *, paused: bool
@@ -316,7 +337,7 @@ class Rewriting:
         """Nothing of it is in place."""
         if put_off:
             self._intents.put_off(number)
-        elif intent.kind in CHANGES_RULE:
+        elif intent.kind in _FORGOTTEN:
             self._intents.remove(number)
         else:
             self._intents.failed(number, reason)

@@ -262,11 +262,13 @@ class ProjectState:
         changed, self._late_changed = self._late_changed, False
         return dict(self.late) if changed else None
 
-    def in_time(self) -> None:
-        """Nobody is marked any more."""
+    def settle(self, settled: int, late: Collection[Place], *, block: int) -> None:
+        """Take the marks off that blocks up to `settled` made; those in `late` stay, as of a block."""
         self.settled_times += 1  # before the marks: who finds none must see that they were there
-        self._late_changed |= bool(self.late)
-        self.late, self.late_since = {}, 0
+        left = {place: at for place, at in self.late.items() if at > settled}
+        left = dict.fromkeys(late, block) | left
+        self._late_changed |= left != self.late
+        self.late, self.late_since = left, min(left.values(), default=0)
 
     def unsaved(self) -> Changed:
         """Return what the checkpoint may not have yet, and every alias; it stays as it is now."""
@@ -372,8 +374,13 @@ class State:
         self.fresh += 1
         return self.fresh - 1
 
-    def replace(self, number: int, changes: Changes) -> None:
+    def replace(
+        self, number: int, changes: Changes, *, settled: int, by_time: bool | None = None
+    ) -> None:
         """Take a project's values that changed without a block: the next checkpoint must be written.
+
+        settled: marks of late events that blocks up to this one made are done with; `changes` has those that came of
+        it. by_time: the next block is folded so; None: as before.
 
         They may have been made by a process that died: its numbers were drawn, and whom its ids named before is gone.
         A device whose owner was deleted stays free: of the rows that are left the last may be somebody's before that.
@@ -389,19 +396,20 @@ class State:
             place: key if isinstance(place, int) else max(key, project.last.get(place) or FIRST)
             for place, key in changes.last.items()
         }
-        self.mend(number, Changes(changes.devices, changes.users, people, changes.groups, {}, last))
+        late = (
+            changes.late
+        )  # they come before the values, and the others go after them: nobody reads between
+        new = Changes(changes.devices, changes.users, people, changes.groups, {}, last, late)
+        self.mend(number, new)
+        project.settle(settled, late, block=self.block)
+        if by_time is not None:
+            project.by_time = by_time
 
     def mend(self, number: int, changes: Changes) -> None:
         """Take values of a project, these and no others, without a block: the next checkpoint must be written."""
         self.project(number).apply(changes, block=self.block)
         self.fresh = max(self.fresh, max(changes.people, default=0) + 1)
         self._touched = True
-
-    def in_time(self, number: int) -> None:
-        """Note that every row of a project is as it must be: nobody is marked any more."""
-        project = self.project(number)
-        self._touched |= bool(project.late)
-        project.in_time()
 
     @property
     def saved_all(self) -> bool:
