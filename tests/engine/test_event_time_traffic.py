@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from tests.core.permuted import BEGUN_MS, Sent, history
-from tests.engine.test_event_time import IMPORT, alike, by_time, settings, settled
+from tests.engine.test_event_time import IMPORT, alike, by_time, plans, send, settings, settled
 from tests.engine.test_undo import Server, Wire, same
 from tests.stateful.test_engine import FakeClock
 
 from retrofill.engine import change, refolder
+from retrofill.engine.refolder import Done, Rekey, Task, ThreadRefolder
 from retrofill.errors import ConflictError, MissingError
 
 
@@ -171,3 +172,58 @@ def test_changes_beside_traffic_end_in_what_a_control_has(
     same(subject, by_arrival)
     for server in (subject, by_event, by_arrival):
         server.close()
+
+
+class Late(ThreadRefolder):
+    """Folds history again; once the first pass is over it, events come that are late by what it folded."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+
+    async def ask(self, task: Task) -> Done:
+        if isinstance(task, Rekey):
+            assert not self.server.engine.committing.locked()
+            late = {"event_type": "open", "device_id": "phone-1", "time": BEGUN_MS + 2000}
+            await self.server.post([late | {"user_properties": {"plan": "trial"}}])
+        return await super().ask(task)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", ["switch", "undo"])
+def test_what_comes_late_by_what_is_folded_already_is_folded_again(
+    name: str,
+    cut: bool,  # noqa: FBT001 - a parameter
+    tmp_path: Path,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = by_time(tmp_path, clock, "arrival" if name == "switch" else "event")
+    send(server, 1000, user_properties={"plan": "free"})
+    send(server, 1500, user_properties={"plan": "old"}, **IMPORT)
+    send(server, 3000)
+    send(server, 5000, user_properties={"plan": "gold"})
+    engine: Any = server.engine
+    engine.rewriting._refolder = lambda: Late(server)
+    asked = (
+        engine.event_time._switch(1, "event")
+        if name == "switch"
+        else engine._undoing.undo(1, "old-shop")
+    )
+    if cut:
+
+        async def stop() -> None:
+            raise _CutError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "checkpoint", stop)
+            with pytest.raises(_CutError):
+                server.run(asked)
+        server.crash()
+    else:
+        server.run(asked)
+    assert server.engine.state.project(1).by_time
+    assert server.engine.event_time.late_since(1)
+    old = ["old"] if name == "switch" else []
+    assert plans(server) == ["free", *old, "trial", "trial", "gold"]
+    server.close()
