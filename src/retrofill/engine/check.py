@@ -241,6 +241,7 @@ async def refold(engine: Engine, clock: Clock, report: Report, mend: Mend | None
     deleted = False
     try:
         await engine.start()
+        await engine.rewriting.ended()  # what a crash cut off goes on beside
         await engine.seal()
         for project in engine.all_projects():
             await engine.event_time.settle(project.number)
