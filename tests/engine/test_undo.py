@@ -615,6 +615,7 @@ def test_an_undo_that_fails_keeps_no_other_project_waiting(
     engine.rewriting._refolder = lambda: Interrupted(die)
     with pytest.raises(StoreError, match="dies"):
         subject.run(engine.undo(1, "old-shop"))
+    engine.rewriting._refolder = ThreadRefolder  # the next one lives
     changed = msgspec.structs.replace(engine.settings(2), property_time="event")
     subject.run(engine.change_settings(2, changed))
     assert engine.settings(2).property_time == "event"
