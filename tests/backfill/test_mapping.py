@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.backfill.staging import events, letters, ndjson, run
 from tests.backfill.staging import rows as staged_rows
 
+from retrofill.backfill import compiled
 from retrofill.errors import InputError
 
 ROW = {
@@ -97,6 +98,32 @@ def test_a_window_looks_over_all_rows_that_are_history(tmp_path: Path) -> None:
     event = {"session_id": "min(at) OVER (PARTITION BY s) * 1000"}
     found = mapped(tmp_path, rows, event, document={"where": "ok"})
     assert [event["session_id"] for event in found] == [10000, 10000]
+
+
+def test_a_mapping_that_fits_is_asked_for_its_types_in_two_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = compiled.compile_mapping
+
+    class Connection:
+        def __init__(self, connection: Any) -> None:
+            self.connection = connection
+
+        def execute(self, sql: str, *more: Any) -> Any:
+            asked.append(sql)
+            return self.connection.execute(sql, *more)
+
+    def counted(told: Any, columns: Any, connection: Any, **more: Any) -> Any:
+        return real(told, columns, Connection(connection), **more)
+
+    monkeypatch.setattr(compiled, "compile_mapping", counted)
+    event = {
+        "session_id": "min(at) OVER (PARTITION BY user) * 1000",
+        "event_properties": {"bare": "at", "sum": "props.a + 1", "name": "upper(user)"},
+    }
+    assert len(mapped(tmp_path, [ROW], event)) == 1
+    assert len([sql for sql in asked if sql.startswith("DESCRIBE")]) == 2
 
 
 def test_texts_numbers_and_flags_are_made_what_the_wire_wants(tmp_path: Path) -> None:

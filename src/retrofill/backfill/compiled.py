@@ -12,6 +12,7 @@ row is none: a field's number, or one of the negative codes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 import duckdb
@@ -301,18 +302,15 @@ class _Compiler:
 
     def _describe(self, values: list[_Value], kept: str) -> None:
         """Note the types of all values, in two questions; where those fail, one by one, to know whose fault it is."""
-        windows = "".join(
-            f", {value.sql} AS w{at}" for at, value in enumerate(values) if value.windowed
-        )
+        numbered = list(enumerate(values))
         try:
-            for value, name in zip(
-                values, self._types([one.sql for one in values], kept), strict=True
-            ):
+            names = self._types([value.sql for value in values], kept)
+            for value, name in zip(values, names, strict=True):
                 value.type_name = name
-            tried = [self._tried(value, number) for number, value in enumerate(values)]
-            self._types(tried, f"SELECT *{windows} FROM ({kept})" if windows else kept)
+            tried = [self._tried(value, number) for number, value in numbered]
+            self._types(tried, self._with_columns(numbered, kept))
         except InputError:
-            for number, value in enumerate(values):
+            for number, value in numbered:
                 self._describe_one(value, number, kept)
         for value in values:
             if value.field.kind == "millis" and value.type_name == "BOOLEAN":
@@ -323,9 +321,7 @@ class _Compiler:
         field = value.field
         try:
             value.type_name = self._type(value.sql, kept)
-            column = self._column(value, number)
-            whole = f"SELECT *, {column} FROM ({kept})" if column else kept
-            self._type(self._tried(value, number), whole)
+            self._type(self._tried(value, number), self._with_columns([(number, value)], kept))
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
 
@@ -351,11 +347,6 @@ class _Compiler:
     # The query, from the inside out. Each layer adds columns that the next one uses.
 
     def _query(self, values: list[_Value], kept: str) -> str:
-        columns = "".join(
-            f", {self._column(value, at)}"
-            for at, value in enumerate(values)
-            if self._column(value, at)
-        )
         tried = ", ".join(f"{self._tried(value, at)} AS t{at}" for at, value in enumerate(values))
         layers = (
             tried,
@@ -365,16 +356,19 @@ class _Compiler:
             f"{self._verdict(values)} AS bad",
             f"CASE WHEN bad IS NULL THEN {self._body(values)} END AS body",
         )
-        sql = f"SELECT *{columns} FROM ({kept})"  # here and below: SQL of our own making
+        sql = self._with_columns(list(enumerate(values)), kept)
         for layer in layers:
-            sql = f"SELECT *, {layer} FROM ({sql})"
+            sql = f"SELECT *, {layer} FROM ({sql})"  # SQL of our own making
         return f"SELECT {self._output(values)} FROM ({sql})"
 
-    def _column(self, value: _Value, number: int) -> str:
-        """Return SQL of what is worked out before the field is made of it, "" for a column of the source."""
-        if value.windowed:
-            return f"{value.sql} AS w{number}"
-        return f"TRY({{'v': {value.sql}}}) AS e{number}" if value.apart else ""
+    def _with_columns(self, values: Sequence[tuple[int, _Value]], kept: str) -> str:
+        """Return SQL for the rows with what is worked out before the fields are made of it."""
+        columns = [
+            f"{value.sql} AS w{at}" if value.windowed else f"TRY({{'v': {value.sql}}}) AS e{at}"
+            for at, value in values
+            if value.windowed or value.apart
+        ]
+        return f"SELECT {', '.join(['*', *columns])} FROM ({kept})"  # SQL of our own making
 
     def _tried(self, value: _Value, number: int) -> str:
         """Return SQL for {v: …}, NULL where the row's value does not fit; just for v where it always does.
