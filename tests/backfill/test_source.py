@@ -297,6 +297,31 @@ def test_what_a_zip_hides_is_told(tmp_path: Path) -> None:
         run(tmp_path / "work", path, MAPPING)
 
 
+# Of a member: flags at 6, packing at 8, name at 30; flags and packing stand in the list at the end as well, at 8 and 10.
+@pytest.mark.parametrize(
+    ("here", "listed", "value", "said"),
+    [
+        (30 + len("rows.ndjson"), None, 0xFF, "block type"),
+        (6, 8, 1, "password"),
+        (8, 10, 9, "method"),
+    ],
+    ids=["damaged", "locked", "packed otherwise"],
+)
+def test_a_member_of_a_zip_that_cannot_be_unpacked_is_told(
+    tmp_path: Path, here: int, listed: int | None, value: int, said: str
+) -> None:
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.ndjson", lines(ROWS))
+    data = bytearray(path.read_bytes())
+    data[here] = value
+    if listed is not None:
+        data[data.rindex(b"PK\x01\x02") + listed] = value
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"No row can be read: .*{said}"):
+        run(tmp_path / "work", path, MAPPING)
+
+
 @pytest.mark.parametrize(
     "long",
     [{"x": "y, \\" * 100}, {"x": list(range(300))}, {"x": {"y": [{"z": "]}"}] * 100}}],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Literal, cast
@@ -24,6 +25,7 @@ BROKEN: tuple[type[Exception], ...] = (
     EOFError,
     OSError,
     zipfile.BadZipFile,
+    zlib.error,
     zstandard.ZstdError,
     cast("type[Exception]", isal_zlib.error),
 )
@@ -42,7 +44,12 @@ def chunks(place: str, packing: Packing, member: str | None = None) -> Iterator[
         with Path(place).open("rb") as file:
             yield from _unpacked(file, packing)
         return
-    with _archive(place, Path(place).stat().st_mtime_ns).open(member) as inside:
+    archive = _archive(place, Path(place).stat().st_mtime_ns)
+    try:
+        inside = archive.open(member)
+    except RuntimeError as error:  # a password is needed, or another unpacker
+        raise zipfile.BadZipFile(str(error)) from error
+    with inside:
         yield from _unpacked(inside, packing)
 
 
