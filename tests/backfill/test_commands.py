@@ -233,10 +233,10 @@ def test_a_line_to_go_on_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> N
         "secret",
         "--to=http://x",
     ]
-    words[1] += "?password=secret&sslmode=require"
+    words[1] += "?password=secret&sslmode=require&sslpassword=secret"
     monkeypatch.setattr(sys, "argv", ["retrofill", *words, "--secret-key=secret"])
     assert resume_line() == (
-        "retrofill run 'postgresql://me:…@db.example/shop?password=…&sslmode=require' --api-key … --to=http://x '--secret-key=…'"
+        "retrofill run 'postgresql://me:…@db.example/shop?password=…&sslmode=require&sslpassword=…' --api-key … --to=http://x '--secret-key=…'"
     )
 
 

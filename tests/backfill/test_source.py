@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.backfill.staging import events, letters, ndjson, rows, run
 
-from retrofill.backfill import records, source
+from retrofill.backfill import database, records, source
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.plan import plan
 from retrofill.backfill.profile import PROFILES
@@ -480,6 +480,14 @@ def test_objects_of_an_s3_server(tmp_path: Path, s3: str, monkeypatch: pytest.Mo
         run(tmp_path / "none", "s3://history/z", MAPPING)
     with pytest.raises(InputError, match="NoSuchBucket"):
         run(tmp_path / "none", "s3://nowhere/z", MAPPING)
+
+
+@pytest.mark.parametrize("more", ["", "?password=x@secret", "?user=me&sslpassword=secret"])
+def test_a_database_that_does_not_answer_is_told_without_its_password(more: str) -> None:
+    with pytest.raises(InputError, match="PostgreSQL said") as caught:
+        list(database.lines(f"postgresql://me:secret@127.0.0.1:1/shop{more}", "SELECT 1"))
+    assert caught.value.where == "127.0.0.1/shop"
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import duckdb
 import msgspec
@@ -83,6 +83,6 @@ def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequ
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except psycopg.Error as error:
-        raise InputError(
-            f"PostgreSQL said: {error}", where=url.rpartition("@")[2].partition("?")[0]
-        ) from error
+        parts = urlsplit(url)  # of which some hold passwords
+        where = f"{parts.hostname or ''}{parts.path}"
+        raise InputError(f"PostgreSQL said: {error}", where=where) from error

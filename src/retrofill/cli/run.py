@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
-_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*(?=@)|([?&]password=)[^&]*")  # of a database
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*(?=@)|([?&](?:ssl)?password=)[^&]*")  # of a database
 UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
