@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import typer
-from tests.manners.house import ROOT, document, documents, strings
+from tests.manners.house import ROOT, document, documents, strings, tracked
 from typer.core import TyperGroup
 
 from retrofill import errors, limits
@@ -204,6 +204,12 @@ def test_each_command_of_the_readme_exists() -> None:
             continue
         known = {option for one in commands[verb].params for option in one.opts}
         assert {word for word in rest if word.startswith("--")} <= known, line
+
+
+def test_each_block_of_code_is_closed() -> None:
+    for path in (path for path in tracked() if path.suffix == ".md"):
+        text = path.read_text(encoding="utf-8")
+        assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0, path
 
 
 def test_each_decision_answers_the_same_questions() -> None:
