@@ -221,14 +221,46 @@ def test_lines_that_end_in_returns_alone_are_told(tmp_path: Path) -> None:
         run(tmp_path / "work", tmp_path / "rows.csv", MAPPING)
 
 
-def test_a_stray_quote_or_return_costs_its_own_row_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bound", [40, records.RECORD_BYTES_MAX])
+def test_a_stray_quote_or_return_costs_its_own_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    monkeypatch.setattr(records, "RECORD_BYTES_MAX", bound)
     text = separated(ROWS, ",").decode().splitlines()
     text.insert(4, "user-1,Op\ren,1700000000000,1")
-    text.append('user-1,"Open,1700000000000,1')
+    text.insert(8, 'user-1,"Open,1700000000000,1')
     (tmp_path / "rows.csv").write_bytes("\n".join(text).encode())
     run(tmp_path / "work", tmp_path / "rows.csv", MAPPING, bad_rows=0.5)
     assert numbers(tmp_path / "work") == list(range(10))
-    assert {letter["line"] for letter in letters(tmp_path / "work")} == {5, 13}
+    told = {letter["line"]: letter["row"] for letter in letters(tmp_path / "work")}
+    assert told == {5: text[4], 9: text[8]}
+
+
+# In each, one row looks like two and two look like one, so that their number says nothing.
+@pytest.mark.parametrize(
+    "odd",
+    [
+        ["a0,\rb0,c0", 'a1,b1,c1\r"'],
+        ["a0,\rb0,c0", "a1,b1,c1", 'a2,b"2,"c2'],
+        ["a0,b0,c0\ra5,b5,c5", "a1,b1,c1", 'a2,b2,c"2\r"'],
+    ],
+)
+def test_rows_keep_their_lines_beside_stray_quotes_and_returns(
+    tmp_path: Path, odd: list[str]
+) -> None:
+    text = ["a,b,c", *odd, "a8,b8,c8", "a9,b9,c9"]
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\n".join(text).encode())
+    with DeadLetters(tmp_path / "letters") as told:
+        piece = source.Piece(0, "rows", str(path), "csv")
+        found = [
+            (row["line"], f"{row['cell_0']},{row['cell_1']},{row['cell_2']}")
+            for batch in records.csv_records(piece, ["a", "b", "c"], told)
+            for row in batch.to_pylist()
+        ]
+    good = [(line, row) for line, row in enumerate(text, 1) if not {*row} & {*'\r"'}]
+    assert found == good[1:]
+    assert [letter.line for letter in told.examples] == [2, 1 + len(odd)]
 
 
 @given(st.text('",\n\rx;', max_size=60), st.integers(1, 70))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -31,6 +32,7 @@ _EMPTY_BYTES_MAX = 2  # \r\n
 _HEADER_BYTES_MAX = 256 * 1024  # of a CSV file
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _QUOTE, _BACKSLASH = 10, 34, 92
+_MARKS = b",;\t|"  # that may stand between cells where nobody says which
 
 JSON_SCHEMA: Final = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())])
 
@@ -237,7 +239,7 @@ def delimiter(piece: Piece, told: str | None) -> str:
     if piece.format == "tsv":
         return "\t"
     line = _first_line(piece)
-    return max(",;\t|", key=line.count)
+    return max(_MARKS.decode(), key=line.count)
 
 
 def header(piece: Piece, told: str | None) -> list[str]:
@@ -258,7 +260,7 @@ def header(piece: Piece, told: str | None) -> list[str]:
 def _first_line(piece: Piece) -> str:
     start = unpack.start(piece.place, piece.packing, piece.member, size=_HEADER_BYTES_MAX)
     start = start.removeprefix(_BOM)
-    ends = _record_ends(start) if b"\n" in start else np.array([len(start)])
+    ends = _record_ends(start, _MARKS) if b"\n" in start else np.array([len(start)])
     return start[: int(ends[0])].decode(errors="replace")
 
 
@@ -277,31 +279,35 @@ def csv_records(  # what a cell is takes this many words
     own, mark = header(piece, told), delimiter(piece, told)
     if not own:
         return
-    for buffer, ends, lines in _csv_cut(_blocks(piece, letters, chunk), piece, letters):
+    blocks = _blocks(piece, letters, chunk)
+    for buffer, ends, lines in _csv_cut(blocks, piece, mark.encode(), letters):
         texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
         if len(texts):
             yield from _cells(piece, own, names, texts, lines, mark, letters)
 
 
 def _csv_cut(
-    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+    blocks: Iterator[bytes], piece: Piece, mark: bytes, letters: DeadLetters
 ) -> Iterator[tuple[bytes, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield buffers with the ends of their records and the lines on which those begin, without the header."""
     line, rest, headed = 1, b"", False
-    for block in blocks:
-        buffer = rest + block
-        ends = _record_ends(buffer)
-        if len(ends):
-            starts = line + _newlines_before(buffer, ends)
-            line = int(starts[-1])
-            yield _without_header(buffer, ends, starts[:-1], headed=headed)
-            headed = True
-        tail = buffer[int(ends[-1]) if len(ends) else 0 :]
-        rest = _bounded(tail, piece, line, letters)
-        line += 0 if rest else tail.count(b"\n")
-    if rest:
-        ends = np.array([len(rest)])
-        yield _without_header(rest, ends, np.array([line], np.int64), headed=headed)
+    for block in chain(blocks, (b"",)):  # the last line may have no end
+        rest += block or b"\n"
+        while rest:
+            ends = _record_ends(rest, mark)
+            if len(ends):
+                starts = line + _newlines_before(rest, ends)
+                line = int(starts[-1])
+                yield _without_header(rest, ends, starts[:-1], headed=headed)
+                rest, headed = rest[int(ends[-1]) :], True
+            newline = rest.find(b"\n") + 1
+            if not newline or (block and len(rest) <= RECORD_BYTES_MAX):
+                break
+            # What is quoted here has no end, hence the line with the quote is the odd one and not all that follows it.
+            shown = rest[:newline].decode(errors="replace").rstrip("\r\n")
+            letters.add(piece.name, line, "unreadable", "a quote is opened and not closed", shown)
+            rest, line, headed = rest[newline:], line + 1, True
+        rest = _bounded(rest, piece, line, letters)
 
 
 def _without_header(
@@ -318,8 +324,8 @@ def _newlines_before(buffer: bytes, ends: NDArray[np.int64]) -> NDArray[np.int64
     return np.searchsorted(newlines, np.concatenate(([0], ends))).astype(np.int64)
 
 
-def _record_ends(buffer: bytes) -> NDArray[np.int64]:
-    """Return the ends of the records that end in the buffer: newlines outside of quoted cells."""
+def _record_ends(buffer: bytes, marks: bytes) -> NDArray[np.int64]:
+    """Return the ends of the records that end in the buffer: newlines outside of quoted cells. marks: between cells."""
     data = np.frombuffer(buffer, np.uint8)
     ends = np.flatnonzero(data == _NEWLINE) + 1
     if len(ends) == 0 or b'"' not in buffer:
@@ -328,17 +334,19 @@ def _record_ends(buffer: bytes) -> NDArray[np.int64]:
     odd = np.flatnonzero(np.diff(quotes, prepend=0) % 2)
     if len(odd) == 0:
         return ends
-    return _joined(buffer, ends, odd)
+    return _joined(buffer, marks, ends, odd)
 
 
-def _joined(buffer: bytes, ends: NDArray[np.int64], odd: NDArray[np.int64]) -> NDArray[np.int64]:
+def _joined(
+    buffer: bytes, marks: bytes, ends: NDArray[np.int64], odd: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Leave out the ends of lines that stand inside a quoted cell. Only lines with odd quotes can open one."""
     kept = np.ones(len(ends), np.bool_)
     at = 0
     while at < len(odd):
         opening = int(odd[at])
         start = int(ends[opening - 1]) if opening else 0
-        if not _open(buffer[start : int(ends[opening])]):  # a stray quote inside of a cell
+        if not _open(buffer[start : int(ends[opening])], marks):  # a stray quote inside of a cell
             at += 1
             continue
         closing = int(odd[at + 1]) if at + 1 < len(odd) else len(ends)
@@ -347,7 +355,7 @@ def _joined(buffer: bytes, ends: NDArray[np.int64], odd: NDArray[np.int64]) -> N
     return ends[kept]
 
 
-def _open(line: bytes) -> bool:
+def _open(line: bytes, marks: bytes) -> bool:
     """Say whether a quoted cell is still open at the end of the line. A cell is quoted if it begins so."""
     inside, at, beginning = False, 0, True
     while at < len(line):
@@ -359,7 +367,7 @@ def _open(line: bytes) -> bool:
                 inside = False
         elif byte == _QUOTE and beginning:
             inside = True
-        beginning = not inside and byte in b",;\t|"
+        beginning = not inside and byte in marks
         at += 1
     return inside
 
@@ -376,7 +384,12 @@ def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and i
     wrong: list[pyarrow.csv.InvalidRow] = []
     data = b"".join(texts.cast(pa.binary()).to_pylist())
     table = _parse(data, own, mark, wrong)
-    if table.num_rows + len(wrong) != len(texts):  # a stray quote or return: which record has it?
+    kept = np.ones(len(texts), np.bool_)
+    as_many = table.num_rows + len(wrong) == len(texts)
+    if as_many and wrong:
+        kept[[row.number - 1 for row in wrong]] = False
+    good = texts.filter(pa.array(kept)) if wrong else texts
+    if not (as_many and _match(table, good, data, mark)):  # a stray quote or return: whose is it?
         if len(texts) == 1:
             text = texts[0].as_py().rstrip("\r\n")
             letters.add(piece.name, int(lines[0]), "unreadable", "a quote or return is odd", text)
@@ -385,17 +398,12 @@ def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and i
         yield from _cells(piece, own, names, texts[:half], lines[:half], mark, letters)
         yield from _cells(piece, own, names, texts[half:], lines[half:], mark, letters)
         return
-    if wrong:
-        kept = np.ones(len(texts), np.bool_)
-        for row in wrong:
-            at = row.number - 1
-            kept[at] = False
-            reason = f"{row.actual_columns} cells instead of {row.expected_columns}"
-            letters.add(
-                piece.name, int(lines[at]), "unreadable", reason, texts[at].as_py().rstrip("\r\n")
-            )
-        texts, lines = texts.filter(pa.array(kept)), lines[kept]
-    assert table.num_rows == len(texts)
+    for row in wrong:
+        at = row.number - 1
+        reason = f"{row.actual_columns} cells instead of {row.expected_columns}"
+        text = texts[at].as_py().rstrip("\r\n")
+        letters.add(piece.name, int(lines[at]), "unreadable", reason, text)
+    texts, lines = good, lines[kept]
     place = [pa.array(np.full(len(texts), piece.number, np.int32)), pa.array(lines), texts]
     cells = [
         table[name].combine_chunks() if name in own else pa.nulls(len(texts), pa.string())
@@ -403,6 +411,16 @@ def _cells(  # noqa: PLR0917  # a record's cells need its place, its names and i
     ]
     cells = [one.chunk(0) if isinstance(one, pa.ChunkedArray) else one for one in cells]
     yield pa.RecordBatch.from_arrays([*place, *cells], schema=cells_schema(names))
+
+
+def _match(table: pa.Table, texts: pa.StringArray, data: bytes, mark: str) -> bool:
+    """Say whether each row has the cells of its own text. One that is two rows and two that are one leave their number."""
+    if b'"' not in data and data.count(b"\r") == data.count(b"\r\n"):
+        return True
+    texts = pc.replace_substring(pc.ascii_rtrim(texts, "\r\n"), '"', "")
+    cells = [pc.fill_null(column, "") for column in table.columns]
+    joined = pc.replace_substring(pc.binary_join_element_wise(*cells, mark), '"', "")
+    return bool(pc.all(pc.equal(joined, texts)).as_py())
 
 
 def _parse(
