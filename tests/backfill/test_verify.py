@@ -164,7 +164,10 @@ def test_wrong_keys_are_told_and_never_shown(tmp_path: Path, data: Exporting) ->
     assert "wrong-secret" not in str(problem.value)
 
 
-@pytest.mark.parametrize("said", [b"<html>", b"\x1f\x8b\x08cut", b"PK\x03\x04cut", b"[1]\n"])
+@pytest.mark.parametrize(
+    "said",
+    [b"<html>", b"\x1f\x8b\x08cut", b"PK\x03\x04cut", b"[1]\n", b'{"$insert_id":"a","x":"\xff"}\n'],
+)
 def test_what_is_no_export_is_told(tmp_path: Path, data: Exporting, said: bytes) -> None:
     sent_and_stored(tmp_path, data)
     with (

@@ -353,15 +353,15 @@ def _take_in(deal: Deal, path: Path, place: int) -> int:
     for line in readback.given(path):
         place += 1
         try:
-            insert_id = decode(line).insert_id
-        except msgspec.DecodeError as problem:
+            insert_id, text = decode(line).insert_id, line.decode()
+        except (msgspec.DecodeError, UnicodeDecodeError) as problem:
             raise FinalError(
                 f"What the destination gave is no row of an export: {problem}",
                 where=line[:200].decode(errors="replace"),
                 mend="Look whether --to is the address of its API",
             ) from problem
         if insert_id is not None:
-            rows.append((insert_id, place, line.decode()))
+            rows.append((insert_id, place, text))
         if len(rows) >= DEAL_ROWS:
             _deal(deal, rows)
             rows = []
