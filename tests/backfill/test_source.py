@@ -322,11 +322,18 @@ def test_what_a_zip_hides_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="zip inside of a zip"):
         run(tmp_path / "work", path, MAPPING)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("rows.ndjson", lines(ROWS[:5]))
+        archive.writestr("1.ndjson", lines(ROWS[:5]))
+        archive.writestr("01.ndjson", lines(ROWS[:5]))
         with pytest.warns(UserWarning, match="Duplicate name"):
-            archive.writestr("rows.ndjson", lines(ROWS[5:]))
+            archive.writestr("1.ndjson", lines(ROWS[5:]))
     with pytest.raises(InputError, match="Two members have this name"):
         run(tmp_path / "work", path, MAPPING)
+    whole = path.read_bytes()
+    listed = whole.index(b"PK\x01\x02")
+    for damaged in (whole[:-30], whole[:listed] + b"?" + whole[listed + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="no zip that can be read"):
+            run(tmp_path / "work", path, MAPPING)
 
 
 # Of a member: flags at 6, packing at 8, name at 30; flags and packing stand in the list at the end as well, at 8 and 10.

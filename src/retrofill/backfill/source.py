@@ -12,6 +12,7 @@ import glob
 import hashlib
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
@@ -203,7 +204,7 @@ def pieces(
 def _open(origin: Origin, place: str, format_name: str | None, unpacked: Path) -> Iterator[Piece]:
     if origin.query is not None:
         yield Piece(0, origin.name, place, "query", query=origin.query)
-    elif zipfile.is_zipfile(place):
+    elif zipfile.is_zipfile(place) or _suffix(origin.name)[0] == ".zip":
         yield from _members(origin, place, unpacked)
     else:
         kind, packing = _format(origin.name, place, format_name)
@@ -223,15 +224,20 @@ def _whole(piece: Piece, unpacked: Path) -> Piece:
 
 
 def _members(origin: Origin, place: str, unpacked: Path) -> Iterator[Piece]:
-    with zipfile.ZipFile(place) as archive:
-        inside = [one for one in archive.infolist() if _wanted(one.filename) and not one.is_dir()]
+    try:
+        with zipfile.ZipFile(place) as archive:
+            listed = archive.infolist()
+    except unpack.BROKEN as error:
+        raise InputError(f"This is no zip that can be read: {error}", where=origin.name) from error
+    inside = [one for one in listed if _wanted(one.filename) and not one.is_dir()]
     inside.sort(key=lambda member: natural(member.filename))
+    named = Counter(one.filename for one in inside)
     for at, one in enumerate(inside):
         name = f"{origin.name}!{one.filename}"
         suffix, packing = _suffix(one.filename)
         if suffix == ".zip":
             raise InputError("A zip inside of a zip is not read", where=name, mend="Unpack it")
-        if at and one.filename == inside[at - 1].filename:
+        if named[one.filename] > 1:
             raise InputError("Two members have this name", where=name, mend="Unpack and rename")
         kind = _FORMATS[suffix]
         if kind == "ndjson":
