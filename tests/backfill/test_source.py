@@ -215,6 +215,33 @@ def test_a_csv_row_with_too_few_cells_is_a_dead_letter(tmp_path: Path) -> None:
     assert max(row["line"] for row in rows(tmp_path / "work")) == 102
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_header_alone_has_names_and_no_rows(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f"user,event,at,n{end}".encode())
+    piece = source.Piece(0, "rows", str(path), "csv")
+    assert records.header(piece, None) == list(ROWS[0])
+    assert run(tmp_path / "work", path, MAPPING).rows == 0
+
+
+def test_a_header_whose_quote_is_not_closed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(FORMS["rows.csv"].replace(b"user,", b'"user,', 1))
+    with pytest.raises(InputError, match="opens a quote and does not close it"):
+        run(tmp_path / "work", tmp_path / "rows.csv", MAPPING)
+
+
+def test_a_file_whose_first_line_is_empty_is_told(tmp_path: Path) -> None:
+    """Among others that are good, its rows would be lost without a word; one that is empty has none."""
+    for name, data in (("a", FORMS["rows.csv"]), ("b", b"\n" + FORMS["rows.csv"]), ("c", b"\n")):
+        (tmp_path / f"{name}.csv").write_bytes(data)
+    good, bad, empty = (str(tmp_path / f"{name}.csv") for name in "abc")
+    with pytest.raises(InputError, match="first line is empty") as caught:
+        run(tmp_path / "work", [good, bad], MAPPING)
+    assert caught.value.where == bad
+    run(tmp_path / "work", [good, empty], MAPPING)
+    assert numbers(tmp_path / "work") == list(range(10))
+
+
 def test_lines_that_end_in_returns_alone_are_told(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(FORMS["rows.csv"].replace(b"\n", b"\r"))
     with pytest.raises(InputError, match="returns alone"):

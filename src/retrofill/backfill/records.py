@@ -243,13 +243,17 @@ def delimiter(piece: Piece, told: str | None) -> str:
 
 
 def header(piece: Piece, told: str | None) -> list[str]:
-    """Return the names of the cells. Raises InputError where two are the same, or lines have no end."""
+    """Return the names of the cells. Raises InputError where two are the same, or there is no line of them."""
+    if not _start(piece).strip():
+        return []
     line = _first_line(piece)
     if not line.strip():
-        return []
+        raise InputError(
+            "Its first line is empty", where=piece.name, mend="Begin with the names of the columns"
+        )
     if "\r" in line.rstrip("\r\n") and '"' not in line:
         raise InputError("Its lines end in returns alone", where=piece.name, mend="End them in \\n")
-    parsed = _parse(line.encode(), None, delimiter(piece, told), None)
+    parsed = _parse(line.rstrip("\r\n").encode() + b"\n", None, delimiter(piece, told), None)
     names = [str(one) for one in parsed.column_names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -257,10 +261,16 @@ def header(piece: Piece, told: str | None) -> list[str]:
     return names
 
 
-def _first_line(piece: Piece) -> str:
+def _start(piece: Piece) -> bytes:
     start = unpack.start(piece.place, piece.packing, piece.member, size=_HEADER_BYTES_MAX)
-    start = start.removeprefix(_BOM)
+    return start.removeprefix(_BOM)
+
+
+def _first_line(piece: Piece) -> str:
+    start = _start(piece)
     ends = _record_ends(start, _MARKS) if b"\n" in start else np.array([len(start)])
+    if len(ends) == 0:
+        raise InputError("Its first line opens a quote and does not close it", where=piece.name)
     return start[: int(ends[0])].decode(errors="replace")
 
 
