@@ -326,6 +326,19 @@ def test_a_file_that_breaks_off_at_its_beginning_is_told(
             run(tmp_path / "work", path, MAPPING)
 
 
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.csv"])
+def test_a_file_that_breaks_off_at_its_beginning_is_told_among_good_ones(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(FORMS[name])
+    (tmp_path / f"z{name}.gz").write_bytes(gzip.compress(FORMS[name])[:15])
+    run(tmp_path / "work", str(tmp_path / f"*{name}*"), MAPPING, bad_rows=0.5)
+    assert numbers(tmp_path / "work") == list(range(10))
+    (letter,) = letters(tmp_path / "work")
+    assert letter["file"].endswith(f"z{name}.gz")
+    assert letter["reason"].startswith(records.CUT_OFF)
+
+
 def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(FORMS["rows.parquet"][:-9])
     with pytest.raises(InputError, match="no Parquet that can be read") as caught:

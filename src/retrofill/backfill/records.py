@@ -288,6 +288,8 @@ def csv_records(  # what a cell is takes this many words
     """
     own, mark = header(piece, told), delimiter(piece, told)
     if not own:
+        for _ in _blocks(piece, letters, chunk):
+            pass  # nothing is in it, and if it cannot be read, that is told
         return
     blocks = _blocks(piece, letters, chunk)
     for buffer, ends, lines in _csv_cut(blocks, piece, mark.encode(), letters):
