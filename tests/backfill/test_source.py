@@ -313,6 +313,34 @@ def test_a_file_cut_off_gives_what_can_be_read_and_says_so(tmp_path: Path) -> No
     assert any("1 files cannot be read to their end" in one for one in made.warnings)
 
 
+@pytest.mark.parametrize(
+    ("data", "reason", "row"),
+    [
+        (FORMS["rows.json"][:-1], "the array has no end", ""),
+        (FORMS["rows.json"] + b"\n[5]", "it stands in no array, or behind one", "[5]"),
+        (FORMS["rows.json"] + b" " * 5_000_000 + b"5", "it stands in no array, or behind one", "5"),
+        (b" \n" + FORMS["rows.json"] + b"\n\n", "", ""),
+    ],
+    ids=["no end", "two arrays", "far behind", "space"],
+)
+def test_what_is_not_in_the_array_of_a_file_is_told(
+    tmp_path: Path, data: bytes, reason: str, row: str
+) -> None:
+    (tmp_path / "rows.json").write_bytes(data)
+    told = {**MAPPING, "source": {"format": "json"}}
+    run(tmp_path / "work", tmp_path / "rows.json", told, bad_rows=0.5)
+    assert numbers(tmp_path / "work") == list(range(10))
+    found = [(letter["reason"], letter["row"]) for letter in letters(tmp_path / "work")]
+    assert found == ([(f"{records.CUT_OFF}: {reason}", row)] if reason else [])
+
+
+def test_a_file_without_an_array_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_bytes(lines(ROWS))
+    told = {**MAPPING, "source": {"format": "json"}}
+    with pytest.raises(InputError, match=r"No row can be read: .*stands in no array"):
+        run(tmp_path / "work", tmp_path / "rows.json", told)
+
+
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 @pytest.mark.parametrize("name", ["rows.ndjson", "rows.csv", "rows.parquet"])
 def test_a_file_that_breaks_off_at_its_beginning_is_told(

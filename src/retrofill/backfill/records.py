@@ -10,7 +10,7 @@ Lines count from 1. In a JSON array and in the answer of a query, rows have no l
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain
 from typing import Final
 
@@ -128,13 +128,27 @@ def _texts(buffer: bytes, ends: NDArray[np.int64]) -> pa.StringArray:
 def _elements(
     blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
 ) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
-    """Cut a JSON array into its elements: at the commas that stand in nothing but the array."""
-    row, rest, opened = 1, b"", False
+    """Cut a JSON array into its elements, and tell if that was not all of the file."""
+    cut_off = letters.counts[CUT_OFF]
+    row, opened, behind = yield from _array(blocks, piece, letters)
+    others = (part for part in chain((behind,), blocks) if part.strip())
+    shown = next(others, b"").strip()[:1000].decode(errors="replace")
+    if (opened or shown) and letters.counts[CUT_OFF] == cut_off:  # else it was told why
+        reason = "the array has no end" if opened else "it stands in no array, or behind one"
+        letters.add(piece.name, row, CUT_OFF, reason, shown)
+
+
+def _array(
+    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+) -> Generator[tuple[pa.StringArray, NDArray[np.int64]], None, tuple[int, bool, bytes]]:
+    """Cut at the commas that stand in nothing but the array. Returns the last row, whether it is open still, and what follows."""
+    row, rest, opened, behind = 1, b"", False, b""
     for block in blocks:
         buffer = bytearray(rest + block)
         if not opened:
             start = buffer.find(b"[")
             if start < 0:
+                behind = bytes(buffer)
                 break
             buffer[start] = 32
             opened = True
@@ -147,14 +161,17 @@ def _elements(
         rest = bytes(buffer[commas[-1] if len(commas) else 0 :])
         if end is not None:
             rest = rest[: end - (int(commas[-1]) if len(commas) else 0)]
+            behind = bytes(buffer[end + 1 :])
+            opened = False
             break
         if rest and not _bounded(rest, piece, row, letters):
             rest = _nested(rest)
             if len(rest) > _NESTED_MAX:
                 letters.add(piece.name, row, CUT_OFF, "this element is too deep", "")
-                return
+                return row, opened, b""
     if rest.strip():
         yield _texts(rest, np.array([len(rest)])), np.array([row], np.int64)
+    return row, opened, behind
 
 
 def _nested(rest: bytes) -> bytes:
