@@ -77,6 +77,12 @@ def test_what_is_not_good_is_never_kept(text: bytes) -> None:
     assert read(known, DEEP) == [msgspec.json.decode(DEEP)]
 
 
+def test_nulls_beside_it_let_no_object_go_deeper() -> None:
+    with pytest.raises(ValueError, match="levels"):
+        read(Alike(), *[b"null"] * 9, b'{"b":' + DEEP + b"}")
+    assert read(Alike(), b"null", DEEP, b"{}") == [None, msgspec.json.decode(DEEP), {}]
+
+
 def test_events_that_say_the_same_share_the_object_and_others_do_not() -> None:
     plans = (b'{"tier":"gold"}', b'{"tier":"gold"}', b'{"tier":"iron"}', b"null")
     opened(*plans)

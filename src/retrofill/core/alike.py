@@ -59,6 +59,7 @@ def read(texts: list[bytes]) -> list[Object | None]:
     body = b"[" + b",".join(texts) + b"]"
     found = _decode(body)
     _pack(found)  # refuses whole numbers beyond 64 bits
-    if body.count(b"{") + body.count(b"[") > DEPTH_MAX + len(found) and mend.too_deep(*found):
+    spare = body.count(b"{") + body.count(b"[") - 1 - (len(found) - found.count(None))
+    if spare >= DEPTH_MAX and mend.too_deep(*found):
         raise ValueError(f"more than {DEPTH_MAX} levels")
     return found
