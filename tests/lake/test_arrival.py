@@ -97,3 +97,24 @@ def test_what_is_wanted_comes_in_order_and_nothing_else(
             one["event_properties"] = None
     assert [one for part in parts for one in part.to_pylist()] == expected
     assert not list(tmp_path.glob("run-*"))
+
+
+def test_a_long_text_that_many_say_is_held_once_beside_others_that_differ(tmp_path: Path) -> None:
+    """Written out for every row it would be a hundred times as large as what is counted."""
+    seeded, chars = random.Random(1), 500_000
+    others = {"kind": lambda: Kind.EVENT, "project": lambda: 1}
+    files = [
+        lake_file(tmp_path, seeded, 1, sent=lambda: "x" * chars, **others),
+        lake_file(tmp_path, seeded, 2, sent=lambda: str(seeded.random()), **others),
+    ]
+    people = np.arange(1, 20)
+    wanted = Wanted(1, 0, 9, people, displaced=np.zeros(0, np.int64), undone=("", 0, 0))
+    before = pa.total_allocated_bytes()
+    rows = in_arrival(files, wanted, NAMES, tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(arrival, "REFOLD_ROWS", 5)
+        long = sum(len(text) == chars for text in next(rows)["sent"].to_pylist())
+        assert pa.total_allocated_bytes() - before < 25 * chars
+        for part in rows:
+            long += sum(len(text) == chars for text in part["sent"].to_pylist())
+    assert long > 50

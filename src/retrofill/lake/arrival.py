@@ -215,15 +215,16 @@ def _sorted(held: list[pa.Table], rows_max: int) -> Iterator[pa.Table]:
 
 
 def _joined(chunks: list[pa.Array]) -> pa.Array:
-    """Lay arrays of one column into one piece; texts stay numbers if they all are."""
+    """Lay arrays of one column into one piece; texts become numbers if some are: written out they would take any room."""
     told = [chunk for chunk in chunks if chunk.null_count < len(chunk)]
-    kind = told[0].type if told else chunks[0].type
-    if any(chunk.type != kind for chunk in told):
-        kind = pa.string()
-    same = [
-        chunk.cast(kind) if chunk.null_count < len(chunk) else pa.nulls(len(chunk), kind)
-        for chunk in chunks
-    ]
+    types = [chunk.type for chunk in told] or [chunks[0].type]
+    kind = next(filter(pa.types.is_dictionary, types), types[0])
+    same = []
+    for chunk in chunks:
+        if chunk.null_count == len(chunk):
+            same.append(pa.nulls(len(chunk), kind))
+        else:
+            same.append(chunk if chunk.type == kind else chunk.dictionary_encode())
     return pa.chunked_array(same).unify_dictionaries().combine_chunks()
 
 
