@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import numpy as np
-import pyarrow as pa
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -53,18 +52,15 @@ class _Blocks:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._rows: pa.Table | None = None
+        self._columns: list[NDArray[np.int64]] = []  # as `Lake.blocks` has them
 
     def of(self, block: int) -> tuple[int, str]:
         """Return the project whose rows alone are in a block, or 0, and the day on which it was received."""
-        if self._rows is None:
-            self._rows = self._engine.lake.blocks()
-        numbers: NDArray[np.int64] = self._rows["block"].to_numpy()
-        at = int(np.searchsorted(numbers, block, "right")) - 1
+        if not self._columns:
+            self._columns = [column.to_numpy() for column in self._engine.lake.blocks().columns]
+        at = int(np.searchsorted(self._columns[0], block, "right")) - 1
         if at < 0:
             return 0, ""
-        first, last, time = (
-            int(self._rows[name][at].as_py()) for name in ("first", "last", "server_upload_time")
-        )
+        number, first, last, time = (int(column[at]) for column in self._columns)
         day = datetime.fromtimestamp(time / MS_PER_S, UTC).date().isoformat()
-        return first if numbers[at] == block and first == last else 0, day
+        return first if number == block and first == last else 0, day
