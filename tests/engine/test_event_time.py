@@ -451,6 +451,35 @@ def test_an_undo_leaves_what_event_time_makes_of_the_rest(
         server.close()
 
 
+def test_what_repeats_a_restored_import_is_left_out_again_by_either_key(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """Events with an insert_id and without: both kinds of keys go by arrival."""
+    subject, control = (by_time(tmp_path / name, clock) for name in ("subject", "control"))
+    ids = {"event_type": "open", "device_id": "phone-1", "user_id": "ann-111"}
+    live: list[dict[str, Any]] = [
+        ids | {key: said, "time": clock.ms - 10_000 * number, "user_properties": {"n": number}}
+        for number in range(2)
+        for key, said in (("insert_id", f"i-{number}"), ("event_id", number))
+    ]
+    both = (subject, control)
+    for one in [*(one | IMPORT for one in live), *live[:2]]:
+        clock.ms += 1000
+        for server in both:
+            server.send([one])
+    subject.run(subject.engine.undo(1, "old-shop"))
+    for one in live[2:]:
+        clock.ms += 1000
+        for server in both:
+            server.send([one])
+    assert len(subject.seen()["rows"]) == len(live)
+    subject.run(subject.engine.restore(1, "old-shop"))
+    alike(subject, control)
+    assert len(subject.seen()["rows"]) == len(live)
+    for server in both:
+        server.close()
+
+
 IMPORT = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "old-shop"}}
 
 

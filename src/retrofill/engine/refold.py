@@ -218,7 +218,7 @@ class Folding:
         self.people: NDArray[np.int64] = np.zeros(0, np.int64)
         self._contested: set[bytes] = set()
         self._inserts: set[str] = set()  # insert_ids of contested keys
-        self._any_triple = False
+        self._triples: set[tuple[str, int]] = set()  # device_id and event_id of those without
         self._held: dict[bytes, int] = {}  # contested key → server time of the row that holds it
         self._judged: set[tuple[int, int]] | None = None  # (block, row) of repeats
         self._imported: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []  # keys, times
@@ -231,7 +231,12 @@ class Folding:
         new = {packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)}
         new -= self._contested | {NO_KEY}
         self._inserts.update(filter(None, displaced["insert_id"].to_pylist()))
-        self._any_triple |= displaced["insert_id"].null_count > 0
+        sides = (displaced[name].to_pylist() for name in ("insert_id", "device_id", "event_id"))
+        self._triples.update(
+            (device, number)
+            for insert, device, number in zip(*sides, strict=True)
+            if not insert and device and number is not None
+        )
         self._contested |= new
         # Rows folded before may hold them. Only an import's row can: a repeat of a live one is not kept.
         if new and self._imported:
@@ -267,14 +272,23 @@ class Folding:
         return self._freed.parts(rows, telling & seen)
 
     @property
-    def contests(self) -> bool:
-        """Whether rows were left out because an import's row had come before, with insert_ids or without."""
-        return bool(self._contested)
+    def contested(self) -> pa.Table:
+        """What rows say whose keys were left out because an import's row had come before.
 
-    @property
-    def contested(self) -> list[str]:
-        """The insert_ids of rows that were left out because an import's row had come before."""
-        return sorted(self._inserts)
+        insert_id; or none, and device_id and event_id.
+        """
+        inserts, triples = sorted(self._inserts), sorted(self._triples)
+        return pa.table(
+            {
+                "insert_id": pa.array([*inserts, *[None] * len(triples)], pa.string()),
+                "device_id": pa.array(
+                    [*[None] * len(inserts), *(device for device, _ in triples)], pa.string()
+                ),
+                "event_id": pa.array(
+                    [*[None] * len(inserts), *(number for _, number in triples)], pa.int64()
+                ),
+            }
+        )
 
     def judge(self, rows: pa.Table) -> None:
         """Decide which of these, in order of position, repeat an earlier one: that goes by arrival in any fold.
@@ -342,7 +356,7 @@ class Folding:
             good = np.array([place not in self._judged for place in places], bool)
         elif self._contested:
             looked = pc.is_in(rows["insert_id"], value_set=pa.array(self._inserts, pa.string()))
-            if self._any_triple:
+            if self._triples:
                 looked = pc.or_(looked, pc.is_valid(rows["event_id"]))
             at = np.flatnonzero(np.asarray(looked) & candidate)
             if len(at):

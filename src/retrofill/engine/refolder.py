@@ -67,6 +67,10 @@ _DISPLACED = (
     f"kind = {int(Kind.DISPLACED)} AND (device_id IN (SELECT id FROM closure_devices) "
     "OR user_id IN (SELECT id FROM closure_users))"
 )
+_CONTESTED = (
+    "(insert_id IN (SELECT insert_id FROM contested WHERE insert_id IS NOT NULL) OR (insert_id IS NULL "
+    "AND (device_id, event_id) IN (SELECT device_id, event_id FROM contested WHERE event_id IS NOT NULL)))"
+)
 _ARRIVAL = '"block", "row"'
 _MINE = 'import_id = $2 AND "block" > $3 AND "block" <= $4'
 EVERY_BLOCK = 2**62
@@ -572,13 +576,13 @@ class Session:
         )
         ask, folding = self._history.ask, self._folding
         values = [*between, *self._begun.rule.bounds]
-        if folding.contested:
-            inserts = pa.array(folding.contested, pa.string())
-            self._history.register("contested", pa.table({"id": inserts}))
-            judged = f"{chosen} AND insert_id IN (SELECT id FROM contested) ORDER BY {_ARRIVAL}"
+        contested = folding.contested
+        if contested.num_rows:
+            self._history.register("contested", contested)
+            judged = f"{chosen} AND {_CONTESTED} ORDER BY {_ARRIVAL}"
             folding.judge(ask(f"SELECT {COLUMNS} {judged}", values).to_arrow_table())
         names = ", ".join(f'"{name}"' for name in _FOLDED)
-        unfolded = self._begun.rule.show is not None or folding.contests
+        unfolded = self._begun.rule.show is not None or contested.num_rows
         said = f"CASE WHEN kind IN ({_HIDDEN}) THEN event_properties END" if unfolded else "NULL"
         found = f"{names}, file, place, {said}::VARCHAR AS event_properties"
         reader = ask(f"SELECT {found} {chosen} ORDER BY {order.SQL}", values)
