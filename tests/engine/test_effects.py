@@ -46,6 +46,8 @@ def test_what_an_import_did_to_others_is_counted(
     send("desk-3", "eve-333", key="again", **IMPORT, **plan, **{"$skip_user_properties_sync": True})
     send("crm-1", "only-444", **IMPORT, **plan)
     send("desk-3", "eve-333", key="again")
+    group = {"groups": {"org": "x"}, "group_properties": {"n": 1}}
+    send("desk-3", "eve-333", event_type="$groupidentify", **group, **IMPORT)  # not hers
     if sealed:
         server.run(server.engine.seal())
     assert seen(server) == Effects(only_here=1, first_seen=1, properties=1, merges=1, repeats=1)
@@ -53,6 +55,6 @@ def test_what_an_import_did_to_others_is_counted(
     before = len(server.seen()["rows"])
     server.run(server.engine.undo(1, "old-shop"))
     assert seen(server) == Effects(0, 0, 0, 0, 0)
-    assert len(server.seen()["rows"]) == before - 4 + 1
+    assert len(server.seen()["rows"]) == before - 5 + 1
     assert server.seen()["merges"] == []
     server.close()

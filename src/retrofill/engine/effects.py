@@ -37,13 +37,13 @@ def effects(view: View, name: str) -> Effects:
 
 def _people(view: View, name: str) -> tuple[int, int, int]:
     statement = Statement()
-    wanted, event = statement.bind(name), int(Kind.EVENT)
+    wanted, event, of_group = statement.bind(name), int(Kind.EVENT), int(Kind.GROUP_IDENTIFY)
     source = view.source(
         ("import_id", "amplitude_id", "event_time", "flags", "sent"),
         select=(
             f"import_id IS NOT DISTINCT FROM {wanted} AS mine",
             *("amplitude_id", "kind", "event_time"),
-            f"sent IS NOT NULL AND flags & {_IDLE} = 0 AS sets",
+            f"sent IS NOT NULL AND flags & {_IDLE} = 0 AND kind <> {of_group} AS sets",
         ),
         where="amplitude_id > 0",
         kinds=_KINDS,
