@@ -21,7 +21,12 @@ from tests.lake.blocks import START_MS
 from retrofill.config import Project
 from retrofill.core.person import Person
 from retrofill.engine.deletion import Deletions
-from retrofill.limits import PERSON_READS_PER_PROJECT, READS_PER_PROJECT, Limits
+from retrofill.limits import (
+    PERSON_READS_PER_PROJECT,
+    READ_THREADS,
+    READS_PER_PROJECT,
+    Limits,
+)
 from retrofill.server.app import App
 from retrofill.server.read import Reads
 
@@ -58,13 +63,22 @@ class Site:
         self.deletions = Deletions(
             folder / "deletions.sqlite", self.clock, days=lambda _: self.limits.deletion_days
         )
+        self.late: dict[int, tuple[asyncio.Barrier, asyncio.Event]] = {}
         self.reads = Reads(
-            self.stored.reader, self.deletions, limits=lambda _: self.limits, clock=self.clock
+            self.stored.reader,
+            self.deletions,
+            limits=lambda _: self.limits,
+            clock=self.clock,
+            settle=self.settle,
         )
-        engine = FakeEngine()
-        engine.projects = {KEY: Project(PROJECT, "shop", KEY, SECRET)}
+        self.engine = FakeEngine()
+        self.engine.projects = {KEY: Project(PROJECT, "shop", KEY, SECRET)}
         self.app = App(clock=Clock())
-        self.app.open(engine, self.reads.routes())
+        self.app.open(self.engine, self.reads.routes())
+
+    async def settle(self, project: int) -> None:
+        for one in self.late.get(project, ()):
+            await one.wait()
 
     def run(
         self, use: Callable[[httpx.AsyncClient], Awaitable[Any]], auth: Any = (KEY, SECRET)
@@ -124,6 +138,27 @@ def test_people_are_searched_and_shown(site: Site) -> None:
     assert [row["$insert_id"] for row in shown["events"]] == ["1"]
     unknown = site.get("/api/2/useractivity", user=77, limit=5, offset=0, direction="earliest")
     assert (unknown.status_code, unknown.json()["events"]) == (200, [])
+
+
+def test_who_waits_for_late_events_keeps_no_other_project_waiting(site: Site) -> None:
+    other, count = "a" * 32, READ_THREADS + 1
+    site.engine.projects[other] = Project(PROJECT + 1, "other", other, SECRET)
+    search = "/api/2/usersearch?user=user-1"
+
+    async def use(client: httpx.AsyncClient) -> tuple[httpx.Response, list[httpx.Response]]:
+        come, done = site.late[PROJECT] = asyncio.Barrier(count + 1), asyncio.Event()
+        late = [asyncio.create_task(client.get(search)) for _ in range(count)]
+        await come.wait()
+        listed = await client.get("/api/2/deletions/users?start_day=2026-01-01&end_day=2026-01-02")
+        assert listed.status_code == 200
+        found = await client.get(search, auth=(other, SECRET))
+        assert not any(task.done() for task in late)
+        done.set()
+        return found, await asyncio.gather(*late)
+
+    found, late = site.run(use)
+    assert (found.status_code, found.json()["matches"]) == (200, [])
+    assert [len(one.json()["matches"]) for one in late] == [1] * count
 
 
 def test_charts_answer_in_their_shapes(site: Site) -> None:

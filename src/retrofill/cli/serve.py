@@ -127,7 +127,8 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         asyncio.run(engine.close())
         raise
     reader = engine.reader()
-    reads = Reads(reader, deletions, limits=engine.limits, clock=clock)
+    late = engine.event_time
+    reads = Reads(reader, deletions, limits=engine.limits, clock=clock, settle=late.settle)
 
     def close() -> None:
         reads.close()

@@ -7,7 +7,7 @@ are marked. So readers see what a fold of everything in event time ends in, and 
 
 A change of history in such a project takes the marks with it that it finds. Late events that come while it is under way
 mark whom they touch, in the old state and in what the change makes of it; these marks stay, and are folded again when
-it has ended. Who wants to read meanwhile waits for that, a while at most.
+it has ended. Who wants to read once one has come waits for all of that.
 
 The switch folds the whole project the other way. Blocks after its swap are folded so; the setting follows when the
 checkpoint has.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,12 +53,27 @@ _USERMAP_IDS_MAX = 100
 _decode_ids = msgspec.json.Decoder(list[str | int]).decode
 
 
+async def _nobody_waits(_project: int) -> None:
+    pass
+
+
 class Reads:
-    """The read endpoints of one server. close: waits for what runs."""
+    """The read endpoints of one server. close: waits for what runs.
+
+    settle: waits until what came late to a project shows. A view waits too, but in a thread, which is then missing to
+    all other projects: as long as a change of history takes that is under way.
+    """
 
     def __init__(
-        self, reader: Reader, deletions: Deletions, *, limits: Callable[[int], Limits], clock: Clock
+        self,
+        reader: Reader,
+        deletions: Deletions,
+        *,
+        limits: Callable[[int], Limits],
+        clock: Clock,
+        settle: Callable[[int], Awaitable[None]] = _nobody_waits,
     ) -> None:
+        self._settle = settle
         self._reader = reader
         self._deletions = deletions
         self._limits = limits
@@ -204,6 +219,7 @@ class Reads:
             "deletions",
             DELETIONS_PER_PROJECT,
             lambda: [_job(job, number) for job in self._deletions.jobs(number, first, last)],
+            of_rows=False,
         )
 
     async def delete(self, request: Request) -> Response:
@@ -231,6 +247,7 @@ class Reads:
             lambda: _entry(
                 self._deletions.take_back(number, amplitude_id, day), with_user_id=False
             ),
+            of_rows=False,
         )
 
     async def _chart(self, request: Request, ask: Callable[[View], Any]) -> Response:
@@ -254,16 +271,29 @@ class Reads:
         number = _project(request)
         with contextlib.ExitStack() as held:
             held.enter_context(self.place(number, "reads", READS_PER_PROJECT))
+            await self._settle(number)
             found = await self.run(lambda: export(self._reader, number, hours, bytes_max=bytes_max))
             if found is None:
                 raise HTTPException(404, empty)
             return _Archive(found, self._threads, held.pop_all(), number)
 
     async def answer(
-        self, request: Request, kind: str, most: int, ask: Callable[[], Any]
+        self,
+        request: Request,
+        kind: str,
+        most: int,
+        ask: Callable[[], Any],
+        *,
+        of_rows: bool = True,
     ) -> Response:
-        """Answer with what a question finds, as JSON. most: requests of the project and this kind at once."""
-        with self.place(_project(request), kind, most):
+        """Answer with what a question finds, as JSON. most: requests of the project and this kind at once.
+
+        of_rows: whether it opens a view.
+        """
+        number = _project(request)
+        with self.place(number, kind, most):
+            if of_rows:
+                await self._settle(number)
             body = await self.run(lambda: msgspec.json.encode(ask()))
         return Response(body, media_type="application/json")
 

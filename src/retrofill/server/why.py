@@ -27,11 +27,11 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
     async def ask(request: Request) -> Response:
         question = _question(request)
         number = request.state.project.number
-        by_time = engine.settings(number).property_time == "event"
-        barred = engine.state.project(number).barred
 
         def answer() -> Answer:
-            with reader.view(number) as view:
+            with reader.view(number) as view:  # a change of both may have ended while it was opened
+                by_time = engine.settings(number).property_time == "event"
+                barred = engine.state.project(number).barred
                 return why(view, question, by_time=by_time, barred=barred)
 
         return await reads.answer(request, "people", PERSON_READS_PER_PROJECT, answer)
