@@ -12,6 +12,7 @@ import pytest
 from tests.engine.test_changed import lake_file
 
 from retrofill.core.block import Kind
+from retrofill.errors import StoreError
 from retrofill.lake import arrival
 from retrofill.lake.arrival import Wanted, in_arrival, positions
 from retrofill.lake.arrow import SCHEMA
@@ -118,3 +119,14 @@ def test_a_long_text_that_many_say_is_held_once_beside_others_that_differ(tmp_pa
         for part in rows:
             long += sum(len(text) == chars for text in part["sent"].to_pylist())
     assert long > 50
+
+
+def test_a_run_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when no room is left: the change is not to blame."""
+    monkeypatch.setattr(arrival, "REFOLD_SORT_BYTES", 1)
+    files = files_of(random.Random(1), tmp_path)
+    wanted = Wanted(1, 0, 9, np.arange(20), np.zeros(0, np.int64), undone=("", 0, 0))
+    with pytest.raises(StoreError, match="file system"):
+        next(in_arrival(files, wanted, NAMES, tmp_path / "gone"))

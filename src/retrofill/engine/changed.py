@@ -48,7 +48,7 @@ class Changed:
         self.places: list[pa.Table] = []
 
     def add(self, rows: pa.Table) -> None:
-        """Set rows aside: the columns ASIDE, as they must be and where they stand (`History`)."""
+        """Set rows aside: the columns ASIDE, as they must be and where they stand (`History`). Raises StoreError."""
         if not rows.num_rows:
             return
         file = rows["file"].to_numpy().astype(np.int64)
@@ -71,6 +71,7 @@ class Changed:
         ends = [*firsts[1:].tolist(), rows.num_rows]
         batches, count = {}, 0
         with (
+            parquet.told(path),
             pa.OSFile(str(path), "wb") as out,
             pa.ipc.new_file(out, _SET_ASIDE, options=options) as writer,
         ):

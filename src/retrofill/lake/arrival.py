@@ -106,7 +106,7 @@ def in_arrival(
     """Yield wanted rows in order of position, some thousands at a time, with the place of the file and theirs in it.
 
     columns: of which `file` and `place` follow, import_id among them; of_hidden: further ones, null but on hidden rows.
-    scratch: a folder for runs. Raises StoreError if a file cannot be read.
+    scratch: a folder for runs. Raises StoreError if a file cannot be read, or a run not be written.
     """
     runs: list[Iterator[pa.Table]] = []
     held: list[pa.Table] = []
@@ -239,6 +239,7 @@ def _lay(path: Path, tables: Iterator[pa.Table]) -> None:
     first = next(tables)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with (
+        parquet.told(path),
         pa.OSFile(str(path), "wb") as out,
         pa.ipc.new_stream(out, first.schema, options=options) as writer,
     ):
