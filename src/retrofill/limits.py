@@ -117,7 +117,7 @@ REFOLD_GROUP_ROWS = 4_000  # of these read back at a time
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
 REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time
-REFOLD_TAIL_BYTES = 64 * 1024 * 1024  # or bodies and snapshots of this size
+REFOLD_TAIL_BYTES = 64 * 1024 * 1024  # or bodies and rows' snapshots of this size
 REFOLD_TAIL_ROWS = (
     6_000  # rows that may be left for the pause; folding them takes some hundredths of a second
 )

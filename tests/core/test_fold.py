@@ -293,6 +293,10 @@ def test_a_block_holds_each_snapshot_once_and_one_that_repeats_it_says_the_same(
     assert same(kept(0, 1, 0, 1, 0), block)
     assert not same(kept(0, 1, 0, 1, 1), block)
     assert not same(replace(kept(0, 1, 0, 1, 0), number=7), block)
+    assert block.wide_bytes == kept(0, 1, 0, 1, 0).payload_bytes > block.payload_bytes
+    assert replace(block, table=array("i", [-1] * 5).tobytes()).wide_bytes == len(
+        block.parts[0].body
+    )
 
 
 def test_blocks_without_rows_that_show_anything_can_be_compared() -> None:
@@ -301,4 +305,5 @@ def test_blocks_without_rows_that_show_anything_can_be_compared() -> None:
     block = history.blocks[-1]
     empty = replace(block, parts=[], kind=b"", flags=b"", table=b"", tables=[])
     assert same(empty, empty)
+    assert empty.wide_bytes == 0
     assert not same(empty, replace(empty, number=9))

@@ -8,6 +8,7 @@ position. Nothing in a row depends on when or where it is made from the block.
 
 from __future__ import annotations
 
+from array import array
 from enum import IntEnum, IntFlag
 
 import msgspec
@@ -158,6 +159,13 @@ class Block(Struct, array_like=True, frozen=True, gc=False):
     def payload_bytes(self) -> int:
         """How large its bodies and snapshots are, by far most of it."""
         return sum(len(part.body) for part in self.parts) + sum(map(len, self.tables))
+
+    @property
+    def wide_bytes(self) -> int:
+        """How large its bodies and snapshots are where every row has its own, as a reader's rows do."""
+        sizes = [*map(len, self.tables), 0]  # the last one of rows that show none
+        shown = sum([sizes[place] for place in array("i", self.table)])
+        return sum(len(part.body) for part in self.parts) + shown
 
 
 def same(one: Block, other: Block) -> bool:

@@ -763,7 +763,7 @@ def _fitting(task: Tail) -> list[Block]:
         if block.number != task.first + len(blocks):
             break
         blocks.append(block)
-        left_bytes -= block.payload_bytes
+        left_bytes -= block.wide_bytes
         if left_bytes < 0:
             return blocks
     if len(blocks) != task.last - task.first + 1:
