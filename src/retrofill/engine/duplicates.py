@@ -489,7 +489,10 @@ def packed_of_rows(rows: pa.Table, limits: Limits, *, own: bool = False) -> byte
         )
     if all(inserts) or not limits.dedupe_triple:
         return packed
-    without = [at for at, insert in enumerate(inserts) if not insert]
+    numbers = rows["event_id"].to_pylist()
+    without = [at for at, insert in enumerate(inserts) if not insert and numbers[at] is not None]
+    if not without:
+        return packed
     keys = dedupe.table_of(packed).copy()
     for at, row in zip(without, rows.take(pa.array(without)).to_pylist(), strict=True):
         name = str(row["import_id"] or "") if own else ""
