@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from contextlib import closing
@@ -9,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 from tests.backfill.test_commands import call as command
 from tests.backfill.test_commands import source
+from tests.engine.test_event_time import by_time
 from tests.server.live import Live
 from tests.server.test_project import call
+from tests.stateful.test_engine import FakeClock
 
 from retrofill.backfill import verify as verifying
+from retrofill.engine.deletion import Deletions
+from retrofill.errors import ConflictError
+from retrofill.server.imports import ImportRoutes
+from retrofill.server.read import Reads
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +146,41 @@ def test_verify_reads_back_the_import_alone(
         assert found.exit_code == 0, found.output
         assert "320 sent · 320 read back · 0 missing" in found.stdout
         assert "0 out of order · 201 stored before, not by this import" in found.stdout
+
+
+def test_an_undo_that_late_events_wait_for_can_be_called_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = by_time(tmp_path / "data", FakeClock())
+    engine, clock = subject.engine, subject.clock
+    now = clock.ms
+    subject.send([of("old", time=now, insert_id="a"), of("", time=now, insert_id="b")])
+    deletions = Deletions(tmp_path / "deletions.sqlite", clock, days=lambda _: 1)
+    reader, late = engine.reader(), engine.event_time
+    reads = Reads(reader, deletions, limits=engine.limits, clock=clock, settle=late.settle)
+    routes = ImportRoutes(engine, reader, reads, clock)
+    (project,) = engine.all_projects()
+    request = Request({"type": "http", "path_params": {"id": "old"}, "state": {"project": project}})
+    heard, cancel = asyncio.Event(), engine.cancel
+    asked: list[asyncio.Task[Response]] = []
+
+    async def hear(*what: Any) -> Any:
+        heard.set()
+        return await cancel(*what)
+
+    async def meddle() -> None:
+        if not asked:
+            await subject.post([of("", time=now - 1000, insert_id="c")])
+            assert late.late_since(1)
+            asked.append(asyncio.create_task(routes.cancel(request)))
+            await asyncio.wait_for(heard.wait(), 60)
+
+    monkeypatch.setattr(engine, "cancel", hear)
+    subject.meddle = meddle
+    with pytest.raises(ConflictError, match="called off"):
+        subject.run(engine.undo(1, "old"))
+    answer = subject.run(asked[0])
+    assert (answer.status_code, json.loads(answer.body)["state"]) == (200, "open")
+    reads.close()
+    deletions.close()
+    subject.close()

@@ -123,7 +123,9 @@ class ImportRoutes:
     async def cancel(self, request: Request) -> Response:
         """POST /api/1/imports/{id}/cancel: an undo or restore that has changed nothing yet is called off."""
         number, name = request.state.project.number, request.path_params["id"]
-        await self._answer(request, lambda: self._one(number, name))
+        # To look for its rows may be to wait for the very change, where events came late.
+        if name not in await self._reads.run(lambda: self._engine.tried(number)):
+            await self._answer(request, lambda: self._one(number, name))
         await self._engine.cancel(number, name)
         return await self._answer(request, lambda: self._one(number, name))
 
