@@ -218,6 +218,7 @@ class Folding:
         self.people: NDArray[np.int64] = np.zeros(0, np.int64)
         self._contested: set[bytes] = set()
         self._inserts: set[str] = set()  # insert_ids of contested keys
+        self._wanted: pa.Array | None = None  # the same, made once for many rows
         self._triples: set[tuple[str, int]] = set()  # device_id and event_id of those without
         self._held: dict[bytes, int] = {}  # contested key → server time of the row that holds it
         self._judged: set[tuple[int, int]] | None = None  # (block, row) of repeats
@@ -231,6 +232,7 @@ class Folding:
         new = {packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)}
         new -= self._contested | {NO_KEY}
         self._inserts.update(filter(None, displaced["insert_id"].to_pylist()))
+        self._wanted = None
         sides = (displaced[name].to_pylist() for name in ("insert_id", "device_id", "event_id"))
         self._triples.update(
             (device, number)
@@ -355,7 +357,9 @@ class Folding:
             places = zip(rows["block"].to_pylist(), rows["row"].to_pylist(), strict=True)
             good = np.array([place not in self._judged for place in places], bool)
         elif self._contested:
-            looked = pc.is_in(rows["insert_id"], value_set=pa.array(self._inserts, pa.string()))
+            if self._wanted is None:
+                self._wanted = pa.array(self._inserts, pa.string())
+            looked = pc.is_in(rows["insert_id"], value_set=self._wanted)
             if self._triples:
                 looked = pc.or_(looked, pc.is_valid(rows["event_id"]))
             at = np.flatnonzero(np.asarray(looked) & candidate)
