@@ -646,3 +646,24 @@ def test_an_exposure_becomes_the_event_that_it_stands_for(
     assert found.events[1].user_properties == user
     again = event.decode(found.body)
     assert (again[1].event_type, again[1].user_properties) == ("[Experiment] Exposure", user)
+
+
+def test_a_variant_is_held_to_what_a_property_may_be() -> None:
+    """As the user's it is two objects deeper; and what nobody can save would stop the server."""
+    most = DEPTH_MAX - 2
+
+    def said(variant: object) -> bytes:
+        props = {"flag_key": "f", "variant": variant}
+        return body(one(event_type="$exposure", event_properties=props))
+
+    kept = batch(said(nested(most))).events[0].user_properties
+    assert kept == {"$set": {"[Experiment] f": nested(most)}}
+    for variant in (nested(most + 1), 10**400):
+        assert faults(said(variant)) == [(0, "event_properties", "invalid")]
+    assert batch(said(10**25)).events[0].user_properties == {"$set": {"[Experiment] f": 1e25}}
+
+
+def test_what_was_stored_before_it_was_refused_can_be_read() -> None:
+    for props in (nested(DEPTH_MAX + 1), {"a": 10**25}):
+        stored = json.dumps({"events": [one(user_properties=props), one()]}).encode()
+        assert [found.user_properties for found in event.decode(stored)] == [props, None]

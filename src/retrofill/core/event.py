@@ -231,9 +231,14 @@ RESERVED = frozenset(
 
 
 def decode(body: bytes) -> list[Event]:
-    """Return the events of a `Batch.body`."""
+    """Return the events of a `Batch.body`, which was good when it was stored, whatever is asked by now."""
     events = _decode_stored(body).events
-    _share(events)
+    try:
+        _share(events)
+    except _ODD:
+        for event in events:
+            if event.user_properties:
+                event.user_properties = mend.value(cast("Raw", event.user_properties))
     return events
 
 
@@ -511,7 +516,7 @@ def _mend(event: Event, doubts: _Doubts, rules: _Rules, notes: _Notes) -> None:
     if doubts.objects:
         _mend_objects(event, rules, notes)
     if doubts.exposures and event.event_type == EXPOSURE and not notes.faults:
-        _expose(event)
+        _expose(event, notes)
     if doubts.strings:
         _cut_strings(event)
 
@@ -654,10 +659,15 @@ def _mend_objects(event: Event, rules: _Rules, notes: _Notes) -> None:
         notes.add("invalid", "user_properties", "an operation that does not exist")
 
 
-def _expose(event: Event) -> None:
+def _expose(event: Event, notes: _Notes) -> None:
     """Turn `$exposure` into the event that it stands for."""
     found = mend.value(event.event_properties) if event.event_properties else None
     properties_, sent = mend.exposure(found, event.user_properties or {})
+    try:
+        sent = _check_properties(sent)  # a variant may be anything, and is a property now
+    except ValueError as problem:
+        notes.add("invalid", "event_properties", str(problem))
+        return
     event.event_type = EXPOSED
     event.event_properties = Raw(_encode(properties_))
     event.user_properties = sent or None
