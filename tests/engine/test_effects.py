@@ -9,6 +9,7 @@ import pytest
 from tests.engine.test_undo import Server
 from tests.stateful.test_engine import FakeClock
 
+from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.effects import Effects, effects
 
 IMPORT = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "old-shop"}}
@@ -16,7 +17,7 @@ IMPORT = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "
 
 def seen(server: Server, name: str = "old-shop") -> Effects:
     with server.engine.reader().view(1) as view:
-        return effects(view, name)
+        return effects(view, name, server.engine.limits(1))
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -57,4 +58,29 @@ def test_what_an_import_did_to_others_is_counted(
     assert seen(server) == Effects(0, 0, 0, 0, 0)
     assert len(server.seen()["rows"]) == before - 5 + 1
     assert server.seen()["merges"] == []
+    server.close()
+
+
+@pytest.mark.parametrize("scope", ["project+device", "project"])
+def test_repeats_are_counted_by_the_keys_that_left_them_out(scope: str, tmp_path: Path) -> None:
+    server = Server(tmp_path / "data", FakeClock())
+    server.engine.set_settings(1, ProjectSettings({"dedupe_scope": scope}))
+    now = server.clock.ms
+
+    def send(device: str, **said: Any) -> None:
+        server.clock.ms += 1000
+        server.send([{"event_type": "View", "device_id": device, "time": now, **said}])
+
+    group = {"event_type": "$groupidentify", "groups": {"org": "x"}, "group_properties": {"n": 1}}
+    keys: list[dict[str, Any]] = [{"insert_id": "a"}, {"event_id": 7}, group | {"insert_id": "g"}]
+    for key in keys:
+        send("phone-1", **key, **IMPORT)
+    for key in keys:  # those that count on any device
+        send("phone-1" if "event_id" in key else "desk-2", **key)
+    send("phone-1", event_id=8)
+    before = len(server.seen()["rows"])
+    count = {"project+device": 2, "project": 3}[scope]
+    assert seen(server).repeats == count
+    server.run(server.engine.undo(1, "old-shop"))
+    assert len(server.seen()["rows"]) == before - 3 + count
     server.close()

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from retrofill.core.block import Flag, Kind
 from retrofill.engine.query import Statement, View
+from retrofill.limits import Limits
 
 _KINDS = (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY)
 _IDLE = int(Flag.SKIP | Flag.UPDATE_DROPPED)
@@ -30,9 +31,9 @@ class Effects(Struct, frozen=True):
     repeats: int
 
 
-def effects(view: View, name: str) -> Effects:
-    """Return what an import did to others, nothing of one that has no rows."""
-    return Effects(*_people(view, name), _merges(view, name), _repeats(view, name))
+def effects(view: View, name: str, limits: Limits) -> Effects:
+    """Return what an import did to others, nothing of one that has no rows. limits: of the project."""
+    return Effects(*_people(view, name), _merges(view, name), _repeats(view, name, limits))
 
 
 def _people(view: View, name: str) -> tuple[int, int, int]:
@@ -90,14 +91,23 @@ def _merges(view: View, name: str) -> int:
     return int(found)
 
 
-def _repeats(view: View, name: str) -> int:
+def _repeats(view: View, name: str, limits: Limits) -> int:
     statement = Statement()
-    names, wanted = ("device_id", "insert_id", "import_id"), statement.bind(name)
-    displaced = view.source(
-        names, where=f"import_id IS DISTINCT FROM {wanted}", kinds=(Kind.DISPLACED,)
+    wanted = statement.bind(name)
+    names = ("device_id", "event_type", "insert_id", "event_id", "client_event_time", "import_id")
+    whole = "true" if limits.dedupe_scope == "project" else "event_type = '$groupidentify'"
+    key = (  # as `duplicates` has it
+        f"CASE WHEN insert_id IS NOT NULL AND {whole} THEN '' ELSE device_id END AS device",
+        "coalesce(insert_id || ' ', event_id || '/' || client_event_time) AS said",
     )
-    rows = view.source(names, where=f"import_id = {wanted}", kinds=_KINDS)
+    displaced = view.source(
+        names,
+        select=key,
+        where=f"import_id IS DISTINCT FROM {wanted}",
+        kinds=(Kind.DISPLACED,),
+    )
+    rows = view.source(names, select=key, where=f"import_id = {wanted}", kinds=_KINDS)
     (found,) = view.ask(
-        f"SELECT count(*) FROM {displaced} SEMI JOIN {rows} USING (device_id, insert_id)", statement
+        f"SELECT count(*) FROM {displaced} SEMI JOIN {rows} USING (device, said)", statement
     ).fetchone()
     return int(found)

@@ -91,7 +91,7 @@ class ImportRoutes:
         def ask() -> Effects:
             self._one(number, name)  # 404 if there is none
             with self._reader.view(number) as view:
-                return effects(view, name)
+                return effects(view, name, self._engine.limits(number))
 
         return await self._answer(request, ask)
 
