@@ -198,15 +198,21 @@ def test_deleting_people_takes_what_is_hidden_of_them(lake: Lake) -> None:
         ({"device_id": "device-4"}, 1, Kind.UNDONE),
         ({"user_id": "user-2", "device_id": "device-1"}, 2, Kind.UNDONE),
         ({"device_id": "device-3"}, 3, Kind.EVENT),
+        # Another user had her number before, and a third one the number that she had.
+        ({"user_id": "user-3", "device_id": "device-5"}, 1, Kind.UNDONE),
+        ({"user_id": "user-3", "device_id": "device-5"}, 0, Kind.DISPLACED),
+        ({"device_id": "device-5"}, 0, Kind.DISPLACED),
+        ({"user_id": "user-4", "device_id": "device-6"}, 3, Kind.UNDONE),
     ]
     events = [{"event_type": "e", **ids} for ids, _, _ in rows]
     people = [person for _, person, _ in rows]
     kinds = [kind for _, _, kind in rows]
     seal(lake, [block_of(events, people=people, kinds=kinds)])
     seal(lake, [block_of(events, people=people, kinds=kinds, project=8, number=2)])
-    assert lake.delete(7, [1]) == 7
-    assert [row for block, row in positions(lake) if block == 1] == [2, 3, 5, 6, 11, 12]
-    assert [row for block, row in positions(lake) if block == 2] == list(range(13))
+    assert lake.delete(7, [1]) == 8
+    left = [2, 3, 5, 6, 11, 12, 14, 15, 16]
+    assert [row for block, row in positions(lake) if block == 1] == left
+    assert [row for block, row in positions(lake) if block == 2] == list(range(17))
     assert lake.delete(7, [1]) == 0
 
 

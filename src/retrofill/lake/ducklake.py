@@ -69,22 +69,25 @@ WHERE table_name = 'events' AND ducklake_table.end_snapshot IS NULL AND ducklake
 """  # noqa: S608 - a name of ours
 # The first question of a transaction: it reads this snapshot from then on.
 _PIN = "SELECT id FROM ducklake_current_snapshot('lake')"
-# A displaced row is of nobody yet, and one that was undone is of whom it would be if it were there.
+# A displaced row is of nobody yet, and one that was undone is of whom it would be if it were there. Whose number it has
+# may be another user by now: so it says nothing of who they are.
 _HIDDEN_OF = f"""
 WITH hidden AS (
     SELECT "partition", "block", "row", kind, amplitude_id, user_id, device_id FROM lake.events
     WHERE project = $1 AND kind BETWEEN {int(Kind.DISPLACED)} AND {int(Kind.UNDONE)}
         AND amplitude_id NOT IN (SELECT unnest($2))
-), theirs AS (
-    SELECT DISTINCT user_id, device_id FROM lake.events
+), own AS (
+    SELECT DISTINCT user_id, device_id, kind = {int(Kind.UNDONE)} AS undone FROM lake.events
     WHERE project = $1 AND amplitude_id IN (SELECT unnest($2))
-), users AS (SELECT user_id FROM theirs WHERE user_id IS NOT NULL)
+), users AS (SELECT user_id FROM own WHERE user_id IS NOT NULL AND NOT undone),
+devices AS (SELECT device_id FROM own WHERE device_id IS NOT NULL AND (user_id IS NULL OR user_id IN (FROM users)))
 SELECT "partition", "block", "row" FROM hidden
-WHERE user_id IN (FROM users)
-    OR (user_id IS NULL AND device_id IN (SELECT device_id FROM theirs WHERE device_id IS NOT NULL))
+WHERE user_id IN (FROM users) OR (user_id IS NULL AND (
+    device_id IN (FROM devices)
     OR (kind = {int(Kind.UNDONE)} AND amplitude_id IN (
         SELECT amplitude_id FROM hidden WHERE kind = {int(Kind.UNDONE)} AND amplitude_id > 0 AND user_id IN (FROM users)
     ))
+))
 """  # noqa: S608 - numbers of ours
 _FETCH_ROWS = 20_000
 # What decides whether an event is a duplicate, with its place.
