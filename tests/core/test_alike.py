@@ -53,16 +53,22 @@ def test_a_long_text_is_read_each_time() -> None:
     assert said[1] is not said[2]
 
 
-def test_it_begins_anew_at_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alike, "ALIKE_MAX", 2)
+@pytest.mark.parametrize(("bound", "most"), [("ALIKE_MAX", 2), ("ALIKE_TOTAL_BYTES", 20)])
+def test_it_begins_anew_at_its_bounds(
+    bound: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alike, bound, most)
     known = Alike()
     texts = [b'{"a":%d}' % number for number in range(3)]
     for _ in range(2):
-        read(known, *texts)
-    kept = read(known, *texts)
-    assert kept == [{"a": 0}, {"a": 1}, {"a": 2}]
-    read(known, *texts)
-    assert read(known, *texts) == kept
+        read(known, *texts[:2])
+    before = read(known, *texts[:2])
+    assert all(one is two for one, two in zip(before, read(known, *texts[:2]), strict=True))
+    for _ in range(2):
+        read(known, texts[2])
+    again = read(known, *texts)
+    assert again == [{"a": 0}, {"a": 1}, {"a": 2}]
+    assert again[0] is not before[0]
 
 
 @pytest.mark.parametrize(

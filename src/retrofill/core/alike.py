@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from retrofill.core import mend
-from retrofill.limits import ALIKE_BYTES_MAX, ALIKE_MAX, DEPTH_MAX
+from retrofill.limits import ALIKE_BYTES_MAX, ALIKE_MAX, ALIKE_TOTAL_BYTES, DEPTH_MAX
 
 Object = dict[str, Any]
 
@@ -24,10 +24,11 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Alike:
-    """The texts that came twice. Emptied at its bound."""
+    """The texts that came twice. Emptied at its bounds."""
 
     def __init__(self) -> None:
         self._kept: dict[bytes, Object | None] = {}
+        self._bytes = 0
         self._marks = bytearray(_MARKS)
 
     def read(self, texts: list[bytes]) -> list[Object | None]:
@@ -43,10 +44,12 @@ class Alike:
                 place, tag = mark % _MARKS, mark >> 32 & 0xFF
                 if marks[place] != tag:
                     marks[place] = tag
-                elif len(text) <= ALIKE_BYTES_MAX:
+                elif len(text) <= ALIKE_BYTES_MAX and text not in kept:
                     kept[text] = one
-            if len(kept) > ALIKE_MAX:
+                    self._bytes += len(text)
+            if len(kept) > ALIKE_MAX or self._bytes > ALIKE_TOTAL_BYTES:
                 kept.clear()
+                self._bytes = 0
         return found
 
 
