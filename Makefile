@@ -32,8 +32,8 @@ demo: $(RUNTIME) ## send two real histories into a fresh server, read them back,
 test: $(DEV) ## all tests but the long ones, under ten minutes
 	@$(RUN) -m pytest -q -n 3 --dist load --maxschedchunk 1 -m "not long"
 
-test-fast: $(DEV) ## tests without processes and sockets, under one minute
-	@$(RUN) -m pytest -q -m "not slow and not long"
+test-fast: $(DEV) ## tests without processes and sockets, two or three minutes
+	@$(RUN) -m pytest -q -n 2 --dist load --maxschedchunk 1 -m "not slow and not long"
 
 test-long: $(DEV) $(NODE) ## the long tests: 200 kills, Node's SDK, wide searches
 	@HYPOTHESIS_PROFILE=long $(RUN) -m pytest -q -n 2 --dist worksteal -m "long or hypothesis" --timeout 3600
