@@ -420,8 +420,10 @@ class Change:
             keys = np.stack([rows["high"].to_numpy(), rows["low"].to_numpy()], axis=1)
             blocks = rows["block"].to_numpy()
             forever = rows["forever"].to_numpy(zero_copy_only=False)
-            for block in np.unique(blocks).tolist():
-                mine = blocks == block
+            order = np.argsort(blocks, kind="stable")
+            every, firsts = np.unique(blocks[order], return_index=True)
+            theirs = np.split(order, firsts[1:])
+            for block, mine in zip(every.tolist(), theirs, strict=True):
                 self._host.duplicates.expect(keys[mine], block, forever=forever[mine])
                 await asyncio.sleep(0)
 
