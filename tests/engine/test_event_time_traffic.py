@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from tests.core.permuted import BEGUN_MS, Sent, history
 from tests.engine.test_event_time import IMPORT, alike, by_time, plans, send, settings, settled
-from tests.engine.test_undo import Server, Wire, same
+from tests.engine.test_undo import Server, Wire, same, with_small_tails
 from tests.stateful.test_engine import FakeClock
 
-from retrofill.engine import change, refolder
 from retrofill.engine.refolder import Done, Rekey, Task, ThreadRefolder
 from retrofill.errors import ConflictError, MissingError
 
@@ -145,10 +144,7 @@ def tell(control: Server, told: list[tuple[int, Wire, str]]) -> None:
 def test_changes_beside_traffic_end_in_what_a_control_has(
     seed: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", seed % 4)
-    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 1 + seed % 5)
-    monkeypatch.setattr(change, "REFOLD_TAILS_MAX", seed % 3)
-    monkeypatch.setattr(refolder, "REFOLD_TAIL_BYTES", 10**9 * (seed % 2))
+    with_small_tails(monkeypatch, seed)
     subject = by_time(tmp_path / "subject", clock, "event" if seed % 4 else "arrival")
     began_ms = clock.ms
     life = Life(2000 + seed, subject)

@@ -287,6 +287,14 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
     control.close()
 
 
+def with_small_tails(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Have a change of history fold what comes meanwhile a few rows at a time, by seed."""
+    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", seed % 4)
+    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 1 + seed % 5)
+    monkeypatch.setattr(change, "REFOLD_TAILS_MAX", seed % 3)
+    monkeypatch.setattr(refolder, "REFOLD_TAIL_BYTES", 10**9 * (seed % 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(30, 500))]
@@ -295,10 +303,7 @@ def test_traffic_and_crashes_while_an_import_is_undone_leave_no_trace_of_it(
     seed: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above, with requests answered between any two steps of undo and restore, and stops there."""
-    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", seed % 4)
-    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 1 + seed % 5)
-    monkeypatch.setattr(change, "REFOLD_TAILS_MAX", seed % 3)
-    monkeypatch.setattr(refolder, "REFOLD_TAIL_BYTES", 10**9 * (seed % 2))
+    with_small_tails(monkeypatch, seed)
     story = Story(1000 + seed, Server(tmp_path / "subject", clock))
     control = Server(tmp_path / "control", clock)
     subject = story.subject

@@ -28,6 +28,7 @@ from retrofill.core.row import SHOWN, Vocabulary
 from retrofill.engine.changed import ASIDE
 from retrofill.engine.duplicates import imported_of, packed_of_rows
 from retrofill.lake import arrow
+from retrofill.lake.arrival import of_import
 from retrofill.lake.arrow import SCHEMA, MergeRow
 from retrofill.limits import MS_PER_HOUR, Limits
 
@@ -308,10 +309,7 @@ class Folding:
 
     def _mine(self, rows: pa.Table) -> tuple[Bools, Bools]:
         """Say which rows are the change's own, and which may be seen after it."""
-        block = rows["block"].to_numpy()
-        name, after, until = self._rule.bounds
-        own = pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False)
-        mine = own.to_numpy(zero_copy_only=False) & (block > after) & (block <= until)
+        mine = of_import(rows, *self._rule.bounds)
         return mine, ~mine if self._rule.hide else np.ones(len(mine), bool)
 
     def fold(self, rows: pa.Table) -> Refolded:

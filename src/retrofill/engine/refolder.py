@@ -550,9 +550,8 @@ class Session:
             for some in folding.parts(rows):
                 changed.add(folding.fold(some).changed())
         folding.judged()
-        if (
-            not task.after
-        ):  # in order: only events with one key were in doubt, and their hash has decided
+        if not task.after:
+            # In order: only events with one key were in doubt, and their hash has decided.
             folding.refold.late.clear()
         files = changed.write(self._sources, self._begun.events)
         self._until = task.until

@@ -56,11 +56,7 @@ class Wanted(Struct, frozen=True):
         here: Bools = (high > self.after) & (low <= self.until)
         low, high = ranges(footer.metadata, "project")
         here &= (low <= self.project) & (high >= self.project)
-        # Somebody is in a range if more are up to its end than before its beginning.
-        some = np.searchsorted(self.people, footer.high, "right") > np.searchsorted(
-            self.people, footer.low
-        )
-        here &= some | (ranges(footer.metadata, "kind")[1] > max(_SEEN))
+        here &= footer.may_hold(self.people) | (ranges(footer.metadata, "kind")[1] > max(_SEEN))
         found: list[int] = np.flatnonzero(here).tolist()
         return found
 
@@ -81,11 +77,14 @@ class Wanted(Struct, frozen=True):
         undone = rows["kind"].to_numpy() == Kind.UNDONE
         if not undone.any():
             return rows
-        name, after, until = self.undone
-        block = rows["block"].to_numpy()
-        own = pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False)
-        mine = own.to_numpy(zero_copy_only=False) & (block > after) & (block <= until)
-        return rows.filter(pa.array(mine | ~undone))
+        return rows.filter(pa.array(of_import(rows, *self.undone) | ~undone))
+
+
+def of_import(rows: pa.Table, name: str, after: int, until: int) -> Bools:
+    """Say which rows are of an import, in blocks after one up to another."""
+    block = rows["block"].to_numpy()
+    own = pc.fill_null(pc.equal(rows["import_id"], name), fill_value=False)
+    return np.asarray(own.to_numpy(zero_copy_only=False) & (block > after) & (block <= until))
 
 
 def positions(rows: pa.Table) -> Ints:

@@ -40,6 +40,12 @@ class Footer(Struct, frozen=True):
     first: np.ndarray[Any, Any]
     empty: frozenset[str]
 
+    def may_hold(self, people: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Say of each row group whether its range has any of some amplitude_ids, in rising order."""
+        # Somebody is in a range if more are up to its end than before its beginning.
+        up_to = np.searchsorted(people, self.high, "right")
+        return np.asarray(up_to > np.searchsorted(people, self.low))
+
 
 class Footers:
     """Footers of lake files, those used last kept up to a bound in bytes as they stand on disk. Any thread."""
@@ -122,9 +128,7 @@ def parts(
     wanted = np.array(sorted(set(people)), np.int64)
     for file in files:
         footer = footers.of(file.path)
-        # Somebody wanted is in the range if more of them are up to its end than before its beginning.
-        inside = np.searchsorted(wanted, footer.high, "right") > np.searchsorted(wanted, footer.low)
-        groups = np.flatnonzero(inside).tolist()
+        groups = np.flatnonzero(footer.may_hold(wanted)).tolist()
         if not groups:
             continue
         with parquet.told(file.path):
