@@ -206,6 +206,7 @@ LINGER_S = 3  # a refused client may go on sending this long before it is cut of
 RETRY_AFTER_S = 1  # what a 503 asks for: clients give up after 7 s (contract, clients 1.6)
 CONNECTIONS_MAX = 4096  # at once; one more is answered 503
 CHORES_S = 60  # how often a server looks for due deletions
+STOP_FIRST_S = 3  # after SIGTERM: how long a connection may take to begin its first request
 STOP_S_MAX = 20  # requests under way may take this long after SIGTERM
 EXPORT_DAYS_MAX = 365  # contract, read 2
 CLOCK_BACK_MS = MS_PER_HOUR  # a clock this far behind the last stored event shows in health

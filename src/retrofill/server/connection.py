@@ -268,6 +268,11 @@ class Connection(HttpToolsProtocol):
         return not (self.head_open or self.body_open or self.waits)
 
     @property
+    def fresh(self) -> bool:
+        """No request has begun yet."""
+        return not (self.head_open or self.lingers) and self.cycle is None
+
+    @property
     def path(self) -> str:
         """The path of the request that is being read; `/batch` stands for one that is not known yet."""
         return "/batch" if self.head_open else self.scope["path"]

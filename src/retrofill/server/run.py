@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import resource
 import signal
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -26,7 +28,7 @@ from uvicorn.server import ServerState
 
 from retrofill.clock import Clock
 from retrofill.errors import InputError
-from retrofill.limits import CHORES_S, CONNECTIONS_MAX, STOP_S_MAX
+from retrofill.limits import CHORES_S, CONNECTIONS_MAX, STOP_FIRST_S, STOP_S_MAX
 from retrofill.server import log
 from retrofill.server.app import App
 from retrofill.server.connection import Connection, Shared
@@ -38,9 +40,24 @@ _BACKLOG = 2048  # connections that the kernel keeps until we take them
 _FILES_SPARE = 256  # descriptors for the engine's own files
 _SETTLE_S = 0.1  # after SIGTERM: time for what is already on its way
 _STEP_S = 0.02  # how often a stop looks whether connections have ended
+_STEPS_MAX = 50  # looks for connections that wait to be taken
 _FAREWELL_S = 1.0  # time to send the last answers
 _GC_THRESHOLDS = (10_000, 20, 50)
 _SYSTEMD_FIRST = 3  # the first descriptor that systemd passes
+
+# A filter in the kernel that drops every segment of TCP which asks for a connection: code, steps on if so, steps on if
+# not, operand. Sources: linux/filter.h, socket(7).
+_ATTACH_FILTER = 26
+_NO_MORE = (
+    (0x30, 0, 0, 13),  # load the byte of flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 1, 0, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0xFFFFFFFF),  # no: let it in
+    (0x06, 0, 0, 0),  # yes: drop it
+)
+_UNTAKEN = struct.Struct(
+    "24xI"
+)  # where TCP_INFO tells of a listening socket how many wait in its queue
 
 
 class Opened(Struct, frozen=True):
@@ -95,6 +112,30 @@ def _unbound(host: str, port: int, problem: OSError) -> InputError:
         where=f"{host} port {port}",
         mend="Give another address with --host and --port (0 takes a free port)",
     )
+
+
+def _rest(listening: socket.socket) -> None:
+    """Let the kernel take no more connections: who tries now tries again by itself, a second later.
+
+    Those that wait to be taken stay. Where there is no such filter (it is Linux's), at most one more gets in.
+    """
+    program = b"".join(struct.pack("HBBI", *step) for step in _NO_MORE)
+    held = ctypes.create_string_buffer(program, len(program))
+    given = struct.pack("HP", len(_NO_MORE), ctypes.addressof(held))
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, given)
+    except OSError:
+        with contextlib.suppress(OSError):
+            listening.listen(0)
+
+
+def _waits(listening: socket.socket) -> bool:
+    """Say whether connections wait to be taken, as far as the kernel tells. Source: tcp(7), TCP_INFO."""
+    try:
+        told = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNTAKEN.size)
+        return bool(_UNTAKEN.unpack(told)[0])
+    except (OSError, struct.error):
+        return False
 
 
 def address(listening: socket.socket) -> str:
@@ -207,20 +248,22 @@ class Server:
     async def _drain(self, listener: asyncio.Server) -> None:
         """Take no new connection and answer what is read. What has waited in the kernel until now is taken too."""
         self.shared.stopping = True
-        self._socket_rests()
-        await asyncio.sleep(_SETTLE_S)
+        if not _systemd_listens():  # what systemd holds goes on waiting for our successor
+            _rest(self._socket)
+            await asyncio.sleep(_SETTLE_S)
+            for _ in range(_STEPS_MAX):
+                if not _waits(self._socket):
+                    break
+                await asyncio.sleep(_STEP_S)
         listener.close()
-        # A connection taken just now has its request still on the way: ended here, it would be reset.
-        await asyncio.sleep(_SETTLE_S)
+        # Who has connected and sent nothing yet is about to: ended here, its first request would find a closed door.
+        for connection in self._connections():
+            if not connection.fresh:
+                connection.wind_down()
+        await self._gone(STOP_FIRST_S, hurry=True)
         for connection in self._connections():
             connection.wind_down()
         await self._gone(STOP_S_MAX, hurry=True)
-
-    def _socket_rests(self) -> None:
-        """Let the kernel take no more connections; one that tries now tries again by itself, or is refused later."""
-        if not _systemd_listens():  # what systemd holds goes on waiting for our successor
-            with contextlib.suppress(OSError):
-                self._socket.listen(0)
 
     async def _gone(self, patience_s: float, *, hurry: bool) -> None:
         """Wait until every connection has ended, for a while. hurry: a second signal ends the wait."""
