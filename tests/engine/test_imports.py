@@ -28,7 +28,7 @@ from retrofill.engine.export import export, hours_of_import
 from retrofill.engine.imports import Figures
 from retrofill.engine.ingest import Engine
 from retrofill.errors import ConflictError
-from retrofill.hot.imports import Counted, Import, Imports
+from retrofill.hot.imports import Counted, Import, Imports, State
 
 SEALED = pytest.mark.parametrize("sealed", [0, 1, 2])
 
@@ -164,6 +164,34 @@ def test_opening_again_changes_nothing_and_an_undone_import_begins_anew(tmp_path
         with pytest.raises(ConflictError, match="is undone"):
             imports.closed(known, 1, "a")
         assert imports.opened(known, 1, "a", now_ms=9) == Import("a", "open", 9, 2)
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_an_undone_import_comes_back_in_the_state_it_had(state: State, tmp_path: Path) -> None:
+    """Each step said twice: a server that stops before it has noted one as done says it again."""
+    with closing(Imports(tmp_path / "imports.sqlite")) as known:
+        known.put(1, Import("a", state, 5))
+        for _ in range(2):
+            imports.under_way(known, 1, "a", "undoing")
+        for _ in range(2):
+            known.put(1, imports.undone(_known(known), until=7, now_ms=9))
+        imports.under_way(known, 1, "a", "restoring")
+        imports.as_before(known, 1, "a")
+        assert _known(known).state == "undone"
+        imports.under_way(known, 1, "a", "restoring")
+        for _ in range(2):
+            known.put(1, imports.restored(_known(known)))
+        assert _known(known) == Import("a", state, 5)
+        imports.under_way(known, 1, "a", "undoing")
+        known.put(1, imports.undone(_known(known), until=8, now_ms=9))
+        imports.begun_again(known, 1, "a")
+        assert _known(known) == Import("a", "open", None, 2, 8, 8)
+
+
+def _known(known: Imports) -> Import:
+    found = known.get(1, "a")
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("sealed", [0, 1])

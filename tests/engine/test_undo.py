@@ -20,7 +20,7 @@ from retrofill.core import person as people
 from retrofill.core.block import Kind
 from retrofill.core.event import Batch
 from retrofill.core.throttle import Accepted
-from retrofill.engine import change, refolder
+from retrofill.engine import change, imports, refolder
 from retrofill.engine.ingest import Engine
 from retrofill.engine.refolder import Done, Export, Task, ThreadRefolder
 from retrofill.errors import ConflictError, CorruptError, FullError, MissingError, StoreError
@@ -390,13 +390,16 @@ def test_a_restored_import_is_as_it_was(seed: int, tmp_path: Path, clock: FakeCl
         wire, path = _request(seeded, number, clock.ms, name=seeded.choice(["", "old-shop"]))
         subject.send(wire, path)
     before = subject.seen()
+    state = seeded.choice(["open", "closed"])
+    if state == "closed":
+        imports.closed(subject.engine.imports, 1, "old-shop")
     undone = subject.run(subject.engine.undo(1, "old-shop"))
     assert undone.state == "undone"
     assert len(subject.seen()["rows"]) < len(before["rows"])
     assert subject.run(subject.engine.undo(1, "old-shop")) == undone
-    assert subject.run(subject.engine.restore(1, "old-shop")).state == "open"
+    assert subject.run(subject.engine.restore(1, "old-shop")).state == state
     assert subject.seen() == before
-    with pytest.raises(ConflictError, match="open, not undone"):
+    with pytest.raises(ConflictError, match=f"{state}, not undone"):
         subject.run(subject.engine.restore(1, "old-shop"))
     subject.run(subject.engine.undo(1, "old-shop"))
     subject.send([_event(seeded, 999, clock.ms, name="old-shop")])

@@ -90,6 +90,15 @@ def archive(path: Path, rows: list[Json]) -> str:
     return str(path)
 
 
+def test_an_export_may_hold_any_number(tmp_path: Path) -> None:
+    odd = {"plan": "a", "large": 10**20, "list": [2**64]}
+    live = [export_row(1, 900, "user-1", "2023-11-20 10:00:00.000000", user_properties=odd)]
+    rows = [row(1, "user-1", props={"plan": "old", "large": 1})]
+    made = against(tmp_path, history(tmp_path, rows), archive(tmp_path / "export.zip", live))
+    change = {"name": "large", "built_in": False, "old": "1e20", "new": "1", "people": 1}
+    assert change in made["synced"]["listed"]
+
+
 def test_against_an_export_it_is_an_estimate(tmp_path: Path) -> None:
     live = [
         export_row(1, 900, "user-1", "2023-11-20 10:00:00.000000", user_properties={"plan": "a"}),

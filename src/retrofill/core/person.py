@@ -6,11 +6,13 @@ answers, functions of the rest, so that an unchanged person is not encoded or co
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from retrofill.core import mend
 from retrofill.core.block import COLUMNS
 
 FORGOTTEN = -1  # merged_into of a deleted person: whoever uses its ids later is someone new
@@ -49,12 +51,27 @@ decode = msgspec.msgpack.Decoder(Person).decode
 
 
 def encode(person: Person) -> bytes:
-    """Return the person as it is saved, without its remembered answers."""
+    """Return the person as it is saved, without its remembered answers.
+
+    Whole numbers beyond 64 bits are kept out where they come in. One that is there none the less, out of a history older
+    than that, becomes a float, and its property goes if it is too large for that: one value must not stop the saving.
+    """
+    try:
+        return _saved(person, person.properties)
+    except OverflowError:
+        held = {}
+        for name, value in person.properties.items():
+            with suppress(ValueError):
+                held[name] = mend.held(value)
+        return _saved(person, held)
+
+
+def _saved(person: Person, properties: dict[str, Any]) -> bytes:
     return _encode(
         (
             person.amplitude_id,
             person.user_id,
-            person.properties,
+            properties,
             person.columns,
             person.groups,
             person.first_seen_ms,

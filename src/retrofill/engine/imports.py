@@ -245,13 +245,17 @@ def as_before(known: Imports, project: int, name: str) -> None:
 
 
 def undone(before: Import, *, until: int, now_ms: int) -> Import:
-    """Return what an import is whose rows up to block `until` are hidden now."""
-    return replace(before, state="undone", until=until, undone_ms=now_ms, former="")
+    """Return what an import is whose rows up to block `until` are hidden now. Said again it is the same."""
+    closed = before.former == "closed" if before.former else before.closed
+    return replace(
+        before, state="undone", until=until, undone_ms=now_ms, former="", closed=int(closed)
+    )
 
 
 def restored(before: Import) -> Import:
-    """Return what an import is that was undone and whose rows are shown again."""
-    return replace(before, state="open", until=before.after, undone_ms=0, former="")
+    """Return what an import is that was undone and whose rows are shown again: closed if it was. Said again it is the same."""
+    state: State = "closed" if before.closed or before.state == "closed" else "open"
+    return replace(before, state=state, until=before.after, undone_ms=0, former="", closed=0)
 
 
 def begun_again(known: Imports, project: int, name: str) -> None:

@@ -29,7 +29,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS imports (
     project INTEGER, name TEXT, state TEXT NOT NULL, opened_ms INTEGER, generation INTEGER NOT NULL,
     after INTEGER NOT NULL, until INTEGER NOT NULL, undone_ms INTEGER NOT NULL,
-    former TEXT NOT NULL DEFAULT '', purged INTEGER NOT NULL DEFAULT 0,
+    former TEXT NOT NULL DEFAULT '', purged INTEGER NOT NULL DEFAULT 0, closed INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (project, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counted (
@@ -38,9 +38,13 @@ CREATE TABLE IF NOT EXISTS counted (
 CREATE TABLE IF NOT EXISTS counted_to (only INTEGER PRIMARY KEY CHECK (only = 1), block INTEGER NOT NULL);
 """
 
-_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms, former, purged"
+_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms, former, purged, closed"
 # What a file of an earlier version lacks.
-_LATER = ("former TEXT NOT NULL DEFAULT ''", "purged INTEGER NOT NULL DEFAULT 0")
+_LATER = (
+    "former TEXT NOT NULL DEFAULT ''",
+    "purged INTEGER NOT NULL DEFAULT 0",
+    "closed INTEGER NOT NULL DEFAULT 0",
+)
 _ADD = """
 INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     duplicates = duplicates + excluded.duplicates, refusals = refusals + excluded.refusals
@@ -52,7 +56,8 @@ class Import(Struct, frozen=True):
 
     after, until: the rows of the generation that is undone (or being undone, or restored) are those of blocks after
     `after` up to `until`; without one both are the last block of the generation before, 0 for the first. former: its
-    state before it was being undone or restored. purged: hidden rows up to this block are deleted.
+    state before it was being undone or restored. purged: hidden rows up to this block are deleted. closed: not 0
+    if it was closed when it was undone, and so will be when it is restored.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Import(Struct, frozen=True):
     undone_ms: int = 0
     former: State | Literal[""] = ""
     purged: int = 0
+    closed: int = 0
 
 
 class Counted(Struct, frozen=True):
@@ -136,7 +142,7 @@ class Imports:
                 self._write(
                     [
                         (
-                            "INSERT OR REPLACE INTO imports VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                            f"INSERT OR REPLACE INTO imports (project, {_FIELDS}) VALUES ({', '.join('?' * len(row))})",  # noqa: S608 - names of ours
                             [row],
                         )
                     ]

@@ -19,7 +19,7 @@ import msgspec
 import pyarrow as pa
 
 from retrofill.backfill import readback
-from retrofill.core import likeness
+from retrofill.core import likeness, mend
 from retrofill.core.block import COLUMNS
 from retrofill.core.person import Person
 from retrofill.engine.history import BRIEF, Alike, Days, Position, types
@@ -228,8 +228,8 @@ class Archive:
 
 def _object(text: str | None) -> dict[str, Any]:
     try:
-        found = msgspec.json.decode(text) if text else {}
-    except msgspec.DecodeError:
+        found = mend.held(msgspec.json.decode(text)) if text else {}
+    except ValueError:  # no JSON, or a number that no decoder holds
         return {}
     return found if isinstance(found, dict) else {}
 
