@@ -100,7 +100,7 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     assert len(server.export()) == 71
     assert call("verify", "--work", str(tmp_path / "work"), *KEYS).exit_code == 0
 
-    with pytest.raises(FinalError, match="is open, not undone"):
+    with pytest.raises(FinalError, match="is closed, not undone"):
         call("undo", "old", *to, "--restore", "--yes")
     with pytest.raises(FinalError, match="has no import 'other'"):
         call("undo", "other", *to, "--yes")
