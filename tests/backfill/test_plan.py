@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,19 @@ def test_short_ids_can_be_good_ones(tmp_path: Path) -> None:
     assert "take shorter ids with --min-id-length" in str(refused.exception)
     taken = CliRunner().invoke(app, [*line, "--work", str(tmp_path / "w2"), "--min-id-length", "1"])
     assert msgspec.json.decode(taken.stdout)["users"] == 29
+
+
+def test_the_first_row_of_a_refusal_is_the_first_of_the_source(tmp_path: Path) -> None:
+    """Rows with a time as text take another way, and are looked at later."""
+    good = {"user": "user-1", "event": "A", "at": 1700000000000}
+    odd = [{**good, "user": "anonymous"}, {**good, "at": "never"}, {**good, "event": ""}]
+    for order in permutations(odd):
+        for name, rows in (("a", [good]), ("b", [good, *order]), ("c", order)):
+            ndjson(tmp_path / f"{name}.ndjson", rows)
+        names = [f"{name}.ndjson" for name in "abc"]
+        with pytest.raises(InputError, match="the first: ") as caught:
+            run(tmp_path / "work", [str(tmp_path / name) for name in names], MAPPING)
+        assert f"{tmp_path / 'b.ndjson'}, row 2: " in str(caught.value)
 
 
 def test_the_verb_refuses_what_cannot_be() -> None:

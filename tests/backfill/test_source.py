@@ -287,7 +287,7 @@ def test_rows_keep_their_lines_beside_stray_quotes_and_returns(
         ]
     good = [(line, row) for line, row in enumerate(text, 1) if not {*row} & {*'\r"'}]
     assert found == good[1:]
-    assert [letter.line for letter in told.examples] == [2, 1 + len(odd)]
+    assert lines_of(told) == [2, 1 + len(odd)]
 
 
 @given(st.text('",\n\rx;', max_size=60), st.integers(1, 70))
@@ -453,7 +453,7 @@ def test_an_element_too_long_costs_no_other_of_its_array(
                 ]
         rows = [(line, msgspec.json.decode(text)) for line, text in found if line != 6]
         assert rows == [*zip((1, 2, 3, 4, 5, 7, 8, 9, 10, 11), ROWS, strict=True)]
-        assert {letter.line for letter in told.examples} == {6}
+        assert set(lines_of(told)) == {6}
 
 
 def test_a_cell_too_long_leaves_the_lines_counted(
@@ -472,7 +472,7 @@ def test_a_cell_too_long_leaves_the_lines_counted(
             found += batch.column("line").to_pylist()
     assert found[:2] == [2, 3]
     assert found[2:] == list(range(155, 162))
-    assert told.examples[0].line == 4
+    assert told.firsts[str(path)].line == 4
 
 
 def test_sources_of_two_kinds_need_two_runs(tmp_path: Path) -> None:
@@ -722,6 +722,18 @@ def test_dead_letters_may_come_from_several_threads(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert dead.total == 800
-    assert len((tmp_path / "dead").read_bytes().splitlines()) == 800
-    assert len(dead.examples) == 20
+    assert dead.total == len(lines_of(dead)) == 800
+    assert dead.firsts["f"].line == 1
+
+
+def test_the_first_letter_of_a_file_is_the_one_that_stood_first(tmp_path: Path) -> None:
+    """They come from threads, in any order. Line 0 stands for the end of a file that breaks off."""
+    with DeadLetters(tmp_path / "dead") as dead:
+        for file, line in (("a", 0), ("a", 7), ("b", 9), ("a", 3), ("a", 5), ("a", 0), ("c", 0)):
+            dead.add(file, line, "kind", "why", "row")
+    assert {file: one.line for file, one in dead.firsts.items()} == {"a": 3, "b": 9, "c": 0}
+
+
+def lines_of(told: DeadLetters) -> list[int]:
+    """The lines of all letters in a file that is closed."""
+    return [msgspec.json.decode(text)["line"] for text in told.path.read_bytes().splitlines()]

@@ -13,7 +13,6 @@ from typing import Self
 
 import msgspec
 
-_EXAMPLES = 20  # letters kept in memory for the plan
 _ROW_CHARS_MAX = 1_000_000
 _EVENTS_MAX = 100_000  # places kept in memory
 
@@ -30,15 +29,15 @@ class Letter(msgspec.Struct, frozen=True):
 class DeadLetters:
     """Writes one file of letters, made anew. Threads may share it.
 
-    counts: letters by kind, a word or two without any value in it. examples: the first ones. events: lines of those that
-    hold an event instead of the row, by file.
+    counts: letters by kind, a word or two without any value in it. firsts: the one that stood first in each file,
+    whenever it came. events: lines of those that hold an event instead of the row, by file.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.counts: Counter[str] = Counter()
-        self.examples: list[Letter] = []
+        self.firsts: dict[str, Letter] = {}
         self.events: dict[str, set[int]] = {}
         self._file = path.open("wb")
         self._lock = threading.Lock()
@@ -50,8 +49,10 @@ class DeadLetters:
         letter = Letter(file, line, f"{kind}: {reason}" if reason else kind, row[:_ROW_CHARS_MAX])
         with self._lock:
             self.counts[kind] += 1
-            if len(self.examples) < _EXAMPLES:
-                self.examples.append(letter)
+            first = self.firsts.get(file)
+            # Line 0 is the end of a file that breaks off.
+            if first is None or 0 < line < (first.line or line + 1):
+                self.firsts[file] = letter
             self._file.write(msgspec.json.encode(letter) + b"\n")
 
     def add_event(self, file: str, line: int, kind: str, reason: str, event: str) -> None:

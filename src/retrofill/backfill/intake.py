@@ -338,7 +338,8 @@ class Intake:
         rows = max(self.taken.rows + self.unread, 1)
         if refused <= rows * self.options.bad_rows:
             return
-        first = self.letters.examples[0]
+        firsts = self.letters.firsts
+        first = next(firsts[piece.name] for piece in self.pieces if piece.name in firsts)
         short = any("too short" in name for name in self.taken.ids)
         shorter = ", take shorter ids with --min-id-length" if short else ""
         worst = ", ".join(f"{kind} {count:,}" for kind, count in self.letters.counts.most_common(5))
@@ -417,8 +418,8 @@ def look(pieces: Sequence[Piece], mapping: Mapping | None) -> Source:
             for batch in records.json_records(piece, nowhere, chunk=1024 * 1024):
                 rows += batch.column("text")[: _SAMPLE_ROWS // 2].to_pylist()
                 break
-    if nowhere.examples and not rows:
-        first = nowhere.examples[0]
+    if nowhere.firsts and not rows:
+        first = next(iter(nowhere.firsts.values()))
         raise InputError(f"No row can be read: {first.reason}", where=first.file)
     types = columns.json_types(row for row in rows[: 2 * _SAMPLE_ROWS] if row)
     return Source(style, types, [], records.JSON_SCHEMA, rows)
