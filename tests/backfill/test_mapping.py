@@ -253,7 +253,8 @@ IDS = [
     ("usr", None, None),
     (None, None, None),
     ("ü" * 5, None, {"user_id": "ü" * 5}),
-    ("u" * 2000, None, {"user_id": "u" * 1024}),
+    ("u" * 2000, "device-1", {"device_id": "device-1"}),
+    ("u" * 2000, None, None),
 ]
 
 

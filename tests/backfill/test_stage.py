@@ -240,6 +240,9 @@ def test_lost_ids_are_counted_by_reason(tmp_path: Path) -> None:
         row(4, user="12", device="n/a"),
         row(5, user="13", device=None),
         row(6, user=None, device=None),
+        row(7, user="ü" * 1025, device="device-1"),
+        row(8, user="ü" * 1024, device="x" * 1025),
+        row(9, user="x" * 1025, device=None),
     ]
     source_file = ndjson(tmp_path / "s.ndjson", source)
     found = run(tmp_path / "work", source_file, MAPPING, bad_rows=0.5)
@@ -248,16 +251,20 @@ def test_lost_ids_are_counted_by_reason(tmp_path: Path) -> None:
         "user_id null-like": 1,
         "device_id forbidden": 1,
         "user_id forbidden": 1,
+        "user_id too long": 1,
+        "device_id too long": 1,
+        "user_id too long, no other": 1,
         "user_id too short, no other": 2,
         "device_id null-like, no other": 1,
     }
-    assert found.events == 4
-    assert found.refused == {"no usable id": 3}
+    assert found.events == 6
+    assert found.refused == {"no usable id": 4}
     told = (tmp_path / "work" / "dead-letters.ndjson").read_text().splitlines()
     assert [msgspec.json.decode(line)["reason"] for line in told] == [
         "no usable id: user_id too short and device_id null-like, and there is no other",
         "no usable id: user_id too short, and there is no other",
         "no usable id: user_id and device_id are empty",
+        "no usable id: user_id too long, and there is no other",
     ]
 
 

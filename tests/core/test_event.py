@@ -186,8 +186,12 @@ IDS: list[tuple[dict[str, Any], str, Any]] = [
     ({"user_id": "  user-1 ", "device_id": None}, "/2/httpapi", ("user-1 ", None)),
     ({"user_id": 123456, "device_id": None}, "/2/httpapi", ("123456", None)),
     ({"user_id": 10**30, "device_id": None}, "/2/httpapi", ("1" + "0" * 30, None)),
-    ({"user_id": "ü" * 1025, "device_id": None}, "/2/httpapi", ("ü" * 1024, None)),
-    ({"user_id": "x" * 1025, "device_id": None}, "/batch", ("x" * 1024, None)),
+    ({"user_id": "ü" * 1024, "device_id": None}, "/2/httpapi", ("ü" * 1024, None)),
+    ({"user_id": "ü" * 1025}, "/2/httpapi", [(0, "user_id", "id_length")]),
+    ({"user_id": 10**1024}, "/2/httpapi", [(0, "user_id", "id_length")]),
+    ({"user_id": "x" * 1025, "device_id": None}, "/batch", [(0, "user_id", "id_length")]),
+    ({"user_id": "x" * 1025}, "/batch", (None, "device-1")),
+    ({"device_id": " " + "x" * 1024}, "/2/httpapi", ("user-1", "x" * 1024)),
     ({"user_id": "User-1", "device_id": None}, "/batch", ("User-1", None)),
     ({"user_id": "abc"}, "/2/httpapi", [(0, "user_id", "id_length")]),
     ({"user_id": "abc"}, "/batch", (None, "device-1")),
@@ -226,6 +230,30 @@ def test_ids_are_trimmed_dropped_or_refused(sent: dict[str, Any], path: str, exp
     else:
         found = only(path, **sent)
         assert (found.user_id, found.device_id) == expected
+
+
+def test_two_long_ids_alike_so_far_are_never_one() -> None:
+    """Among good events too, where only a glance at all strings tells that one is long."""
+    good = [one(event_properties={"a": n}) for n in range(40)]
+    long = [one(user_id="x" * 1024 + end) for end in ("", "1", "2")]
+    assert faults(body(*good, *long)) == [(n, "user_id", "id_length") for n in (41, 42)]
+    kept = [found.user_id for found in batch(body(*good, *long), "/batch").events[40:]]
+    assert kept == ["x" * 1024, None, None]
+
+
+@pytest.mark.parametrize("event_type", ["Clicked", "$groupidentify", "$identify"])
+@pytest.mark.parametrize("neighbours", [0, 40])
+def test_only_an_identify_says_who_pays_and_since_which_version(
+    event_type: str, neighbours: int
+) -> None:
+    """Source: contract, events 2, `paying` and `start_version`."""
+    good = [one(event_properties={"a": n}) for n in range(neighbours)]
+    for said in ({"paying": "true"}, {"start_version": "1.0"}):
+        taken = batch(body(*good, one(event_type=event_type, **said)))
+        kept = {"paying": taken.events[-1].paying, "start_version": taken.events[-1].start_version}
+        identify = event_type == "$identify"
+        assert kept == {"paying": None, "start_version": None, **(said if identify else {})}
+        assert event.decode(taken.body) == taken.events
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,8 @@ def test_a_mapping_is_an_event_of_its_user() -> None:
         ({"user_id": "a", "global_user_id": "b", "unmap": True}, "global_user_id"),
         ({"user_id": "a", "global_user_id": ""}, "global_user_id"),
         ({"user_id": "a", "global_user_id": "null"}, "global_user_id"),
+        ({"user_id": "a", "global_user_id": "x" * 1025}, "global_user_id"),
+        ({"user_id": "x" * 1025, "unmap": True}, "user_id"),
         ({"global_user_id": "b"}, "user_id"),
         ({"user_id": "Undefined", "unmap": True}, "user_id"),
     ],

@@ -31,7 +31,7 @@ from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 UNREADABLE, WHERE, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6
 # Bits of `trouble`: why an id was taken away.
 USER_SHORT, USER_FORBIDDEN, DEVICE_SHORT, DEVICE_FORBIDDEN = 1, 2, 4, 8
-USER_NULL, DEVICE_NULL = 16, 32
+USER_NULL, DEVICE_NULL, USER_LONG, DEVICE_LONG = 16, 32, 64, 128
 _NULLS: Final = (
     "nil",
     "none",
@@ -412,21 +412,23 @@ class _Compiler:
         return ", ".join([*parts, f"{at['time']} AS time_"])
 
     def _cut(self, text: str, name: str) -> str:
-        """Return SQL for the text as the core would take it: ids without leading spaces, nothing too long."""
+        """Return SQL for the text as the core would take it: ids without leading spaces, a type not too long."""
         if name == "insert_id":
             return text
         if name != "event_type":
-            text = f"CASE WHEN starts_with({text}, ' ') THEN ltrim({text}, ' ') ELSE {text} END"
+            return f"CASE WHEN starts_with({text}, ' ') THEN ltrim({text}, ' ') ELSE {text} END"
         # strlen counts bytes, hence looks at nothing.
         long = f"strlen({text}) > {STRING_CHARS_MAX}"
         return f"CASE WHEN {long} THEN left({text}, {STRING_CHARS_MAX}) ELSE {text} END"
 
     def _troubles(self) -> str:
-        user = self._trouble("user_id_", USER_SHORT, USER_FORBIDDEN, USER_NULL)
-        device = self._trouble("device_id_", DEVICE_SHORT, DEVICE_FORBIDDEN, DEVICE_NULL)
+        user = self._trouble("user_id_", USER_SHORT, USER_LONG, USER_FORBIDDEN, USER_NULL)
+        device = self._trouble(
+            "device_id_", DEVICE_SHORT, DEVICE_LONG, DEVICE_FORBIDDEN, DEVICE_NULL
+        )
         return f"{user} AS user_trouble, {device} AS device_trouble"
 
-    def _trouble(self, name: str, short: int, forbidden: int, null: int) -> str:
+    def _trouble(self, name: str, short: int, long: int, forbidden: int, null: int) -> str:
         listed = {word.lower() for word in FORBIDDEN_IDS}
         words = ", ".join(literal(word) for word in sorted(listed))
         nulls = ", ".join(map(literal, _NULLS))
@@ -436,7 +438,8 @@ class _Compiler:
             f"CASE WHEN {name} IS NULL OR {name} = '' THEN 0 "
             f"WHEN strlen({name}) IN ({sizes}) AND lower({name}) IN ({words}) "
             f"THEN CASE WHEN lower({name}) IN ({nulls}) THEN {null} ELSE {forbidden} END "
-            f"WHEN strlen({name}) < {4 * size_min} AND length({name}) < {size_min} THEN {short} ELSE 0 END"
+            f"WHEN strlen({name}) < {4 * size_min} AND length({name}) < {size_min} THEN {short} "
+            f"WHEN strlen({name}) > {STRING_CHARS_MAX} AND length({name}) > {STRING_CHARS_MAX} THEN {long} ELSE 0 END"
         )
 
     def _usable(self) -> str:

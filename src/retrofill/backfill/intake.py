@@ -58,9 +58,11 @@ SPILLED = pa.schema(
 )
 _TROUBLES = {
     "user_id too short": compiled.USER_SHORT,
+    "user_id too long": compiled.USER_LONG,
     "user_id forbidden": compiled.USER_FORBIDDEN,
     "user_id null-like": compiled.USER_NULL,
     "device_id too short": compiled.DEVICE_SHORT,
+    "device_id too long": compiled.DEVICE_LONG,
     "device_id forbidden": compiled.DEVICE_FORBIDDEN,
     "device_id null-like": compiled.DEVICE_NULL,
 }

@@ -12,8 +12,9 @@ the same outcome for events that turn out to be good after all.
 
 Beyond the contract, as decided here: a wrong type in telemetry (`session_id`, `location_lat`, `plan`, …) is ignored,
 an object where text is wanted is a fault; a number where text is wanted is that text; a time may be written as 1.0 but
-not as text; `insert_id` is never cut, since two cut alike would be taken for one event; a number that no decoder holds
-(1e999) makes its properties invalid.
+not as text; ids are never cut, since two cut alike would be taken for one person or event: a `user_id` or `device_id`
+over the limit is one of an invalid length, as one under it is; a number that no decoder holds (1e999) makes its
+properties invalid. `paying` and `start_version` are an identify's to say, and ignored on any other event.
 
 Source of every rule: contract "Event JSON"; the order of checks is its section 12.
 """
@@ -217,6 +218,7 @@ _pack = msgspec.msgpack.Encoder().encode
 _ODD = (ValueError, RecursionError, OverflowError)  # of a value that is not quite as it should be
 _BETWEEN = b"\0"  # what a decoder of JSON lets pass nowhere
 
+IDENTIFY = "$identify"
 EXPOSURE, EXPOSED = "$exposure", "[Experiment] Exposure"  # as sent; as stored
 RESERVED = frozenset(
     {
@@ -410,6 +412,9 @@ def _mended(
             or not _good_objects(text, good),
             strings=not glance.strings(text),
             exposures=EXPOSURE in [one.event_type for one in good],
+            claims=[one.paying for one in good].count(None)
+            + [one.start_version for one in good].count(None)
+            < 2 * len(good),
         )
     if envelope.events is not None and not any(msgspec.structs.astuple(doubts)):
         return envelope.body
@@ -488,6 +493,7 @@ class _Doubts(Struct, frozen=True):
     objects: bool = True
     strings: bool = True
     exposures: bool = True
+    claims: bool = True
 
 
 class _Notes:
@@ -511,7 +517,7 @@ class _Notes:
 
 def _mend(event: Event, doubts: _Doubts, rules: _Rules, notes: _Notes) -> None:
     _mend_type(event, rules, notes)
-    if doubts.ids:
+    if doubts.ids or doubts.strings:
         _mend_ids(event, rules, notes)
     if doubts.objects:
         _mend_objects(event, rules, notes)
@@ -519,6 +525,8 @@ def _mend(event: Event, doubts: _Doubts, rules: _Rules, notes: _Notes) -> None:
         _expose(event, notes)
     if doubts.strings:
         _cut_strings(event)
+    if doubts.claims and event.event_type != IDENTIFY:
+        event.paying = event.start_version = None
 
 
 def _read(raw: Raw, index: int, notes: _Notes) -> Event | None:
@@ -572,8 +580,15 @@ def _read_metadata(raw: Raw) -> IngestionMetadata | None:
 _METADATA = ("source_name", "source_version")
 # Kept to STRING_CHARS_MAX, like the property values that most of them become.
 _CUT = (
-    *("event_type", "user_id", "device_id"),
-    *("platform", "os_name", "os_version", "device_brand", "device_manufacturer", "device_model"),
+    *(
+        "event_type",
+        "platform",
+        "os_name",
+        "os_version",
+        "device_brand",
+        "device_manufacturer",
+        "device_model",
+    ),
     *("carrier", "country", "region", "city", "dma", "language", "app_version", "version_name"),
     *("ip", "library", "start_version", "paying", "product_id", "revenue_type", "currency"),
     *("idfa", "adid", "partner_id"),
@@ -617,25 +632,27 @@ def _mend_type(event: Event, rules: _Rules, notes: _Notes) -> None:
 def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
     """Trim, drop and judge the two ids. Source: contract, events 4 and ingest 6."""
     usable: dict[str, str] = {}
-    short: list[str] = []
+    unfit: dict[str, str] = {}
     zero = False
     for field in ("user_id", "device_id"):
         said: str | None = getattr(event, field)
-        said = (said or "").lstrip(" ")[:STRING_CHARS_MAX]
+        said = (said or "").lstrip(" ")
         if field == "device_id" and said == glance.ZERO_DEVICE:
             zero = True
         elif said in glance.FORBIDDEN_IDS:
             notes.add("invalid", field, "stands for no id")
         elif said and len(said) < rules.id_length_min:
-            short.append(field)
+            unfit[field] = f"shorter than {rules.id_length_min} characters"
+        elif len(said) > STRING_CHARS_MAX:
+            unfit[field] = f"longer than {STRING_CHARS_MAX:,} characters"
         elif said:
             usable[field] = said
     event.user_id = usable.get("user_id")
     event.device_id = usable.get("device_id")
     needless = bool(usable) or event.event_type == "$groupidentify"
-    if short and not (rules.drops_short and needless):
-        for field in short:
-            notes.add("id_length", field, f"shorter than {rules.id_length_min} characters")
+    if not (rules.drops_short and needless):
+        for field, reason in unfit.items():
+            notes.add("id_length", field, reason)
     if zero and not needless:
         notes.add("invalid", "device_id", "all zeros")
     if not needless and not notes.name("user_id", "device_id"):

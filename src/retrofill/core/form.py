@@ -170,9 +170,11 @@ def _alias(item: _Item) -> dict[str, Any]:
 
 def _text(item: _Item, field: str) -> str:
     said = mend.optional(mend.identifier, item.get(field, Raw()))
-    said = (said or "").lstrip(" ")[:STRING_CHARS_MAX]
+    said = (said or "").lstrip(" ")
     if not said:
         raise _Misfit("missing", field, "absent, empty or no text")
+    if len(said) > STRING_CHARS_MAX:
+        raise _Misfit("invalid", field, f"longer than {STRING_CHARS_MAX:,} characters")
     if field.endswith("user_id") and said in FORBIDDEN_IDS:
         raise _Misfit("invalid", field, "stands for no id")
     return said

@@ -124,7 +124,7 @@ def identifier(raw: bytes | msgspec.Raw) -> str | None:
     """Read an id: text, or a whole number as its digits, null as None. Raises ValueError for the rest."""
     data = bytes(raw)
     if data[:1] != b'"' and _INTEGER.fullmatch(data):
-        return "0" if data == b"-0" else data[:STRING_CHARS_MAX].decode()
+        return "0" if data == b"-0" else data.decode()
     found = value(data)
     if found is None or type(found) is str:
         return found
