@@ -641,10 +641,8 @@ def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
             zero = True
         elif said in glance.FORBIDDEN_IDS:
             notes.add("invalid", field, "stands for no id")
-        elif said and len(said) < rules.id_length_min:
-            unfit[field] = f"shorter than {rules.id_length_min} characters"
-        elif len(said) > STRING_CHARS_MAX:
-            unfit[field] = f"longer than {STRING_CHARS_MAX:,} characters"
+        elif said and (reason := _unfit(said, rules)):
+            unfit[field] = reason
         elif said:
             usable[field] = said
     event.user_id = usable.get("user_id")
@@ -658,6 +656,13 @@ def _mend_ids(event: Event, rules: _Rules, notes: _Notes) -> None:
     if not needless and not notes.name("user_id", "device_id"):
         notes.add("missing", "user_id", "the event has neither id")
         notes.add("missing", "device_id", "the event has neither id")
+
+
+def _unfit(said: str, rules: _Rules) -> str:
+    """Say why an id is not of a valid length, nothing if it is."""
+    if len(said) < rules.id_length_min:
+        return f"shorter than {rules.id_length_min} characters"
+    return f"longer than {STRING_CHARS_MAX:,} characters" if len(said) > STRING_CHARS_MAX else ""
 
 
 def _mend_objects(event: Event, rules: _Rules, notes: _Notes) -> None:
