@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from retrofill.core import mapping
 from retrofill.core.mapping import Field
+from retrofill.core.sql import literal
 from retrofill.errors import InputError
 
 GOOD: dict[str, Any] = {
@@ -172,4 +173,4 @@ def test_nothing_is_sent_for_null_and_for_an_empty_object() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_the_plain_text_of_a_json_string_is_that_string(text: str) -> None:
     json = msgspec.json.encode(text).decode()
-    assert value(mapping.unquote(f"({mapping.literal(json)})")) == text
+    assert value(mapping.unquote(f"({literal(json)})")) == text

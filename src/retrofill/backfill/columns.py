@@ -19,7 +19,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from retrofill.core.mapping import literal, quoted, unquote
+from retrofill.core.mapping import unquote
+from retrofill.core.sql import literal, quoted
 from retrofill.errors import InputError
 
 Style: TypeAlias = Literal["json", "cells", "native"]

@@ -24,7 +24,8 @@ from retrofill.backfill import countries
 from retrofill.backfill.columns import Columns
 from retrofill.core import mapping
 from retrofill.core.glance import FORBIDDEN_IDS
-from retrofill.core.mapping import Field, Mapping, literal
+from retrofill.core.mapping import Field, Mapping
+from retrofill.core.sql import literal, quoted
 from retrofill.errors import InputError
 from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 
@@ -247,12 +248,12 @@ class _Compiler:
     def _quoted(self, expression: str) -> str:
         """Put quotes around columns whose names are words of SQL, such as `at` or `order`."""
         if self.columns.has(expression):
-            return mapping.quoted(expression)
+            return quoted(expression)
 
         def quote(found: re.Match[str]) -> str:
             word = found["word"]
             if word and word.lower() in self._keywords and self.columns.has(word):
-                return mapping.quoted(word)
+                return quoted(word)
             return found[0]
 
         return _TOKEN.sub(quote, expression)
@@ -400,8 +401,8 @@ class _Compiler:
             return mapping.unquote(f"j{number}")
         if own:
             return f"CAST(u{number} AS VARCHAR)"
-        quoted = f"CASE WHEN starts_with(j{number}, '\"') THEN j{number}"
-        return f"{quoted} ELSE CAST(to_json(j{number}) AS VARCHAR) END"
+        text = f"CASE WHEN starts_with(j{number}, '\"') THEN j{number}"
+        return f"{text} ELSE CAST(to_json(j{number}) AS VARCHAR) END"
 
     def _own(self, values: list[_Value]) -> str:
         at = {value.field.name: value.result(number) for number, value in enumerate(values)}

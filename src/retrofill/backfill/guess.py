@@ -16,7 +16,7 @@ import yaml
 from msgspec import Struct
 
 from retrofill.backfill.intake import Source
-from retrofill.core.mapping import quoted
+from retrofill.core.sql import quoted
 from retrofill.errors import InputError
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

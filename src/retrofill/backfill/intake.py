@@ -30,7 +30,8 @@ from retrofill.backfill.records import JSON_SCHEMA
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill
 from retrofill.backfill.straight import straight
-from retrofill.core.mapping import Field, Mapping, literal
+from retrofill.core.mapping import Field, Mapping
+from retrofill.core.sql import literal
 from retrofill.errors import InputError
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it

@@ -19,6 +19,7 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
+from retrofill.core.sql import literal
 from retrofill.errors import InputError
 
 Kind: TypeAlias = Literal["text", "integer", "number", "millis", "object", "flag", "value"]
@@ -176,16 +177,6 @@ def _text_or_none(value: object, name: str, *, blank: bool = False) -> str | Non
     if value is None or (isinstance(value, str) and (blank or value.strip())):
         return value
     raise InputError(f"{name} is not a text")
-
-
-def literal(text: str) -> str:
-    """Return the text as a constant of SQL."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def quoted(name: str) -> str:
-    """Return the name as an identifier of SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def unquote(json: str) -> str:

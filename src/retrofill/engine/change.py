@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.core.fold import Changes, together
+from retrofill.core.sql import literal
 from retrofill.engine.duplicates import Duplicates
 from retrofill.engine.pace import Pace
 from retrofill.engine.refold import Rule, Seed
@@ -257,7 +258,7 @@ class Change:
             merges = self._scratch / f"known-{snapshot.sealed}.parquet"
             snapshot.cursor.execute(
                 f"COPY (SELECT absorbed, surviving FROM lake.merges WHERE project = {self.intent.project}) "
-                f"TO '{_quoted(merges)}' (FORMAT parquet)"
+                f"TO {literal(str(merges))} (FORMAT parquet)"
             )
             sources = Sources(snapshot.files(), merges)
             before, self._pins = self._pins, pins.pop_all()
@@ -473,7 +474,3 @@ class Change:
         except BaseException as problem:
             host.fail(problem)  # nobody knows whether the lake has it: the next start does
             raise
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")

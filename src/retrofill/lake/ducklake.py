@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 
 from retrofill.core.block import Kind
+from retrofill.core.sql import literal
 from retrofill.errors import FullError, StoreError
 from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
 from retrofill.lake.catalog import CATALOG, put_in_place
@@ -686,12 +687,12 @@ def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     )
     # Its 36 MB came with our packages, whose hashes were checked when they were installed. To check DuckDB's signature of
     # them as well takes a tenth of a second of both cores at each start; after it nothing else without one is loaded.
-    db.execute(f"LOAD {_text(str(extension))}")
+    db.execute(f"LOAD {literal(str(extension))}")
     db.execute("SET allow_unsigned_extensions = false")
     # Paths in the catalog are relative: a folder that was moved or restored elsewhere opens as it is.
     db.execute(
-        f"ATTACH {_text(f'ducklake:{folder}/catalog.duckdb')} AS lake "
-        f"(DATA_PATH {_text(f'{folder}/files')}, OVERRIDE_DATA_PATH true, DATA_INLINING_ROW_LIMIT 0)"
+        f"ATTACH {literal(f'ducklake:{folder}/catalog.duckdb')} AS lake "
+        f"(DATA_PATH {literal(f'{folder}/files')}, OVERRIDE_DATA_PATH true, DATA_INLINING_ROW_LIMIT 0)"
     )
     return db
 
@@ -731,11 +732,6 @@ def _steps(
 def _one(cursor: duckdb.DuckDBPyConnection, statement: str, values: Sequence[Any] = ()) -> Any:  # noqa: ANN401 - whatever the statement gives
     # All of it: a statement whose rows are not fetched to the end has not committed.
     return cursor.execute(statement, list(values)).fetchall()[0][0]
-
-
-def _text(value: str) -> str:
-    quoted = value.replace("'", "''")
-    return f"'{quoted}'"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrofill.core.sql import literal
 from retrofill.lake.arrow import SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.limits import HISTORY_MEMORY_BYTES, LAKE_SPILL_BYTES, LAKE_THREADS
@@ -85,6 +86,4 @@ class History:
         return [*whole, *deleted]
 
     def _named(self, paths: Sequence[str]) -> str:
-        names = [str(self._columns), *paths]
-        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-        return f"[{quoted}]"
+        return f"[{', '.join(map(literal, (str(self._columns), *paths)))}]"

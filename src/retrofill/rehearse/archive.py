@@ -22,6 +22,7 @@ from retrofill.backfill import readback
 from retrofill.core import likeness, mend
 from retrofill.core.block import COLUMNS
 from retrofill.core.person import Person
+from retrofill.core.sql import literal
 from retrofill.engine.history import BRIEF, Alike, Days, Position, types
 from retrofill.engine.seeding import PROJECT
 from retrofill.errors import InputError
@@ -55,7 +56,7 @@ def opened(path: Path, folder: Path) -> Iterator[Archive]:
     _unpack(path, folder / "rows.ndjson.gz")
     with contextlib.closing(duckdb.connect(str(folder / "rows.duckdb"))) as db:
         db.execute(f"SET memory_limit = '{_MEMORY}'")
-        db.execute(f"SET temp_directory = '{str(folder).replace(chr(39), chr(39) * 2)}'")
+        db.execute(f"SET temp_directory = {literal(str(folder))}")
         yield Archive(path, db, folder / "rows.ndjson.gz")
 
 

@@ -31,7 +31,7 @@ from retrofill.core.block import Kind
 from retrofill.core.person import Person
 from retrofill.engine import guard, history
 from retrofill.engine.history import Alike, Asked, Days
-from retrofill.engine.query import View
+from retrofill.engine.query import Statement, View
 from retrofill.engine.seeding import PROJECT, known_key, seed
 from retrofill.limits import HISTORY_IDS_MAX, HISTORY_KEYS_MAX, MERGES_LISTED_MAX, PROFILES
 from retrofill.rehearse import archive, difference, given, outcome
@@ -303,16 +303,18 @@ def _devices(view: View, import_id: str) -> list[Device]:
         where="user_id IS NOT NULL AND device_id IS NOT NULL",
         kinds=(Kind.EVENT, Kind.IDENTIFY),
     )
-    name = import_id.replace("'", "''")
+    statement = Statement()
+    name = statement.bind(import_id)
     rows: list[Device] = view.ask(
         f"""
         SELECT device_id, list(user_id ORDER BY user_id)[:{LISTED}], count(*), count(*) FILTER (live)
         FROM (
-            SELECT device_id, user_id, bool_or(import_id IS DISTINCT FROM '{name}') AS live,
-                   bool_or(import_id = '{name}') AS ours
+            SELECT device_id, user_id, bool_or(import_id IS DISTINCT FROM {name}) AS live,
+                   bool_or(import_id = {name}) AS ours
             FROM {source} GROUP BY ALL
         ) GROUP BY device_id HAVING count(*) > 1 AND bool_or(ours) ORDER BY count(*) DESC, device_id
-        """
+        """,
+        statement,
     ).fetchall()
     return rows
 
