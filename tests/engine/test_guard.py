@@ -19,6 +19,7 @@ from retrofill.engine import ingest
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.check import check
 from retrofill.engine.guard import Held, listed
+from retrofill.errors import MissingError
 
 OLD = Path(__file__).parent.parent / "data" / "directory-1.tar.xz"
 VIEW = {"event_type": "View"}
@@ -146,6 +147,12 @@ def test_who_joins_too_many_is_told_once_listed_and_may_be_allowed(
     # What the device showed before is its own, and what its user says is the user's.
     assert rules(ask(server, property="p2", device_id="device-2")) == [("changed", True)]
     assert ask(server, property="p2", user_id="guest-1").value == 1
+    people = server.engine.state.project(1).devices
+    with pytest.raises(MissingError, match="anybody: guest-1 joins more people than") as apart:
+        ask(server, merge=people.get("device-2"))
+    assert "merge_always" in apart.value.mend
+    with pytest.raises(MissingError, match=r"anybody$"):
+        ask(server, merge=people.get("other-1"))
     settings = server.engine.settings(1)
     server.engine.set_settings(1, replace(settings, merge_always=["guest-1"]))
     visit(server, "device-2", "guest-1")

@@ -201,10 +201,7 @@ def _whose(view: View, question: Question) -> _Whose:
     if asked.what == "merge":
         merges = view.merges()
         if question.merge not in merges or people:
-            raise MissingError(
-                f"{question.merge} was not merged into anybody",
-                mend="GET /api/1/merges/held lists the users whose merges are held",
-            )
+            raise _not_merged(view, question.merge)
         return _Whose(asked, _everyone(merges, merges[question.merge]))
     if len(people) != 1:
         raise InputError(
@@ -212,6 +209,29 @@ def _whose(view: View, question: Question) -> _Whose:
             mend="Give one of user_id, device_id and amplitude_id, or an event",
         )
     return _Whose(asked, _person(view, question))
+
+
+def _not_merged(view: View, one: int) -> MissingError:
+    """Say that somebody was not merged, and who holds them apart, if somebody does."""
+    mine = view.source(
+        ("amplitude_id", "device_id"), where=f"amplitude_id = {int(one)}", kinds=_KINDS
+    )
+    apart = view.source(
+        ("amplitude_id", "device_id", "flags", "user_id"),
+        where=f"flags & {int(Flag.HELD)} <> 0 AND amplitude_id <> {int(one)}",
+        kinds=_KINDS,
+    )
+    rows = view.ask(
+        f"SELECT min(user_id) FROM {apart} WHERE device_id IN (SELECT device_id FROM {mine})"
+    ).fetchall()
+    (user,) = rows[0]
+    if user is None:
+        return MissingError(f"{one} was not merged into anybody")
+    return MissingError(
+        f"{one} was not merged into anybody: {user} joins more people than merges_per_user, and so is held apart",
+        mend="Its next event with both ids merges them once `merge_always` of the project names that user; "
+        "GET /api/1/merges/held lists such users",
+    )
 
 
 def _of_event(question: Question) -> bool:
