@@ -12,7 +12,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,7 +20,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.faults.process import API_KEY, Process, Row
+from tests.faults.process import API_KEY, PATIENCE_S, Process, Row
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,9 @@ _BOUNDED = settings(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    server = Process(tmp_path_factory.mktemp("hostile") / "data")
+    # Slow and idle clients stay as long as the test is between two of its steps.
+    patient = "BODY_IDLE_S=3600 BODY_S_MAX=3600 KEEP_ALIVE_S=3600"
+    server = Process(tmp_path_factory.mktemp("hostile") / "data", settings=patient)
     server.start()
     try:
         server.wait_until_ready()
@@ -54,7 +56,7 @@ class Client:
     """One kept connection."""
 
     def __init__(self, server: Process) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
 
     def post(self, path: str, body: bytes, headers: Row | None = None) -> tuple[int, bytes]:
         self._connection.request("POST", path, body, headers or {})
@@ -256,50 +258,43 @@ def test_forty_levels_are_taken_and_forty_one_are_not(client: Client, name: str)
         assert status == expected, (levels, said)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"[" * 20 * MEGABYTE, id="open brackets"),
-        pytest.param(b'{"a":' * (4 * MEGABYTE), id="open objects"),
-        pytest.param(b"[" * 10 * MEGABYTE + b"]" * 10 * MEGABYTE, id="closed brackets"),
-        pytest.param(upload(["[]"])[:-2] + b",[]" * (6 * MEGABYTE) + b"]}", id="empty arrays"),
-        pytest.param(upload(["{}"])[:-2] + b",{}" * (6 * MEGABYTE) + b"]}", id="empty events"),
-        pytest.param(upload(["0"])[:-2] + b",0" * (9 * MEGABYTE) + b"]}", id="numbers"),
-        pytest.param(
-            upload(
-                [
-                    "{"
-                    + GOOD
-                    + ',"event_properties":{"a":'
-                    + "[" * 8 * MEGABYTE
-                    + "]" * 8 * MEGABYTE
-                    + "}}"
-                ]
-            ),
-            id="brackets in a property",
-        ),
-        pytest.param(
-            upload(["{" + GOOD + ',"user_properties":{"a":[0' + ",0" * 8 * MEGABYTE + "]}}"]),
-            id="numbers in a property",
-        ),
-        pytest.param(
-            upload(["{" + GOOD + ',"insert_id":"' + "\\u0041" * 3 * MEGABYTE + '"}']), id="escapes"
-        ),
-        pytest.param(b'"' * 20 * MEGABYTE, id="quotes"),
-        pytest.param(b" " * 20 * MEGABYTE, id="spaces"),
-        pytest.param(b"\\" * 20 * MEGABYTE, id="backslashes"),
-        pytest.param(upload(["{" + GOOD + "}"] * 2001), id="2,001 events"),
-        pytest.param(b"9" * 20 * MEGABYTE, id="one number"),
-    ],
-)
+# Made by the test: all of them are a third of a gigabyte.
+MEGABYTES: dict[str, Callable[[], bytes]] = {
+    "open brackets": lambda: b"[" * 20 * MEGABYTE,
+    "open objects": lambda: b'{"a":' * (4 * MEGABYTE),
+    "closed brackets": lambda: b"[" * 10 * MEGABYTE + b"]" * 10 * MEGABYTE,
+    "empty arrays": lambda: upload(["[]"])[:-2] + b",[]" * (6 * MEGABYTE) + b"]}",
+    "empty events": lambda: upload(["{}"])[:-2] + b",{}" * (6 * MEGABYTE) + b"]}",
+    "numbers": lambda: upload(["0"])[:-2] + b",0" * (9 * MEGABYTE) + b"]}",
+    "brackets in a property": lambda: of_good(
+        '"event_properties":{"a":' + "[" * 8 * MEGABYTE + "]" * 8 * MEGABYTE + "}"
+    ),
+    "numbers in a property": lambda: of_good(
+        '"user_properties":{"a":[0' + ",0" * 8 * MEGABYTE + "]}"
+    ),
+    "escapes": lambda: of_good('"insert_id":"' + "\\u0041" * 3 * MEGABYTE + '"'),
+    "quotes": lambda: b'"' * 20 * MEGABYTE,
+    "spaces": lambda: b" " * 20 * MEGABYTE,
+    "backslashes": lambda: b"\\" * 20 * MEGABYTE,
+    "2,001 events": lambda: upload(["{" + GOOD + "}"] * 2001),
+    "one number": lambda: b"9" * 20 * MEGABYTE,
+}
+
+
+def of_good(more: str) -> bytes:
+    return upload(["{" + GOOD + "," + more + "}"])
+
+
+@pytest.mark.parametrize("of", MEGABYTES)
 def test_twenty_megabytes_of_anything_are_answered_soon(
-    server: Process, client: Client, body: bytes
+    server: Process, client: Client, of: str
 ) -> None:
+    body = MEGABYTES[of]()
     began = worked(server)
     for headers in ({}, {"Content-Encoding": "gzip"}):
         status, said = client.post("/batch", gzip.compress(body, 1) if headers else body, headers)
         documented("/batch", status, said)
-    assert worked(server) - began < 10
+    assert worked(server) - began < 60
 
 
 def worked(server: Process) -> float:
@@ -382,12 +377,12 @@ def request(body: bytes, *, length: int | None = None) -> bytes:
 
 def test_slow_and_broken_connections_hold_back_no_other(server: Process, client: Client) -> None:
     whole = request(upload(["{" + GOOD + ',"event_type":"slow"}']))
-    slow = [socket.create_connection(("127.0.0.1", server.port), 20) for _ in range(100)]
+    slow = [socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) for _ in range(100)]
     try:
         for number, one in enumerate(slow):
             one.sendall(whole[: 1 + number * (len(whole) - 2) // len(slow)])
         for number in range(50):
-            with socket.create_connection(("127.0.0.1", server.port), 20) as broken:
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as broken:
                 # Closing with SO_LINGER of 0 s resets the connection.
                 broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 broken.sendall(whole[: number * len(whole) // 50])
