@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 from tests.backfill.destination import Misbehaving
 from tests.backfill.exporting import Exporting, row, serving
 from tests.backfill.test_kill import listening
+from tests.faults.process import held_port
 from typer.testing import CliRunner, Result
 
 from retrofill.backfill import drive
@@ -159,11 +161,12 @@ def test_limits_of_a_destination_that_does_not_answer_are_those_of_the_run_so_fa
 ) -> None:
     given = source(tmp_path, 20)
     to = Misbehaving(faults={"503": 1.0})
-    with listening(to) as url:
-        work = ["--work", str(tmp_path / "w"), "--give-up-after", "1s", *KEYS]
-        line = ["run", *given, "--to", url, *work, "--yes"]
-        assert call(*line, "--profile", "retrofill", "--json").exit_code == 1
-    resumed = call(*line)
+    with closing(held_port()) as held:
+        with listening(to, held.getsockname()[1]) as url:
+            work = ["--work", str(tmp_path / "w"), "--give-up-after", "1s", *KEYS]
+            line = ["run", *given, "--to", url, *work, "--yes"]
+            assert call(*line, "--profile", "retrofill", "--json").exit_code == 1
+        resumed = call(*line)
     assert (resumed.exit_code, "20 waiting" in resumed.output) == (1, True)
     assert f"! {url} does not answer: the limits of retrofill are kept" in resumed.output
     assert "1 requests, profile retrofill" in resumed.output

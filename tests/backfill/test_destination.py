@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tests.backfill import staged
 from tests.backfill.destination import FAULTS, Misbehaving, serve
 from tests.backfill.test_send import OPEN, check_whole
+from tests.faults.process import held_port
 
 from retrofill.backfill import destination as wire
 from retrofill.backfill import manifest as manifests
@@ -185,12 +187,13 @@ async def _answers(script: list[bytes]) -> list[Answer]:
         writer.write(left.pop(0))
         writer.close()
 
-    server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    url = parse_url(f"http://127.0.0.1:{port}/batch")
-    found = [await Connection(url).post([b"{", b"}"]) for _ in script]
-    server.close()
-    return [*found, await Connection(url).post([b"{}"])]
+    with closing(held_port()) as held:
+        port = held.getsockname()[1]
+        server = await asyncio.start_server(talk, "127.0.0.1", port)
+        url = parse_url(f"http://127.0.0.1:{port}/batch")
+        found = [await Connection(url).post([b"{", b"}"]) for _ in script]
+        server.close()
+        return [*found, await Connection(url).post([b"{}"])]
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 from tests.backfill import staged
-from tests.backfill.destination import Misbehaving, serve
+from tests.backfill.destination import Misbehaving, Reply, serve
 from tests.backfill.test_send import check_whole
+from tests.faults.process import PATIENCE_S
 
 from retrofill.backfill.status import status
 
@@ -34,14 +35,14 @@ sys.exit(0 if outcome.complete else 1)
 
 
 @contextmanager
-def listening(to: Misbehaving) -> Iterator[str]:
+def listening(to: Misbehaving, port: int = 0) -> Iterator[str]:
     """Serve from a thread of its own; yields the address."""
     loop = asyncio.new_event_loop()
     found: list[int] = []
     ready = threading.Event()
 
     async def whole() -> None:
-        server = await serve(to, 0, now=time.time)
+        server = await serve(to, port, now=time.time)
         found.append(server.sockets[0].getsockname()[1])
         ready.set()
         async with server:
@@ -61,7 +62,7 @@ def listening(to: Misbehaving) -> Iterator[str]:
     task = loop.create_task(whole())
     thread = threading.Thread(target=run)
     thread.start()
-    ready.wait()
+    assert ready.wait(PATIENCE_S)
     try:
         yield f"http://127.0.0.1:{found[0]}"
     finally:
@@ -92,7 +93,7 @@ def killed_and_resumed(work: Path, *, kills: int, seed: int) -> None:
             running.wait()
             before = len(to.arrivals)
         running = begin(work, url)
-        assert running.wait(timeout=120) == 0
+        assert running.wait(PATIENCE_S) == 0
     check_whole(work, made, to)
     assert status(work)["state"] == "complete"
     asked_again = sum(count for fault, count in to.statuses.items() if fault != "none")
@@ -115,15 +116,25 @@ def test_ctrl_c_ends_when_what_is_under_way_is_answered_and_the_same_line_goes_o
     made = staged.history(dict.fromkeys(range(800), 20))
     staged.write(tmp_path, made)
     to = Misbehaving()
+    honest, interrupt = to.handle, threading.Event()
+
+    def handle(body: bytes, at: float) -> Reply:
+        if len(to.arrivals) == 300:  # the destination waits with it, or all would be sent before
+            interrupt.set()
+            assert interrupted.wait(PATIENCE_S)
+        return honest(body, at)
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    interrupted = threading.Event()
     with listening(to) as url:
         running = begin(tmp_path, url)
-        while len(to.arrivals) < 300 and running.poll() is None:
-            time.sleep(0.002)
+        assert interrupt.wait(PATIENCE_S)
         running.send_signal(signal.SIGINT)
-        assert running.wait(timeout=60) == 1
+        interrupted.set()
+        assert running.wait(PATIENCE_S) == 1
         found = status(tmp_path)
         assert found["taken"] == len(to.stored)
         assert 0 < found["left"] < len(made)
-        assert begin(tmp_path, url).wait(timeout=120) == 0
+        assert begin(tmp_path, url).wait(PATIENCE_S) == 0
     assert to.repeats == 0
     check_whole(tmp_path, made, to)

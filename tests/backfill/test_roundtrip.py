@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.process import PATIENCE_S
 from tests.manners.house import document
 from tests.server.live import Live
 from typer.testing import CliRunner
@@ -86,7 +87,7 @@ def call(live: Live, keys: tuple[str, str], path: str, body: bytes | None = None
     token = base64.b64encode(":".join(keys).encode()).decode()
     headers = {"Authorization": f"Basic {token}"} if body is None else {}
     request = urllib.request.Request(live.address + path, body, headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return bytes(answer.read())
 
 
@@ -94,7 +95,7 @@ def put(live: Live, keys: tuple[str, str], path: str, body: bytes) -> None:
     token = base64.b64encode(":".join(keys).encode()).decode()
     headers = {"Authorization": f"Basic {token}"}
     request = urllib.request.Request(live.address + path, body, headers, method="PUT")
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         assert answer.status == 200
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.process import PATIENCE_S
 
 from retrofill.cli.serve import projects_of
 from retrofill.errors import InputError
@@ -33,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -58,7 +59,7 @@ class Process:
         self.port = int(self.said[-1].rsplit(":", 1)[1]) if self.said else 0
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         with contextlib.closing(connection):
             connection.request(method, path, body)
             response = connection.getresponse()
@@ -70,7 +71,7 @@ class Process:
     def end(self) -> str:
         """Ask it to stop; return its log."""
         self.process.send_signal(signal.SIGTERM)
-        _, logged = self.process.communicate(timeout=60)
+        _, logged = self.process.communicate(timeout=PATIENCE_S)
         return logged
 
 

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from tests.core.permuted import BEGUN_MS, Sent, history
 from tests.engine.test_undo import SEEN, Server, Wire
+from tests.faults.process import PATIENCE_S
 from tests.stateful.test_engine import FakeClock, SealerInside
 
 from retrofill.core import order
@@ -244,7 +245,7 @@ def test_a_person_is_read_also_while_late_events_go_on_coming(
 
     monkeypatch.setattr(server.engine.rewriting, "run", more_comes)
     ask = server.engine.reader().person
-    found = server.run(asyncio.wait_for(asyncio.to_thread(ask, 1, one), 60))
+    found = server.run(asyncio.wait_for(asyncio.to_thread(ask, 1, one), PATIENCE_S))
     assert folds == [False] * PERSON_LOOKS + [True]
     assert not server.engine.event_time.late_since(1)
     assert found.properties["plan"] == "9"
@@ -308,7 +309,7 @@ def test_many_marks_are_folded_again_without_a_reader(
         folded.set()
 
     server.engine.rewriting.kinds["late"] = tell
-    server.run(asyncio.wait_for(folded.wait(), 120))
+    server.run(asyncio.wait_for(folded.wait(), PATIENCE_S))
     assert server.engine.event_time.late_since(1) == 0
 
 

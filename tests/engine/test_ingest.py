@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.faults.process import PATIENCE_S
 
 from retrofill.clock import SystemClock
 from retrofill.config import Settings
@@ -204,7 +205,7 @@ def test_a_seal_that_failed_in_the_background_is_tried_again_by_itself(
         monkeypatch.setattr(engine._sealer, "seal", failing)
         await engine.start()
         assert isinstance(await engine.ingest(update(1)), Accepted)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await failing.done.wait()
         async with engine.sealing:
             assert not engine.unsealed
@@ -291,7 +292,7 @@ def test_a_seal_whose_asker_is_cancelled_goes_on(tmp_path: Path) -> None:
 
         def held(*told: Any, **named: Any) -> None:
             loop.call_soon_threadsafe(adopting.set)
-            assert go.wait(60)
+            assert go.wait(PATIENCE_S)
             adopt(*told, **named)
 
         loop = asyncio.get_running_loop()
@@ -358,7 +359,7 @@ def test_blocks_stay_until_their_key_file_is_written(tmp_path: Path) -> None:
         write, seen = engine.duplicates.sealed, []
 
         def watched(first: int, last: int, *, oldest_block: int) -> None:
-            asyncio.run_coroutine_threadsafe(engine._delete_blocks(), loop).result(20)
+            asyncio.run_coroutine_threadsafe(engine._delete_blocks(), loop).result(PATIENCE_S)
             seen.append([number for number, _ in engine.blocks.numbers()])
             write(first, last, oldest_block=oldest_block)
 

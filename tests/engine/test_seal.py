@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.faults.process import PATIENCE_S
 from tests.lake.blocks import World, block_of
 
 from retrofill.core import block as codec
@@ -226,8 +227,18 @@ def running(folder: Path, last: int) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
+        children = children_of(process)
         process.kill()
         process.communicate()
+        for child in children:  # one that is in the kernel just then writes what it was about to
+            wait_gone(child)
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    if process.returncode is not None:  # it has ended, and its number may be another's
+        return []
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(child) for child in listed.read_text().split()]
 
 
 def kill_and_look(folder: Path, blocks: list[Block], kills: int, seed: int) -> None:
@@ -276,12 +287,12 @@ def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.readline()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = children_of(process)
         assert children
         process.kill()
         process.wait()
         for child in children:
-            wait_gone(int(child))
+            wait_gone(child)
 
 
 def wait_gone(pid: int) -> None:
@@ -291,6 +302,6 @@ def wait_gone(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        assert select.select([opened], [], [], 30)[0], f"process {pid} is still there"
+        assert select.select([opened], [], [], PATIENCE_S)[0], f"process {pid} is still there"
     finally:
         os.close(opened)

@@ -64,9 +64,9 @@ Duplicates.split = lambda self, keyed, oldest_block: bytearray(len(keyed.packed)
 SENDERS = 4
 PEOPLE_PER_SENDER = 6
 PAUSE_S = 0.05  # between two requests of a sender: the machine has others to serve
-DELETED_S = 120  # kills leave deletions to be done, one after another
-MOMENT_S = 60  # the wait for a moment of some kind
-ANSWER_S = 60
+DELETED_S = 300  # kills leave deletions to be done, one after another
+MOMENT_S = 300  # the wait for a moment of some kind
+ANSWER_S = 120
 
 
 class Sender(threading.Thread):

@@ -23,7 +23,7 @@ import typer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.engine.test_undo import _event as drawn
-from tests.faults.process import API_KEY, SECRET_KEY, Process
+from tests.faults.process import API_KEY, PATIENCE_S, SECRET_KEY, Process
 from tests.server.live import Live
 from typer.testing import CliRunner, Result
 
@@ -236,7 +236,7 @@ class Project:
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         token = base64.b64encode(f"{self.keys[1]}:{self.keys[3]}".encode()).decode()
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=PATIENCE_S)
         sent = None if body is None else json.dumps(body)
         connection.request(method, path, sent, {"Authorization": f"Basic {token}"})
         answer = connection.getresponse()

@@ -17,6 +17,7 @@ import uvloop
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from tests.faults.process import PATIENCE_S
 
 from retrofill.clock import SystemClock
 from retrofill.config import Project
@@ -29,7 +30,7 @@ from retrofill.server import log, run
 KEY = "0123456789abcdef0123456789abcdef"
 SECRET = "fedcba9876543210fedcba9876543210"
 UPLOADED_MS = 1_700_000_000_123
-WAIT_S = 60  # for what is to come; it comes at once unless the machine is busy
+WAIT_S = PATIENCE_S  # for what is to come; it comes at once unless the machine is busy
 
 
 class Figures(msgspec.Struct):
@@ -105,9 +106,10 @@ class Live:
         self,
         opening: Callable[[], None] = lambda: None,
         chores: Sequence[Callable[[], Awaitable[object]]] = (),
+        port: int = 0,
     ) -> None:
         self.engine = FakeEngine()
-        self.listening = run.listen("127.0.0.1", 0)
+        self.listening = run.listen("127.0.0.1", port)
         self.port = self.listening.getsockname()[1]
         self.loop: asyncio.AbstractEventLoop
         self.server: run.Server

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-STOP_S = 60
+from tests.faults.process import PATIENCE_S
+
 _RUN = "from retrofill.cli.main import app; app()"
 
 
@@ -42,7 +43,7 @@ class Live:
         trace: TracebackType | None,
     ) -> None:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(STOP_S)
+        code = self.process.wait(PATIENCE_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._log.close()

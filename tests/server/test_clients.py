@@ -18,11 +18,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from tests.faults.process import API_KEY, Process, Row
+from tests.faults.process import API_KEY, PATIENCE_S, Process, Row
 
 pytestmark = pytest.mark.slow
 
-# A clock that goes back by two seconds with each request.
+# One that stands still: what is sent within a window of the limits stays within it, however long that takes.
+STILL = """
+import time
+from retrofill.clock import SystemClock
+now_ms = time.time_ns() // 1_000_000
+SystemClock.now_ms = lambda self: now_ms
+"""
+# One that goes back by two seconds with each request.
 BACKWARDS = """
 import itertools, time
 from retrofill.clock import SystemClock
@@ -34,7 +41,7 @@ SystemClock.now_ms = lambda self: now_ms(self) - 2000 * next(steps)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    server = Process(tmp_path_factory.mktemp("clients") / "data", limits="amplitude")
+    server = Process(tmp_path_factory.mktemp("clients") / "data", first=STILL, limits="amplitude")
     server.start()
     try:
         server.wait_until_ready()
@@ -54,7 +61,7 @@ class Answer:
     def __init__(
         self, server: Process, method: str, path: str, body: bytes, **headers: str
     ) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         connection.request(method, path, body, named)
         found = connection.getresponse()

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.faults.process import PATIENCE_S
 from tests.server.live import Live
 from tests.server.test_project import call
 
@@ -26,7 +27,7 @@ def ask(
     live: Live, body: bytes, *, secret: str = "SECRET", coding: str = ""
 ) -> tuple[int, bytes, str]:
     address = urlsplit(live.address)
-    connection = http.client.HTTPConnection(address.netloc, timeout=60)
+    connection = http.client.HTTPConnection(address.netloc, timeout=PATIENCE_S)
     token = base64.b64encode(f"KEY:{secret}".encode()).decode()
     fields = {"Authorization": f"Basic {token}", "Accept-Encoding": coding}
     connection.request("POST", "/api/1/history", body, fields)
@@ -101,7 +102,7 @@ def test_what_is_no_question_is_refused(tmp_path: Path) -> None:
 
 def test_a_body_under_way_holds_the_place(tmp_path: Path) -> None:
     with Live(tmp_path) as live:
-        slow = http.client.HTTPConnection(urlsplit(live.address).netloc, timeout=60)
+        slow = http.client.HTTPConnection(urlsplit(live.address).netloc, timeout=PATIENCE_S)
         slow.putrequest("POST", "/api/1/history")
         slow.putheader("Authorization", f"Basic {base64.b64encode(b'KEY:SECRET').decode()}")
         slow.putheader("Content-Length", "2")

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from tests.backfill.test_commands import call as command
 from tests.backfill.test_commands import source
 from tests.engine.test_event_time import by_time
+from tests.faults.process import PATIENCE_S
 from tests.server.live import Live
 from tests.server.test_project import call
 from tests.stateful.test_engine import FakeClock
@@ -173,7 +174,7 @@ def test_an_undo_that_late_events_wait_for_can_be_called_off(
             await subject.post([of("", time=now - 1000, insert_id="c")])
             assert late.late_since(1)
             asked.append(asyncio.create_task(routes.cancel(request)))
-            await asyncio.wait_for(heard.wait(), 60)
+            await asyncio.wait_for(heard.wait(), PATIENCE_S)
 
     monkeypatch.setattr(engine, "cancel", hear)
     subject.meddle = meddle

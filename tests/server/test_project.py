@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.faults.process import PATIENCE_S
 from tests.server.live import Live
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def call(live: Live, method: str, path: str, body: object = None) -> tuple[int, 
         method=method,
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as problem:
         with problem:
@@ -85,7 +86,7 @@ def test_rows_of_every_kind_count_as_live_unless_an_import_brought_them(tmp_path
         # No chart and no export shows an identify call, and yet it sets a person's properties.
         who = [{"device_id": "device-1", "user_properties": {"plan": "paid"}}]
         form = urllib.parse.urlencode({"api_key": "KEY", "identification": json.dumps(who)})
-        with urllib.request.urlopen(f"{live.address}/identify", form.encode(), timeout=60):
+        with urllib.request.urlopen(f"{live.address}/identify", form.encode(), timeout=PATIENCE_S):
             pass
         assert rows() == {"rows": 3, "live": 1}
     with Live(tmp_path) as live:

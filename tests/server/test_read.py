@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import httpx
 import pytest
 from tests.engine.stored import DAY_MS, PROJECT, Stored, block
+from tests.faults.process import PATIENCE_S
 from tests.lake.blocks import START_MS
 
 from retrofill.config import Project
@@ -276,7 +277,9 @@ def test_one_request_too_many_at_once_is_429(
 ) -> None:
     gate = threading.Event()
     view = site.stored.reader.view
-    monkeypatch.setattr(site.stored.reader, "view", lambda number: gate.wait(60) and view(number))
+    monkeypatch.setattr(
+        site.stored.reader, "view", lambda number: gate.wait(PATIENCE_S) and view(number)
+    )
 
     async def crowd(client: httpx.AsyncClient) -> tuple[int, list[int]]:
         under_way = [asyncio.ensure_future(client.get(url)) for _ in range(most)]

@@ -21,7 +21,7 @@ from retrofill.core.schedule import Rates
 from retrofill.errors import InputError
 
 DAY_S = 86_400.0
-HEALTH_S = 5.0  # ours: how long /healthz is waited for
+HEALTH_S = 30.0  # ours: how long /healthz is waited for; who gives up too early takes our server for another
 COUNT_S = 60.0  # ours: how long rows may take to be counted
 SAID_BYTES_MAX = 1024 * 1024  # ours: silenced devices are listed as well
 
