@@ -90,7 +90,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         # As an undo that is under way leaves it.
         with closing(sqlite3.connect(tmp_path / "data" / "imports.sqlite")) as file, file:
             file.execute(
-                "INSERT INTO imports VALUES (1, 'going', 'undoing', 5, 1, 0, 0, 0, 'open', 0)"
+                "INSERT INTO imports VALUES (1, 'going', 'undoing', 5, 1, 0, 0, 0, 'open', 0, 0)"
             )
         assert call(live, "POST", "/api/1/imports", {"name": "going"})[0] == 409
         status, said = call(live, "POST", "/api/1/imports/going/close")
