@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "data"
 DATA = ROOT / "retrofill-demo"
 RETROFILL = Path(sys.executable).parent / "retrofill"
-READY_S = 120
+PATIENCE_S = 300  # for what takes seconds unless the machine is busy
 NOT_FOUND = 404
 LOOKED_UP = 50  # people of an undone import that are searched for one by one
 
@@ -180,7 +180,7 @@ class Api:
     def get(self, path: str) -> bytes:
         """Return the body of an answer."""
         request = urllib.request.Request(self.address + path, headers=self._headers)
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return bytes(answer.read())
 
     def holds(self, path: str) -> bool:
@@ -216,7 +216,7 @@ def served(data: Path) -> Iterator[str]:
     with log.open("wb") as written:
         server = subprocess.Popen(command, stdout=written, stderr=written)
     try:
-        end = time.monotonic() + READY_S
+        end = time.monotonic() + PATIENCE_S
         while not (address := _address(log)):
             if server.poll() is not None or time.monotonic() > end:
                 sys.exit(f"The server did not start:\n{log.read_text(errors='replace')[-2000:]}")
@@ -224,7 +224,7 @@ def served(data: Path) -> Iterator[str]:
         yield address
     finally:
         server.terminate()
-        if server.wait(timeout=120):
+        if server.wait(PATIENCE_S):
             sys.exit(f"The server ended badly:\n{log.read_text(errors='replace')[-2000:]}")
     log.unlink()
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults.process import API_KEY, Process
+from tests.faults.process import API_KEY, PATIENCE_S, Process
 
 pytestmark = pytest.mark.slow
 
-LONG_S = 60
+LONG_S = PATIENCE_S
 QUIET_S = 1
 CLIENTS = 16
 
