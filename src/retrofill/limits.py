@@ -115,6 +115,7 @@ REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
 REFOLD_SORT_BYTES = 128 * 1024 * 1024  # of rows to be folded again that are put in order in memory
 REFOLD_ASIDE_ROWS = 80_000  # changed rows that are set aside on disk at once
 REFOLD_GROUP_ROWS = 4_000  # of these read back at a time
+REFOLD_OUT_ROWS = 500_000  # rows, of one file at least, that one statement takes out of the lake
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
 REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time
@@ -129,6 +130,11 @@ REFOLD_LOOK_S = 0.2  # how often it is looked whether more has come, while the l
 REFOLD_PACE = 0.6  # of the speed at which history is folded again, for what may come meanwhile
 REFOLD_PACE_ROWS = 20_000  # rows by which that speed is measured
 REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for it, at most
+REFOLD_ROOM_ROWS = (
+    750_000  # with less room than this until SEAL_LAG_EVENTS_MAX, blocks come slower meanwhile
+)
+REFOLD_ROOM_S = 60  # that the room would last at their rate
+REFOLD_ROOM_WAIT_S = 10  # by which a block is put off for it, at most
 HISTORY_MEMORY_BYTES = (
     512 * 1024 * 1024
 )  # what DuckDB may hold in the child that folds history again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from retrofill.lake.files import Files
 from retrofill.lake.history import COLUMNS, History
 
 ROWS = 100
+OUT_ROWS = 70
 
 
 def row(seeded: random.Random, block: int, place: int) -> dict[str, object]:
@@ -80,6 +82,7 @@ def test_what_differs_is_written_and_nothing_else(
         ("REFOLD_FILE_ROWS", 37),
         ("REFOLD_ASIDE_ROWS", 23),
         ("REFOLD_GROUP_ROWS", 11),
+        ("REFOLD_OUT_ROWS", OUT_ROWS),
     ):
         monkeypatch.setattr(changed, name, bound)
     seeded = random.Random(seed)
@@ -107,6 +110,15 @@ def test_what_differs_is_written_and_nothing_else(
         if some:
             subject.add(pa.Table.from_pylist(some))
     written = subject.write(used, out)
+    outgoing = [
+        [(one["block"], one["row"]) for one in some.to_pylist()] for some in subject.outgoing()
+    ]
+    file_of = {(one["block"], one["row"]): one["file"] for one in expected}
+    assert sorted(itertools.chain(*outgoing)) == sorted(file_of)
+    files_of = [{file_of[place] for place in some} for some in outgoing]
+    assert sum(map(len, files_of)) == len(set(file_of.values()))  # each file's at once
+    for some, files_there in zip(outgoing, files_of, strict=True):
+        assert len(some) <= OUT_ROWS or len(files_there) == 1
     assert sorted(out.iterdir()) == sorted(written)
     rows = []
     for path in written:
@@ -122,6 +134,5 @@ def test_what_differs_is_written_and_nothing_else(
         place = one["block"], one["row"]
         del one["file"], one["place"]
         assert by_place[place] == one
-    places = {(one["block"], one["row"]) for some in subject.places for one in some.to_pylist()}
-    assert places == by_place.keys()
+    assert list(subject.outgoing()) == []  # each was told
     assert not list(tmp_path.glob("changed-*"))

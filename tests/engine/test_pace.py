@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from retrofill.engine.pace import Pace
-from retrofill.limits import REFOLD_PACE_ROWS, REFOLD_PACE_WAIT_S
+from retrofill.limits import (
+    REFOLD_PACE_ROWS,
+    REFOLD_PACE_WAIT_S,
+    REFOLD_ROOM_ROWS,
+    REFOLD_ROOM_WAIT_S,
+    SEAL_LAG_EVENTS_MAX,
+)
 
 BLOCK_ROWS = 2000
 BLOCK_S = 0.025  # 80,000 rows a second
@@ -24,6 +30,7 @@ def arriving(pace: Pace, seconds: float, now_s: float) -> int:
 @pytest.mark.parametrize("fold_rows_per_s", [30_000, 50_000, 100_000])
 def test_less_is_left_each_time_around_however_slow_the_fold(fold_rows_per_s: int) -> None:
     pace, now_s, left = Pace(), 0.0, 4_000_000
+    pace.begin()
     for _ in range(20):
         seconds = left / fold_rows_per_s
         more = arriving(pace, seconds, now_s)
@@ -38,6 +45,8 @@ def test_less_is_left_each_time_around_however_slow_the_fold(fold_rows_per_s: in
 def test_nobody_waits_where_nobody_catches_up_or_little_comes() -> None:
     pace = Pace()
     assert pace.wait_s(10**6, now_s=1.0) == 0
+    assert pace.wait_s(10**6, now_s=1.0, room=1) == 0
+    pace.begin()
     pace.follow(REFOLD_PACE_ROWS - 1, 100.0)  # too few to say
     assert pace.wait_s(10**6, now_s=1.0) == 0
     pace.follow(1_000_000, 20.0)
@@ -45,12 +54,32 @@ def test_nobody_waits_where_nobody_catches_up_or_little_comes() -> None:
     assert not any(waits)  # 10,000 rows a second, 30,000 may come
     assert pace.wait_s(10**9, now_s=4.0) == pytest.approx(REFOLD_PACE_WAIT_S)
     pace.end()
-    assert pace.wait_s(10**6, now_s=4.0) == 0
+    assert pace.wait_s(10**6, now_s=4.0, room=1) == 0
 
 
 def test_a_block_of_few_rows_waits_less_than_a_large_one() -> None:
     pace = Pace()
+    pace.begin()
     pace.follow(1_000_000, 50.0)
     first = [pace.wait_s(2000, now_s=10.0) for _ in range(3)]
     assert first == sorted(first)
     assert max(first) <= REFOLD_PACE_WAIT_S
+
+
+@pytest.mark.parametrize("speed_rows_per_s", [0, 10_000, 10**9])
+def test_what_waits_to_be_sealed_stays_below_its_bound_however_long_sealing_rests(
+    speed_rows_per_s: int,
+) -> None:
+    pace, now_s, unsealed = Pace(), 0.0, 300_000
+    pace.begin()
+    pace.follow(60 * speed_rows_per_s, 60.0)
+    longest_s = 0.0
+    while now_s < 240:
+        now_s += BLOCK_S
+        unsealed += BLOCK_ROWS
+        wait_s = pace.wait_s(BLOCK_ROWS, now_s=now_s, room=SEAL_LAG_EVENTS_MAX - unsealed)
+        longest_s = max(longest_s, wait_s)
+        now_s += wait_s
+    assert unsealed < SEAL_LAG_EVENTS_MAX
+    assert unsealed > SEAL_LAG_EVENTS_MAX - REFOLD_ROOM_ROWS  # they did not stand still
+    assert longest_s <= REFOLD_ROOM_WAIT_S

@@ -17,10 +17,16 @@ from tests.stateful.test_engine import FakeClock
 from retrofill.core.throttle import Quota
 from retrofill.engine import change, imports, refolder
 from retrofill.engine.admission import ProjectSettings
+from retrofill.engine.pace import Pace
 from retrofill.engine.refolder import Done, Rekey, Tail, Task, ThreadRefolder
 from retrofill.errors import ConflictError, StoreError
 from retrofill.hot.intents import Intents, Tried
-from retrofill.limits import MS_PER_DAY, REFOLD_TRIES_MAX, UNDO_RETENTION_DAYS
+from retrofill.limits import (
+    MS_PER_DAY,
+    REFOLD_TRIES_MAX,
+    SEAL_LAG_EVENTS_MAX,
+    UNDO_RETENTION_DAYS,
+)
 
 
 @pytest.fixture
@@ -90,6 +96,75 @@ def test_what_comes_while_an_import_is_undone_is_folded_some_blocks_at_a_time(
     same(subject, control)
     subject.close()
     control.close()
+
+
+def test_of_what_comes_while_an_import_is_restored_only_repeats_are_remembered(
+    subject: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", 2)
+    monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 5)
+    one_import(subject)
+    subject.run(subject.engine.undo(1, "old-shop"))
+    seeded, device = random.Random(5), {"device_id": "phone-1"}
+    wires = [[_event(seeded, 500 + at, subject.clock.ms) | device] for at in range(40)]
+    flooded = Flooded(subject, wires, [])
+    engine: Any = subject.engine
+    engine.rewriting._refolder = lambda: flooded
+    subject.run(engine.restore(1, "old-shop"))
+    assert flooded.tails
+    folding = flooded._session._folding
+    assert folding.rows >= len(wires)
+    assert not folding._contested
+    assert not folding._held
+    subject.close()
+
+
+class Waiting(Pace):
+    """As long as somebody catches up, blocks wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[int] = []
+
+    def wait_s(self, rows: int, *, now_s: float, room: int = 0) -> float:
+        assert super().wait_s(rows, now_s=now_s, room=room) == 0  # much room, little has come
+        self.rooms.append(room)
+        return 3600 * self.catching_up
+
+
+class Busy(ThreadRefolder):
+    """Folds history again; while sealing rests for it a request is answered, and another waits."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+        self.waits: asyncio.Task[None] | None = None
+
+    async def ask(self, task: Task) -> Done:
+        if isinstance(task, Rekey):
+            assert self.server.engine.sealing.locked()
+            seeded, at_ms = random.Random(3), self.server.clock.ms
+            wires = [[_event(seeded, 300 + 2 * at + n, at_ms) for n in range(2)] for at in range(2)]
+            await self.server.post(wires[0])
+            self.waits = asyncio.create_task(self.server.post(wires[1]))
+        done = await super().ask(task)
+        assert self.waits is None or not self.waits.done()
+        return done
+
+
+def test_blocks_that_are_put_off_know_what_room_is_left_and_go_on_when_the_change_has_ended(
+    subject: Server,
+) -> None:
+    one_import(subject)
+    engine: Any = subject.engine
+    engine.pace = Waiting()
+    busy = Busy(subject)
+    engine.rewriting._refolder = lambda: busy
+    subject.run(engine.undo(1, "old-shop"))
+    assert busy.waits is not None
+    subject.run(busy.waits)
+    assert engine.pace.rooms == [SEAL_LAG_EVENTS_MAX - 2] * 2
+    subject.close()
 
 
 def quota_of(server: Server) -> Any:

@@ -172,6 +172,7 @@ class Change:
         host = self._host
         if rule.by_time:  # late events that came until now are among what is folded in event time
             self._settled = host.state.block
+        host.pace.begin()
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
             async with host.compaction_rests():
@@ -279,8 +280,7 @@ class Change:
         done = await self._ask(Pass(sources, self._until, self._pinned, ids))
         self._take(done)
         self._files += done.files
-        if done.places is not None:
-            self._places.append(done.places)
+        self._places += done.places
         self._until, self._arrived = self._pinned, arrived
 
     async def _reserved(self, wanted: int) -> tuple[int, int]:

@@ -25,7 +25,12 @@ from retrofill.lake import parquet
 from retrofill.lake.arrow import FILE, SCHEMA
 from retrofill.lake.compact import LakeFile, merge
 from retrofill.lake.files import Files
-from retrofill.limits import REFOLD_ASIDE_ROWS, REFOLD_FILE_ROWS, REFOLD_GROUP_ROWS
+from retrofill.limits import (
+    REFOLD_ASIDE_ROWS,
+    REFOLD_FILE_ROWS,
+    REFOLD_GROUP_ROWS,
+    REFOLD_OUT_ROWS,
+)
 
 DECIDED = ("amplitude_id", "created_time", "kind", "flags", "user_properties", *SHOWN)
 ASIDE = ["file", "place", "block", "row", *DECIDED]  # what is to be known of a changed row
@@ -45,7 +50,7 @@ class Changed:
         self._waiting: list[pa.Table] = []
         self._rows = 0
         self._pieces: list[tuple[Path, dict[int, range]]] = []  # with the batches of each file
-        self.places: list[pa.Table] = []
+        self._places: list[pa.Table] = []  # of a piece, with the place of the file
 
     def add(self, rows: pa.Table) -> None:
         """Set rows aside: the columns ASIDE, as they must be and where they stand (`History`). Raises StoreError."""
@@ -64,10 +69,11 @@ class Changed:
         rows = pa.concat_tables(self._waiting).combine_chunks()
         self._waiting, self._rows = [], 0
         rows = rows.take(pa.array(np.argsort(rows["at"].to_numpy())))
-        self.places.append(rows.select(["block", "row"]))
+        files = (rows["at"].to_numpy() >> _FILE_BITS).astype(np.int32)
+        self._places.append(rows.select(["block", "row"]).append_column("file", pa.array(files)))
         path = self._scratch / f"changed-{len(self._pieces)}.arrow"
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        files, firsts = np.unique(rows["at"].to_numpy() >> _FILE_BITS, return_index=True)
+        files, firsts = np.unique(files, return_index=True)
         ends = [*firsts[1:].tolist(), rows.num_rows]
         batches, count = {}, 0
         with (
@@ -83,13 +89,32 @@ class Changed:
                 count += len(some)
         self._pieces.append((path, batches))
 
+    def outgoing(self) -> Iterator[pa.Table]:
+        """Yield the (block, row) of all of them, those of one file together, some files at a time.
+
+        DuckLake remembers each row that it deletes, until a statement has ended: 55 bytes of memory. And of a file of
+        which it has deleted some already it remembers those as well.
+        """
+        if not self._places:
+            return
+        rows = pa.concat_tables(self._places).combine_chunks()
+        self._places = []
+        order = np.argsort(rows["file"].to_numpy(), kind="stable")
+        files = rows["file"].to_numpy()[order]
+        ends = [*(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
+        first = 0
+        for end, further in itertools.pairwise([*ends, 0]):
+            if not further or further - first > REFOLD_OUT_ROWS:
+                yield rows.select(["block", "row"]).take(pa.array(order[first:end]))
+                first = end
+
     def write(self, sources: Sequence[LakeFile], folder: Path) -> list[Path]:
         """Write all of them as new lake files. sources: the files where they stand. Raises StoreError."""
         if self._waiting:
             self._lay()
         if not self._pieces:
             return []
-        bounds = [pc.min_max(some["block"]).as_py() for some in self.places]
+        bounds = [pc.min_max(some["block"]).as_py() for some in self._places]
         first, last = min(one["min"] for one in bounds), max(one["max"] for one in bounds)
         moved = _Moved(folder)
         written: list[Path] = []

@@ -71,6 +71,7 @@ from retrofill.limits import (
     DELETE_BLOCKS_STEP,
     LATE_MARKS_MAX,
     MS_PER_S,
+    REFOLD_PACE_WAIT_S,
     SEAL_AGE_MS,
     SEAL_EVENTS,
     SEAL_LAG_EVENTS_MAX,
@@ -450,12 +451,18 @@ class Engine:
                 async with self.committing:
                     taken = self._take()
                     await self._commit(taken)
-                rows = sum(len(batch.events) for batch, _ in taken)
-                wait_s = self.pace.wait_s(rows, now_s=time.monotonic())
-                if wait_s:
-                    await asyncio.sleep(wait_s)
+                await self._put_off(sum(len(batch.events) for batch, _ in taken))
             if self._closing:
                 return
+
+    async def _put_off(self, rows: int) -> None:
+        """After a block of so many rows, wait for whoever has to catch up with them, as long as somebody does."""
+        now_s = time.monotonic()
+        room = SEAL_LAG_EVENTS_MAX - self._unsealed_events
+        end_s = now_s + self.pace.wait_s(rows, now_s=now_s, room=room)
+        while now_s < end_s and self.pace.catching_up and not self._closing:
+            await asyncio.sleep(min(end_s - now_s, REFOLD_PACE_WAIT_S))
+            now_s = time.monotonic()
 
     def _take(self) -> list[tuple[Batch, asyncio.Future[Outcome]]]:
         """Take the requests of the next block; those refused are answered here and not in it."""

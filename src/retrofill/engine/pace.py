@@ -3,19 +3,34 @@
 A change of stored history folds again what arrives meanwhile, and ends when little is left. Where events arrive faster
 than they can be folded that would never be, so blocks are put off: a part of the measured speed may come, and each time
 around less is left. Nothing is refused for it, requests wait a little longer.
+
+Nor may more wait to be sealed than the engine bears, though sealing rests at the end of a change: the less room is left
+for it, the slower blocks come, so that it is never used up.
 """
 
 from __future__ import annotations
 
-from retrofill.limits import REFOLD_PACE, REFOLD_PACE_ROWS, REFOLD_PACE_WAIT_S
+from retrofill.limits import (
+    REFOLD_PACE,
+    REFOLD_PACE_ROWS,
+    REFOLD_PACE_WAIT_S,
+    REFOLD_ROOM_ROWS,
+    REFOLD_ROOM_S,
+    REFOLD_ROOM_WAIT_S,
+)
 
 
 class Pace:
-    """The pace of one commit loop. rows_per_s: 0 while nobody has to catch up."""
+    """The pace of one commit loop. catching_up: whether somebody is; rows_per_s: 0 while it is not known how fast."""
 
     def __init__(self) -> None:
+        self.catching_up = False
         self.rows_per_s = 0.0
         self._due_s = 0.0
+
+    def begin(self) -> None:
+        """Somebody begins to catch up."""
+        self.catching_up = True
 
     def follow(self, rows: int, seconds: float) -> None:
         """So many rows, all that had come, were caught up with in this time. Too few say nothing of the speed."""
@@ -24,13 +39,23 @@ class Pace:
 
     def end(self) -> None:
         """Nobody has to catch up any more."""
-        self.rows_per_s = 0.0
+        self.catching_up, self.rows_per_s = False, 0.0
 
-    def wait_s(self, rows: int, *, now_s: float) -> float:
-        """Say how long the next block is put off after one of so many rows. now_s: of any clock that runs evenly."""
-        if not self.rows_per_s:
+    def wait_s(self, rows: int, *, now_s: float, room: int = REFOLD_ROOM_ROWS) -> float:
+        """Say how long the next block is put off after one of so many rows.
+
+        now_s: of any clock that runs evenly. room: how many rows may come until requests are refused.
+        """
+        if not self.catching_up:
             return 0.0
-        # A pause before counts for what comes, for as long as a block may be put off.
-        earliest, latest = now_s - REFOLD_PACE_WAIT_S, now_s + REFOLD_PACE_WAIT_S
-        self._due_s = min(max(self._due_s, earliest) + rows / self.rows_per_s, latest)
-        return max(self._due_s - now_s, 0.0)
+        wait_s = 0.0
+        if self.rows_per_s:
+            # A pause before counts for what comes, for as long as a block may be put off.
+            earliest, latest = now_s - REFOLD_PACE_WAIT_S, now_s + REFOLD_PACE_WAIT_S
+            self._due_s = min(max(self._due_s, earliest) + rows / self.rows_per_s, latest)
+            wait_s = max(self._due_s - now_s, 0.0)
+        if room < REFOLD_ROOM_ROWS:
+            # At such a rate all of the room would last so long; since it grows less, so does the rate.
+            slow_s = rows * REFOLD_ROOM_S / max(room, 1)
+            wait_s = max(wait_s, min(slow_s, REFOLD_ROOM_WAIT_S))
+        return wait_s

@@ -9,8 +9,8 @@ rows come in from `engine.refolder`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -194,6 +194,64 @@ class Stored:
         return found
 
 
+class Imported:
+    """The keys of imports' rows that were folded, with their server times: 24 bytes each.
+
+    Sorted by the first halves; those that came since lie beside them until there are many.
+    """
+
+    def __init__(self) -> None:
+        self._sorted = _none_imported()
+        self._since: list[_Dated] = []
+
+    def add(self, keys: dedupe.Keys, times: NDArray[np.int64]) -> None:
+        """Take the keys of some rows."""
+        self._since.append((keys, times))
+
+    def may_hold(self, firsts: NDArray[np.uint64]) -> Bools:
+        """Say which of these first halves any of the keys has; 0 is nobody's."""
+        found = np.zeros(len(firsts), bool)
+        for keys, _ in self._parts():
+            left, right = (np.searchsorted(keys[:, 0], firsts, side) for side in _SIDES)
+            found |= left < right
+        return found & (firsts != 0)
+
+    def held(self, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Yield those of some keys that are there, with the time of each row."""
+        if not wanted:
+            return
+        firsts = np.unique(dedupe.table_of(b"".join(wanted))[:, 0])
+        for keys, times in self._parts():
+            left, right = (np.searchsorted(keys[:, 0], firsts, side) for side in _SIDES)
+            for first, last in zip(left.tolist(), right.tolist(), strict=True):
+                for at in range(first, last):
+                    if (one := keys[at].tobytes()) in wanted:
+                        yield one, int(times[at])
+
+    def _parts(self) -> list[_Dated]:
+        """The keys in sorted pieces: most of them, and what came since."""
+        if self._since:
+            since = _in_order(self._since)
+            self._since = [since]
+            if 4 * len(since[1]) > len(self._sorted[1]):
+                self._sorted, self._since = _in_order([self._sorted, since]), []
+        return [self._sorted, *self._since]
+
+
+_Dated = tuple[NDArray[np.uint64], NDArray[np.int64]]
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+
+
+def _none_imported() -> _Dated:
+    return np.zeros((0, 2), np.uint64), np.zeros(0, np.int64)
+
+
+def _in_order(parts: Sequence[_Dated]) -> _Dated:
+    keys = np.concatenate([some for some, _ in parts])
+    order = np.argsort(keys[:, 0], kind="stable")
+    return keys[order], np.concatenate([times for _, times in parts])[order]
+
+
 class Folding:
     """The rows of some people on their way through the fold.
 
@@ -223,7 +281,7 @@ class Folding:
         self._triples: set[tuple[str, int]] = set()  # device_id and event_id of those without
         self._held: dict[bytes, int] = {}  # contested key → server time of the row that holds it
         self._judged: set[tuple[int, int]] | None = None  # (block, row) of repeats
-        self._imported: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []  # keys, times
+        self._imported = Imported()
         self.gone, self.added = Keys([], [], [], []), Keys([], [], [], [])
         self.rows = 0
 
@@ -242,13 +300,13 @@ class Folding:
         )
         self._contested |= new
         # Rows folded before may hold them. Only an import's row can: a repeat of a live one is not kept.
-        if new and self._imported:
-            firsts = dedupe.table_of(b"".join(new))[:, 0]
-            for keys, times in self._imported:
-                for at in np.flatnonzero(np.isin(keys[:, 0], firsts)).tolist():
-                    one = keys[at].tobytes()
-                    if one in new:
-                        self._held[one] = max(self._held.get(one, 0), int(times[at]))
+        for one, time in self._imported.held(new):
+            self._held[one] = max(self._held.get(one, 0), time)
+
+    def repeats(self, rows: pa.Table) -> pa.Table:
+        """Return those of some rows that come now which may repeat an import's row that was folded before."""
+        keys = dedupe.table_of(packed_of_rows(rows, self._limits))
+        return rows.filter(pa.array(self._imported.may_hold(keys[:, 0])))
 
     def know(self, rows: pa.Table) -> None:
         """Fold rows that stay as they are, for what they make of people; groups were changed by them already.
@@ -392,7 +450,7 @@ class Folding:
         some = rows.select(_KEYED).filter(pa.array(imported_of(rows) & seen))
         if some.num_rows:
             packed = dedupe.table_of(packed_of_rows(some, self._limits))
-            self._imported.append((packed, some["server_upload_time"].to_numpy()))
+            self._imported.add(packed, some["server_upload_time"].to_numpy())
 
 
 class Refolded:

@@ -138,8 +138,7 @@ class Rekey(Struct, frozen=True, tag="rekey"):
 class Done(Struct, frozen=True, tag="done"):
     """What a task did. nodes: people and ids of the closure, no more than so many people can come of it.
 
-    files: lake files. places: a Parquet file of the (block, row) of their
-    rows, of a pass. changes, people, merges: what `Export` wrote; a tail gives the merges of everyone else. keys, returned:
+    files: lake files. places: of a pass, Parquet files of the (block, row) of their rows, see `Changed.outgoing`. changes, people, merges: what `Export` wrote; a tail gives the merges of everyone else. keys, returned:
     the files of `Rekey`, and a Parquet file of the keys that came back. rows: of the closure, folded. last, seen: the
     last block of a tail, and how many rows there are in its blocks, everybody's.
     """
@@ -150,7 +149,7 @@ class Done(Struct, frozen=True, tag="done"):
     ids_left: int = 0
     rows: int = 0
     files: list[Path] = []
-    places: Path | None = None
+    places: list[Path] = []
     changes: Path | None = None
     people: Path | None = None
     merges: Path | None = None
@@ -555,13 +554,12 @@ class Session:
             folding.refold.late.clear()
         files = changed.write(self._sources, self._begun.events)
         self._until = task.until
-        places = changed.places
         return Done(
             nodes=self._members.count,
             ids_left=self._ids.left,
             rows=folding.rows - before,
             files=files,
-            places=self._written("places", pa.concat_tables(places)) if places else None,
+            places=[self._written("places", some) for some in changed.outgoing()],
         )
 
     def _in_time(self, between: list[int]) -> Iterator[pa.Table]:
@@ -612,12 +610,11 @@ class Session:
         folding.people = np.sort(self._members.people)
         chosen = self._chosen(rows)
         some = rows.filter(pa.array(chosen))
-        # Any may have taken the key of a row that is shown again.
-        contested = (
-            some
-            if self._begun.rule.show
-            else some.filter(pc.equal(some["kind"], int(Kind.DISPLACED)))
-        )
+        displaced = pc.equal(some["kind"], int(Kind.DISPLACED))
+        contested = some.filter(displaced)
+        if self._begun.rule.show:  # others may have taken the key of a row that is shown again
+            seen = some.filter(pc.invert(displaced))
+            contested = pa.concat_tables([contested, folding.repeats(seen)])
         folding.contest(contested)
         kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
         for piece in _pieces(some):
@@ -725,9 +722,12 @@ class Session:
         folding = self._folding
         gone, added = folding.gone, folding.added
         folding.gone, folding.added = Keys([], [], [], []), Keys([], [], [], [])
+        files = (
+            task.files if gone.blocks or added.blocks else []
+        )  # each is read whole to see that it is sound
         written = key_files.rewritten(
             task.folder,
-            [KeyFile(path) for path in task.files],
+            [KeyFile(path) for path in files],
             _packed(gone),
             _joined(gone.blocks),
             _packed(added),

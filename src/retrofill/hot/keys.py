@@ -172,19 +172,14 @@ def rewritten(
         stays = ~_holds(file, out, gone_blocks)
         mine = left & (added_blocks >= file.first) & (added_blocks <= file.last)
         left &= ~mine
-        if stays.all() and not mine.any():
-            continue
-        written.append(
-            _write(
-                folder,
-                file.first,
-                file.last,
+        if not stays.all() or mine.any():
+            parts = (
                 np.concatenate([file.high[stays], wanted[mine, 0]]),
                 np.concatenate([file.low[stays], wanted[mine, 1]]),
                 np.concatenate([file.values[stays], values[mine]]),
-                ending=ending,
             )
-        )
+            written.append(_write(folder, file.first, file.last, *parts, ending=ending))
+        file.rest()
     if left.any():
         rest = added_blocks[left]
         for first, last in _gaps(files, int(rest.min()), int(rest.max())):

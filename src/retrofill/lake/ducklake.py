@@ -608,12 +608,16 @@ class Swap:
             raise
 
     def take_out(self, project: int, places: Path) -> None:
-        """Take rows of a project out: those at the (block, row) of a Parquet file."""
+        """Take rows of a project out: those at the (block, row) of a Parquet file, which has some."""
         with _told(self._lake.folder):
+            first, last = self._cursor.execute(
+                'SELECT min("block"), max("block") FROM read_parquet(?)', [str(places)]
+            ).fetchall()[0]
+            # The blocks say which files need no look.
             self._cursor.execute(
-                'DELETE FROM lake.events WHERE project = ? AND ("block", "row") IN '
+                'DELETE FROM lake.events WHERE project = ? AND "block" BETWEEN ? AND ? AND ("block", "row") IN '
                 '(SELECT ("block", "row") FROM read_parquet(?))',
-                [project, str(places)],
+                [project, first, last, str(places)],
             )
 
     def put_in(self, files: Sequence[Path]) -> None:
