@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -187,6 +188,46 @@ async def test_closing_gives_up_a_compaction_under_way(tmp_path: Path) -> None:
             await opened.seal(block.number, block.number)
         await opened.compact()
         await asyncio.sleep(0)
+    async with sealer(tmp_path, path) as (_, lake):
+        assert positions(lake) == expected(blocks)
+
+
+@pytest.mark.parametrize("step", ["event_files", "swap", "adopt"])
+@on_loop
+async def test_closing_waits_for_what_is_under_way_in_the_lake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
+    path = stored(tmp_path, blocks)
+    inside, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    async with sealer(tmp_path, path) as (opened, lake):
+        for block in blocks[:-1]:
+            await opened.seal(block.number, block.number)
+        real = getattr(lake, step)
+
+        def slow(*values: Any, **named: Any) -> Any:
+            inside.set()
+            assert go_on.wait(PATIENCE_S)
+            made = real(*values, **named)
+            ended.set()
+            return made
+
+        if step == "adopt":
+            monkeypatch.setattr(lake, step, slow)
+        last = asyncio.create_task(opened.seal(blocks[-1].number, blocks[-1].number))
+        if step != "adopt":
+            await last
+            monkeypatch.setattr(lake, step, slow)
+            await opened.compact()
+        assert await asyncio.to_thread(inside.wait, PATIENCE_S)
+        last.cancel()
+        closing = asyncio.create_task(opened.close())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        go_on.set()
+        await closing
+        assert ended.is_set()  # the lake may be closed now
     async with sealer(tmp_path, path) as (_, lake):
         assert positions(lake) == expected(blocks)
 

@@ -214,7 +214,7 @@ class Imported:
         for keys, _ in self._parts():
             left, right = (np.searchsorted(keys[:, 0], firsts, side) for side in _SIDES)
             found |= left < right
-        return found & (firsts != 0)
+        return np.asarray(found & (firsts != 0))
 
     def held(self, wanted: Collection[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield those of some keys that are there, with the time of each row."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -33,6 +34,8 @@ from retrofill.lake.files import Files
 from retrofill.limits import SEAL_BYTES_MAX
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _SEAL_NICE, _COMPACT_NICE = 5, 10
 # Memory given back is memory that the next seal, which wants as much, has to ask for again.
@@ -101,6 +104,7 @@ class Sealer:
         self._compacting = _Child(_COMPACT_NICE, _KEEP_FOR_A_SECOND)
         self._round: asyncio.Task[None] | None = None
         self._resting = 0
+        self._in_lake: set[asyncio.Task[object]] = set()
 
     async def seal(self, first: int, last: int) -> SealResult:
         """Move blocks first … last into the lake, as one file or a few. They are adopted when this returns.
@@ -113,9 +117,8 @@ class Sealer:
             file = self._lake.new_file(first, last)
             task = SealTask(self._blocks, first, last, file)
             done = await self._sealing.ask(task)
-            await asyncio.to_thread(
-                self._lake.adopt, file if done.rows else None, block=done.last, merges=done.merges
-            )
+            named = file if done.rows else None
+            await self._of_lake(self._lake.adopt, named, block=done.last, merges=done.merges)
             first = done.last + 1
             result = SealResult(
                 result.files + bool(done.rows),
@@ -153,13 +156,24 @@ class Sealer:
             await self._round
 
     async def close(self) -> None:
-        """Stop the children. A compaction under way is given up."""
+        """Stop the children. A compaction under way is given up, but for what it has begun in the lake: see `_of_lake`."""
         if self._round is not None:
             self._round.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._round
+        await asyncio.gather(*self._in_lake, return_exceptions=True)
         await self._sealing.stop()
         await self._compacting.stop()
+
+    async def _of_lake(self, step: Callable[..., T], *values: object, **named: object) -> T:
+        """Have the lake do something in a thread. Who waits may be cancelled, the thread cannot: `close` waits for it.
+
+        The lake must not be closed before, nor the directory be given up: its next owner would not be the only one.
+        """
+        task = asyncio.create_task(asyncio.to_thread(step, *values, **named))
+        self._in_lake.add(task)
+        task.add_done_callback(self._in_lake.discard)
+        return await asyncio.shield(task)
 
     async def _compact(self) -> None:
         try:
@@ -171,13 +185,13 @@ class Sealer:
             log.warning("compaction_failed", reason=str(problem))
 
     async def _merge_some(self) -> bool:
-        sources = compact.choose(await asyncio.to_thread(self._lake.event_files))
+        sources = compact.choose(await self._of_lake(self._lake.event_files))
         if not sources:
             return False
         # An undo leaves files whose blocks overlap those of others.
         file = self._lake.new_file(sources[0].first, max(source.last for source in sources))
         done = await self._compacting.ask(MergeTask(sources, file))
-        swapped = await asyncio.to_thread(self._lake.swap, sources, file if done.rows else None)
+        swapped = await self._of_lake(self._lake.swap, sources, file if done.rows else None)
         if not swapped and done.rows:
             self._lake.files.remove(file)
         log.info("compacted", files=len(sources), rows=done.rows, adopted=swapped)
