@@ -182,6 +182,16 @@ def test_short_ids_can_be_good_ones(tmp_path: Path) -> None:
     assert msgspec.json.decode(taken.stdout)["users"] == 29
 
 
+@pytest.mark.parametrize("name", ["empty.ndjson", "empty.csv", "empty.json", "blank.tsv"])
+def test_a_source_without_a_row_is_told(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("\n" if name == "blank.tsv" else "")
+    guessed = CliRunner().invoke(app, ["map", str(path)])
+    assert "The source has no row to guess a mapping from" in str(guessed.exception)
+    with pytest.raises(InputError, match="The source has no row, so it has no column 'user'"):
+        run(tmp_path / "work", str(path), MAPPING)
+
+
 def test_the_first_row_of_a_refusal_is_the_first_of_the_source(tmp_path: Path) -> None:
     """Rows with a time as text take another way, and are looked at later."""
     good = {"user": "user-1", "event": "A", "at": 1700000000000}

@@ -158,7 +158,7 @@ def test_a_well_behaved_destination_gets_everything_once(tmp_path: Path) -> None
     to = Misbehaving()
     outcome = send(tmp_path, to, OPEN)
     assert outcome.complete
-    assert outcome.progress.taken == len(made)
+    assert (outcome.progress.taken, outcome.progress.flying) == (len(made), 0)
     assert to.repeats == 0
     check_whole(tmp_path, made, to)
     assert [

@@ -12,7 +12,7 @@ from tests.backfill.exporting import Exporting, serving
 from tests.faults.process import API_KEY, SECRET_KEY, Process
 from typer.testing import CliRunner, Result
 
-from retrofill.cli import run, status, undo, verify
+from retrofill.cli import resend, run, status, undo, verify
 from retrofill.errors import Error, FinalError, InputError
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,10 @@ event: {user_id: user, event_type: event, time: at, insert_id: id}
 KEYS = ["--api-key", API_KEY, "--secret-key", SECRET_KEY]
 
 app = typer.Typer()
-for name, module in (("run", run), ("status", status), ("undo", undo), ("verify", verify)):
+for name, module in (
+    *(("run", run), ("status", status), ("undo", undo), ("verify", verify)),
+    ("resend", resend),
+):
     app.command(name)(module.command)
 
 
@@ -107,6 +110,23 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     with pytest.raises(FinalError, match="does not accept the keys: 401 Invalid") as refused:
         call("undo", "old", "--to", server.url, "--api-key", API_KEY, "--secret-key", "hush")
     assert "hush" not in str(refused.value)
+
+
+def test_nothing_of_an_undone_import_is_sent_to_mend_it(
+    tmp_path: Path, server: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ["--work", str(tmp_path / "work")]
+    line = ["run", *history(tmp_path, 9), "--to", server.url, *KEYS, *work]
+    assert call(*line, "--import", "old", "--yes").exit_code == 0
+    assert call("undo", "old", "--to", server.url, *KEYS, "--yes").exit_code == 0
+    for more in ([], ["--repair"]):
+        with pytest.raises(FinalError, match="The import old is undone at") as gone:
+            call("verify", *work, *KEYS, *more)
+        assert "--restore" in str(gone.value)
+    monkeypatch.setenv("RETROFILL_SECRET_KEY", SECRET_KEY)
+    with pytest.raises(FinalError, match="The import old is undone at"):
+        call("resend", *work, *KEYS[:2], "--from", "2020-01-01", "--to", "2100-01-01", "--yes")
+    assert server.export() == []
 
 
 _NO_MEMORY = """

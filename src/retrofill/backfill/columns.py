@@ -131,13 +131,15 @@ class Columns:
         alike = self._folded.get(_fold(path), [])
         if len(alike) == 1:
             return alike[0]
+        if not self.types:
+            raise InputError(f"The source has no row, so it has no column {'.'.join(path)!r}")
         known = {".".join(one): one for one in self.types}
         near = difflib.get_close_matches(".".join(path), known, n=3, cutoff=0.5)
         raise InputError(
             f"The source has no column {'.'.join(path)!r}",
             mend=f"Near it: {', '.join(near)}"
             if near
-            else f"It has {', '.join(sorted(known)[:20]) or 'none'}",
+            else f"It has {', '.join(sorted(known)[:20])}",
         )
 
     def kind(self, number: int) -> str:

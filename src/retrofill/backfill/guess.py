@@ -98,7 +98,9 @@ class Guess(Struct, frozen=True):
 
 
 def write(source: Source, shown: str) -> str:
-    """Return the YAML text of a first mapping. shown: the source as the user named it."""
+    """Return the YAML text of a first mapping. shown: the source as the user named it. Raises InputError without a column."""
+    if not source.types:
+        raise InputError("The source has no row to guess a mapping from", where=shown)
     rows = _sample(source)
     columns = {path[0]: kind for path, kind in source.types.items() if len(path) == 1}
     guesses = list(_guesses(columns, rows))

@@ -148,6 +148,19 @@ def begin(work: Path, to: Target, keys: Keys, name: str) -> Begun:
     return Begun(now, set_aside(work, before) if before < now else None)
 
 
+def need_not_undone(work: Path, to: Target, keys: Keys) -> None:
+    """Raise FinalError if the import of a work directory is undone at our own server: what is missing there is meant to be."""
+    if not (keys.secret_key and to.ours and names_retrofill(to.read)):
+        return
+    name = _facts(work).get("import", "")
+    found = show(to, keys, name)
+    if found is not None and found.undone:
+        raise FinalError(
+            f"The import {name} is undone at {to.name}",
+            mend=f"`retrofill undo {name} --restore` brings it back; `retrofill run` sends it again, as its next generation",
+        )
+
+
 def _facts(work: Path) -> dict[str, str]:
     ledger = Ledger(work)
     try:

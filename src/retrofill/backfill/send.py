@@ -202,6 +202,7 @@ class Sender:
             if self._broken is None:
                 await self._journal.flushed()
             self.progress.rate = self.progress.taken / max(1e-3, self._clock.now() - began)
+            self.progress.flying = 0
         finally:
             ticking.cancel()
             if self._timer is not None:

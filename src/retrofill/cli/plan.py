@@ -12,7 +12,7 @@ import typer
 
 from retrofill.backfill import memory
 from retrofill.cli import options
-from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of, warn_of_updates
+from retrofill.cli.run import WORK, profile_of, say, seam_of, stage_of, tables, warn_of_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,8 +57,6 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
 ) -> None:
     """Stage a history and say what its import will do and take. Nothing is sent; `run` goes on from there."""
     memory.settle()
-    from rich.console import Console
-
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import plan
     from retrofill.backfill import profile as profiles
@@ -103,7 +101,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     if as_json:
         typer.echo(plan.to_json(made))
     else:
-        show(made, Console(), work=work)
+        show(made, tables(), work=work)
 
 
 def show(made: Plan, console: Console, *, work: Path) -> None:

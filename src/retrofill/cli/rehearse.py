@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrofill.cli import options
-from retrofill.cli.run import WORK, emit, say, seam_of, stage_of
+from retrofill.cli.run import WORK, emit, say, seam_of, stage_of, tables
 from retrofill.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     import time
 
     import msgspec
-    from rich.console import Console
 
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import profile as profiles
@@ -109,7 +108,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     if as_json:
         emit(msgspec.to_builtins(made))
     else:
-        show(made, Console(), work=work)
+        show(made, tables(), work=work)
 
 
 def destination(against: str) -> tuple[Target | None, Path | None]:

@@ -26,13 +26,14 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     """Send again what was acknowledged in a window of upload time: the same insert_ids, in the same order."""
     import sys
 
-    from retrofill.backfill import drive, resend
+    from retrofill.backfill import drive, imports, resend
     from retrofill.backfill import keys as key_ring
 
     keys = key_ring.find(api_key, None, key_file)
     key_ring.need_api_key(keys)
     window = (resend.parse_time(from_), resend.parse_time(to))
     where, profile = drive.remembered(work)
+    imports.need_not_undone(work, where, keys)
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("Nobody is here to be asked", mend="Give --yes")

@@ -20,6 +20,8 @@ from retrofill.cli import options
 from retrofill.errors import Error, InputError, SendError, StoreError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from retrofill.backfill.keys import Keys
     from retrofill.backfill.manifest import Manifest
     from retrofill.backfill.profile import Profile, Target
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: retrofill run events.ndjson.gz --map map.yaml --to http://localhost:8090 --api-key KEY"
 WORK = Path("retrofill-work")
 _PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*(?=@)|([?&](?:ssl)?password=)[^&]*")  # of a database
+FILE_COLUMNS = 250  # of a table that goes into a file
 UPDATES_PER_H = 1800  # property updates of a person in an hour that our server takes by default
 
 
@@ -550,6 +553,13 @@ def resume_line() -> str:
         word = _PASSWORD.sub(r"\1\2…", word)  # noqa: PLW2901 - the same
         words.append(word if word == "…" else shlex.quote(word))
     return " ".join(["retrofill", *words])
+
+
+def tables() -> Console:
+    """Return what prints tables: as wide as the terminal, or so wide that a line of a file is one of a table."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
 def say(text: str) -> None:

@@ -31,7 +31,7 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Read everything back and compare it event by event. Exit 1 if anything is not as it was sent."""
-    from retrofill.backfill import drive, unsure, verify
+    from retrofill.backfill import drive, imports, unsure, verify
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill.profile import names_retrofill
 
@@ -40,6 +40,8 @@ def command(
     to, profile = drive.remembered(work)
     result, missing = _verified(work, to, keys, as_json=as_json)
     _rehearsed(work, to, keys, as_json=as_json)
+    if missing.count:
+        imports.need_not_undone(work, to, keys)
     if not repair:
         raise typer.Exit(0 if result.clean else 1)
     verify.repair(work, missing, int(time.time() * 1000))
@@ -73,7 +75,7 @@ def _verified(work: Path, to: Target, keys: Keys, *, as_json: bool) -> tuple[Res
     """Read back, compare, and say what was found. Returns the result and the missing rows."""
     import msgspec
 
-    from retrofill.backfill import verify
+    from retrofill.backfill import status, verify
     from retrofill.backfill.report import VERIFIED
 
     shown = 0
@@ -97,12 +99,17 @@ def _verified(work: Path, to: Target, keys: Keys, *, as_json: bool) -> tuple[Res
         emit({"event": "verified", **facts})
         for one in kept:
             emit({"event": "finding", **one._asdict()})
-        return result, missing
-    typer.echo(result.line())
-    for one in kept:
-        typer.echo(_line(one))
-    if shown > SHOWN:
-        typer.echo(f"… {shown - SHOWN:,} more in {work / 'verify.ndjson'}")
+    else:
+        typer.echo(result.line())
+        for one in kept:
+            typer.echo(_line(one))
+        if shown > SHOWN:
+            typer.echo(f"… {shown - SHOWN:,} more in {work / 'verify.ndjson'}")
+    left = status.status(work)["left"] if missing.count else 0
+    if left:
+        say(
+            f"! {left:,} events were never acknowledged: the run is not complete, go on with it first"
+        )
     return result, missing
 
 

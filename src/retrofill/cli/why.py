@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from retrofill.cli import options
-from retrofill.cli.run import emit, say
+from retrofill.cli.run import emit, say, tables
 from retrofill.errors import InputError
 
 EXAMPLE = "Example: retrofill why plan --user ann --to http://localhost:8090"
@@ -69,7 +69,6 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
 
 
 def _show(found: dict[str, Any], causes: list[dict[str, Any]], *, times: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     whose = f" of {found['user_id'] or found['amplitude_id']}" if found["amplitude_id"] else ""
@@ -80,7 +79,7 @@ def _show(found: dict[str, Any], causes: list[dict[str, Any]], *, times: bool) -
     for one in causes:
         table.add_row(*_cells(one, times=times))
     if causes:
-        Console(soft_wrap=True).print(table)
+        tables().print(table)
     else:
         typer.echo("no event ever said it")
     for rule, means in {one["rule"]: one["means"] for one in causes}.items():
