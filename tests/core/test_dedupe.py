@@ -269,6 +269,38 @@ def test_a_table_that_grows_never_makes_one_call_do_all_the_moving() -> None:
     assert abs(len(table) - 400_000) < 4000  # an estimate while it moves
 
 
+def test_at_every_step_of_a_move_every_key_is_found_and_no_other() -> None:
+    table = Fingerprints()
+    data, others = random_keys(60_000, 7), random_keys(500, 8)
+    moving = 0
+    for block in range(1, 301):
+        last = block * 200
+        table.add(data[(block - 1) * 200 * KEY_BYTES : last * KEY_BYTES], block)
+        if table._old is not None:
+            moving += 1
+            expected = np.repeat(np.arange(1, block + 1), 200)
+            assert (table.split(data[: last * KEY_BYTES], oldest_block=1) == expected).all()
+            assert not table.split(others, oldest_block=1).any()
+            one = data[(last - 1) * KEY_BYTES : last * KEY_BYTES]
+            assert table.candidates(one, oldest_block=1) == [block]
+    assert moving > 20
+
+
+def test_two_tables_take_no_more_memory_than_the_larger_one() -> None:
+    table = Fingerprints()
+    data = random_keys(1_000_000, 9)
+    seen = []
+    for block in range(1, 501):
+        table.add(data[(block - 1) * 2000 * KEY_BYTES : block * 2000 * KEY_BYTES], block)
+        if table._old is not None and table._old.size > 500_000:
+            slots = [len(one.values) for one in (table._old, table._table)]
+            seen.append(table.memory_bytes / (12 * max(slots)))
+            assert not table._old.fingerprints[: table._old.given_back].any()  # it is the system's
+    assert len(seen) > 10
+    assert max(seen) < 1.1
+    assert (table.split(data, oldest_block=1) == np.repeat(np.arange(1, 501), 2000)).all()
+
+
 def test_one_call_may_add_more_than_the_table_has_slots() -> None:
     table = Fingerprints()
     data = random_keys(50_000, 6)

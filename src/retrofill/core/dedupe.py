@@ -5,8 +5,10 @@ of the kind. Its first half is its fingerprint. `Fingerprints` holds fingerprint
 12 bytes a slot, in two arrays with open addressing. The slot is the fingerprint scaled to the size of the table, so
 that fingerprints in rising order go to rising slots: a sorted run is read and placed from one end to the other, at a
 fifth of the price of random order, and so is a table that moves to a larger one. It moves a piece with each `add`,
-so that no request waits for all of it; meanwhile both are asked. Slots are never emptied: what is older than the
-window is passed over, and left behind at the next move.
+so that no request waits for all of it. A piece ends at an empty slot: whatever has its home before it has moved, is
+looked for in the new table and goes there; all else is in the old one still. So of both together there is no more in
+memory than of the larger one. Slots are never emptied: what is older than the window is passed over, and left behind
+at the next move.
 
 A fingerprint found is not yet a duplicate: the caller confirms the full key in that block. If it is not there
 (2^-64 for each pair of keys), `candidates` names all blocks that may hold it, so that not even then an event is lost.
@@ -24,6 +26,7 @@ Source: contract, events 6; decisions 0005, 0011.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -167,22 +170,25 @@ def slot_value(blocks: Ints, *, forever: Bools | bool, imported: Bools | bool = 
     return ((blocks & _LOW) | marks).astype(np.uint32)
 
 
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 # One window of slots is looked at together: at two thirds full, it nearly always has the answer.
 _WIDTH = 8
 _OFFSETS = np.arange(_WIDTH)
 _LOAD_MAX = 0.7
-_LOAD_PREPARE = 0.6
+_LOAD_OLD = 0.85  # of one that moves to a larger one: hardly any key comes there any more
+_LOAD_MOVE = 0.65
 _LOAD_BULK = 0.55
 _LOAD_NEW = 0.45
 _SLOTS_MIN = 1 << 12
 _SAMPLE = 1 << 13  # slots looked at to estimate how many of all are still wanted
 # Places of a bulk build are sorted as 16-bit numbers, which numpy does by radix, this many slots at a time.
 _PIECE_SLOTS = 60_000
-# A new table is touched a piece at a time before it is used: else the first keys would wait for all of its pages.
-_TOUCHED_MIN = 1 << 13
 # Slots moved with each key added: a move ends long before the new table is full.
 _MOVED_PER_KEY = 16
 _MOVED_MIN = 512
+_GIVEN_BACK = (
+    1 << 16
+)  # slots of which the memory is given back at once, whole pages of either array
 
 
 class _Table:
@@ -191,17 +197,37 @@ class _Table:
     def __init__(self, size: int) -> None:
         self.size = size
         self.used = 0
-        self.fingerprints: U64s = np.zeros(size + 1024, np.uint64)
-        self.values: U32s = np.zeros(size + 1024, np.uint32)
+        # Pages of its own, so that those of a table that has moved can be given back one after another.
+        self._maps = [mmap.mmap(-1, (size + 1024) * width, flags=_PRIVATE) for width in (8, 4)]
+        self.fingerprints: U64s = np.frombuffer(self._maps[0], np.uint64)
+        self.values: U32s = np.frombuffer(self._maps[1], np.uint32)
+        self.given_back = 0  # slots, from the first on
 
     @property
     def load(self) -> float:
         return self.used / self.size
 
-    def touch(self, first: int, last: int) -> None:
-        """Have the pages of some empty slots."""
-        self.fingerprints[first:last] = 0
-        self.values[first:last] = 0
+    @property
+    def memory_bytes(self) -> int:
+        return (len(self.values) - self.given_back) * 12
+
+    def give_back(self, last: int) -> None:
+        """Let go of the memory of slots before one, which nobody looks at any more."""
+        last -= last % _GIVEN_BACK
+        if last > self.given_back:
+            for one, width in zip(self._maps, (8, 4), strict=False):
+                first = self.given_back * width
+                one.madvise(mmap.MADV_DONTNEED, first, last * width - first)
+            self.given_back = last
+
+    def empty_from(self, slot: int) -> int:
+        """Return the first empty slot from one on, or the end."""
+        while slot < len(self.fingerprints):
+            empty = self.fingerprints[slot : slot + _WIDTH * _WIDTH] == 0
+            if empty.any():
+                return slot + int(empty.argmax())
+            slot += len(empty)
+        return slot
 
     def home(self, fingerprints: U64s) -> Ints:
         scaled = (fingerprints >> np.uint64(32)) * np.uint64(self.size)
@@ -303,6 +329,7 @@ class _Table:
             more = slot - self.size + 4096
             self.fingerprints = np.concatenate((self.fingerprints, np.zeros(more, np.uint64)))
             self.values = np.concatenate((self.values, np.zeros(more, np.uint32)))
+            self._maps = []
 
 
 class _Valid:
@@ -335,9 +362,9 @@ class Fingerprints:
         self._oldest = 0
         self._table = _Table(_SLOTS_MIN)
         self._old: _Table | None = None
-        self._moved = 0  # slots of the old table that have been moved
-        self._next: _Table | None = None
-        self._touched = 0  # slots of the next table that have been touched
+        self._moved = (
+            0  # slots of the old table that have been moved; that one is empty, or the end
+        )
 
     @classmethod
     def bulk(
@@ -364,9 +391,11 @@ class Fingerprints:
 
     @property
     def memory_bytes(self) -> int:
-        """What the tables take."""
-        tables = [table for table in (self._table, self._old, self._next) if table is not None]
-        return sum(table.fingerprints.nbytes + table.values.nbytes for table in tables)
+        """What the tables take. Of one that another moves to nothing has been touched behind where that one stands."""
+        if self._old is None:
+            return self._table.memory_bytes
+        share = self._moved / len(self._old.values)
+        return self._old.memory_bytes + int(self._table.memory_bytes * share)
 
     def split(self, packed: bytes | Keys, *, oldest_block: int | Ints) -> Ints:
         """Return for each key the block that may hold it, 0 for a key not seen in `oldest_block` or later.
@@ -376,23 +405,33 @@ class Fingerprints:
         wanted = np.ascontiguousarray(table_of(packed)[:, 0])
         found = np.zeros(len(wanted), np.int64)
         valid = _Valid(self._newest, oldest_block)
-        self._table.find(wanted, valid, found)
-        if self._old is not None:
-            rows = np.flatnonzero(found == 0)
-            if len(rows):
-                if not isinstance(oldest_block, int):
-                    valid = _Valid(self._newest, oldest_block[rows])
-                more = np.zeros(len(rows), np.int64)
-                self._old.find(wanted[rows], valid, more)
-                found[rows] = more
+        if self._old is None:
+            self._table.find(wanted, valid, found)
+            return found
+        moved = self._has_moved(wanted)
+        for table, rows in (
+            (self._table, np.flatnonzero(moved)),
+            (self._old, np.flatnonzero(~moved)),
+        ):
+            if not isinstance(oldest_block, int):
+                valid = _Valid(self._newest, oldest_block[rows])
+            some = np.zeros(len(rows), np.int64)
+            table.find(wanted[rows], valid, some)
+            found[rows] = some
         return found
+
+    def _has_moved(self, fingerprints: U64s) -> Bools:
+        """Say which belong into the new table already, of some that have a home in the old one."""
+        assert self._old is not None
+        return np.asarray(self._old.home(fingerprints) < self._moved)
 
     def candidates(self, one: bytes, *, oldest_block: int) -> list[int]:
         """Return every block that may hold this key, newest first: for a key that is not where `split` said."""
-        fingerprint = int(table_of(one)[0, 0])
-        values = self._table.all_of(fingerprint)
-        if self._old is not None:
-            values = np.concatenate((values, self._old.all_of(fingerprint)))
+        fingerprints = table_of(one)[:, 0]
+        table = self._table
+        if self._old is not None and not self._has_moved(fingerprints)[0]:
+            table = self._old
+        values = table.all_of(int(fingerprints[0]))
         blocks, good = _Valid(self._newest, oldest_block).blocks(values)
         return sorted({int(block) for block in blocks[good]}, reverse=True)
 
@@ -415,43 +454,45 @@ class Fingerprints:
         values = slot_value(np.full(len(some), block, np.int64), forever=kept)
         self._newest = max(self._newest, block)
         self._oldest = max(self._oldest, oldest_block)
+        if self._old is not None and self._old.used + len(some) > _LOAD_OLD * self._old.size:
+            self._end_move()
         if self._table.used + len(some) > _LOAD_MAX * self._table.size:
             self._rebuild(len(some))
-        self._table.insert(fingerprints[some], values)
+        self._insert(fingerprints[some], values)
         if self._old is not None:
             self._move(max(len(some) * _MOVED_PER_KEY, _MOVED_MIN))
-        elif self._table.load > _LOAD_PREPARE:
-            self._prepare(len(some))
+        elif self._table.load > _LOAD_MOVE:
+            self._begin_move()
 
-    def _prepare(self, added: int) -> None:
-        """Make the next table ready, in step with the keys that come; then begin to move."""
+    def _insert(self, fingerprints: U64s, values: U32s) -> None:
+        if self._old is not None:
+            moved = self._has_moved(fingerprints)
+            self._old.insert(fingerprints[~moved], values[~moved])
+            fingerprints, values = fingerprints[moved], values[moved]
+        self._table.insert(fingerprints, values)
+
+    def _begin_move(self) -> None:
+        """Begin to move to another table, in step with the keys that come."""
         table = self._table
-        if self._next is None:
+        live = self._live_share(table) * table.used
+        if live > self._most:
+            self._leave_to_files(table, live)
             live = self._live_share(table) * table.used
-            if live > self._most:
-                self._leave_to_files(table, live)
-                live = self._live_share(table) * table.used
-            self._next, self._touched = _Table(max(int(live / _LOAD_NEW), _SLOTS_MIN)), 0
-        slots = len(self._next.fingerprints)
-        # Done four times before the table is full.
-        share = 4 * added / ((_LOAD_MAX - _LOAD_PREPARE) * table.size)
-        last = self._touched + max(int(share * slots), _TOUCHED_MIN)
-        self._next.touch(self._touched, last)
-        self._touched = last
-        if last >= slots or table.load > _LOAD_MAX:
-            self._old, self._moved = table, 0
-            self._table, self._next = self._next, None
+        self._old, self._moved = table, 0
+        self._table = _Table(max(int(live / _LOAD_NEW), _SLOTS_MIN))
 
     def _move(self, slots: int) -> None:
         old = self._old
         assert old is not None
-        first, last = self._moved, min(self._moved + slots, len(old.fingerprints))
+        first = self._moved
+        last = old.empty_from(first + slots)
         some = first + np.flatnonzero(old.fingerprints[first:last])
         values = old.values[some]
         live = self._live(values)
         self._table.insert(old.fingerprints[some[live]], values[live])
         self._moved = last
-        if last == len(old.fingerprints):
+        old.give_back(last)
+        if last >= len(old.fingerprints):
             self._old = None
 
     def _rebuild(self, added: int) -> None:
@@ -459,7 +500,7 @@ class Fingerprints:
         self._end_move()
         old = self._table
         live = self._live_share(old) * old.used
-        self._old, self._moved, self._next = old, 0, None
+        self._old, self._moved = old, 0
         self._table = _Table(max(int((live + added) / _LOAD_NEW), _SLOTS_MIN))
         self._end_move()
 
