@@ -111,6 +111,7 @@ QUEUE_BYTES_MAX = 256 * 1024 * 1024  # request bodies that wait for their commit
 QUEUE_REQUESTS_MAX = 10_000
 REFOLD_ROWS = 20_000  # rows folded again at a time, when an import is undone
 LATE_MARKS_MAX = 20_000  # people and groups that late events have marked; from here on they are folded again at once
+LATE_MARKS_KEPT = 200_000  # of them, where a change of history has to end first; of more the whole project counts as marked
 REFOLD_FILE_ROWS = 300_000  # rows of each lake file that is written for it
 REFOLD_SORT_BYTES = 128 * 1024 * 1024  # of rows to be folded again that are put in order in memory
 REFOLD_ASIDE_ROWS = 80_000  # changed rows that are set aside on disk at once

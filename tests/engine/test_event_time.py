@@ -18,6 +18,8 @@ from tests.stateful.test_engine import FakeClock, SealerInside
 from retrofill.core import order
 from retrofill.core import person as people
 from retrofill.core.event import Batch, Event
+from retrofill.core.fold import Changes
+from retrofill.core.order import EVERYBODY
 from retrofill.core.throttle import Accepted
 from retrofill.engine.admission import ProjectSettings, PropertyTime
 from retrofill.engine.check import check
@@ -235,7 +237,8 @@ def test_a_person_is_read_also_while_late_events_go_on_coming(
     assert one
     run, folds = server.engine.rewriting.run, []
 
-    async def more_comes(*asked: Any, held: bool = False) -> None:
+    async def more_comes(*asked: Any, held: bool = False, beside: bool = False) -> None:
+        assert not beside
         await run(*asked, held=held)
         folds.append(held)
         assert len(folds) < 9, "it never ends"
@@ -313,6 +316,85 @@ def test_many_marks_are_folded_again_without_a_reader(
     assert server.engine.event_time.late_since(1) == 0
 
 
+def test_requests_are_answered_while_late_events_are_folded_again_without_a_reader(
+    server: Server,
+) -> None:
+    for time in (9, 1):
+        send(server, time, user_properties={"plan": str(time)})
+    answered = []
+
+    async def meddle() -> None:  # only where commits do not wait
+        device = f"phone-{len(answered) % 2 + 1}"  # of somebody who is folded again, or not
+        event = {"event_type": "open", "device_id": device, "time": BEGUN_MS + 20 + len(answered)}
+        await server.post([event])
+        answered.append(event)
+
+    server.meddle = meddle
+    server.run(server.engine._settle(1))
+    server.meddle = None
+    assert len(answered) > 3
+    assert not server.engine.event_time.late_since(1)
+    assert plans(server)[:2] == ["1", "9"]
+    assert _rows(server) == 2 + len(answered)
+    assert plan_now(server) == "9"
+
+
+def test_of_too_many_marks_the_whole_project_is_folded_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrofill.engine.state.LATE_MARKS_KEPT", 3)
+    state = server.engine.state.project(1)
+    for time in (9, 1, 5):
+        for number in range(6):
+            device = f"phone-{number}"
+            send(server, time, device_id=device, user_properties={"plan": f"{number} at {time}"})
+            assert len(state.late) <= 3
+    assert list(state.late) == [EVERYBODY]
+    first = state.late_since
+    server.crash()
+    state = server.engine.state.project(1)
+    assert (list(state.late), state.late_since) == ([EVERYBODY], first)
+    settled(server)
+    assert not state.late
+    with server.engine.reader().view(1) as view:
+        shown = view.ask(
+            "SELECT device_id, list(user_properties ORDER BY event_time) "
+            f"FROM {view.source(['device_id', 'user_properties', 'event_time'])} GROUP BY ALL"
+        ).fetchall()
+    assert dict(shown) == {
+        f"phone-{number}": [f'{{"plan":"{number} at {time}"}}' for time in (1, 5, 9)]
+        for number in range(6)
+    }
+
+
+def test_marks_of_events_during_a_change_stay_also_when_everybody_is_marked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrofill.engine.state.LATE_MARKS_KEPT", 3)
+    state = server.engine.state.project(1)
+    state.apply(late(1, 2), block=5)
+    state.apply(late(2, 3), block=6)
+    assert (state.late, state.late_since, state.marked) == ({1: 5, 2: 5, 3: 6}, 5, 3)
+    state.apply(late(4), block=7)
+    assert (state.late, state.late_since, state.marked) == ({EVERYBODY: 7}, 5, 3)
+    state.apply(late(5), block=8)
+    assert state.late == {EVERYBODY: 7}
+    # A change that began before everybody was marked: who was marked after it began may still be wrong.
+    state.settle(5, [6], block=9)
+    assert (state.late, state.late_since) == ({EVERYBODY: 7, 6: 9}, 6)
+    # One that began later has everybody folded again, and tells whom later events marked.
+    state.settle(9, [6], block=12)
+    assert (state.late, state.late_since) == ({6: 12}, 12)
+    state.settle(12, range(1, 9), block=20)
+    assert (state.late, state.late_since) == ({EVERYBODY: 20}, 20)
+    state.settle(20, [], block=21)
+    assert (state.late, state.late_since) == ({}, 0)
+
+
+def late(*people: int) -> Changes:
+    return Changes({}, {}, {}, {}, {}, {}, set(people))
+
+
 def test_readers_who_ask_together_have_late_events_folded_again_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +402,10 @@ def test_readers_who_ask_together_have_late_events_folded_again_once(
         send(server, time)
     run, runs = server.engine.rewriting.run, 0
 
-    async def more_comes(*asked: Any) -> None:
+    async def more_comes(*asked: Any, **how: Any) -> None:
         nonlocal runs
         runs += 1
-        await run(*asked)
+        await run(*asked, **how)
         # Late again, before the next of those who wait has its turn.
         late = {"event_type": "open", "device_id": "phone-1", "time": BEGUN_MS, "insert_id": "late"}
         await server.post([late])

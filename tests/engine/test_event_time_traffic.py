@@ -100,6 +100,7 @@ class Life:
                 lambda: engine.restore(1, "old-shop"),
                 lambda: engine.change_settings(1, to),
                 lambda: engine.event_time.settle(1),
+                lambda: engine.event_time.settle_beside(1),
             ]
         )
         try:
@@ -145,6 +146,8 @@ def test_changes_beside_traffic_end_in_what_a_control_has(
     seed: int, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_small_tails(monkeypatch, seed)
+    if seed % 3 == 1:
+        monkeypatch.setattr("retrofill.engine.state.LATE_MARKS_KEPT", 4)
     subject = by_time(tmp_path / "subject", clock, "event" if seed % 4 else "arrival")
     began_ms = clock.ms
     life = Life(2000 + seed, subject)

@@ -1,4 +1,7 @@
-"""Killed while a project is switched to event time and back: the start ends it, and no event is lost or doubled."""
+"""Killed while a project is switched to event time and back: the start ends it, and no event is lost or doubled.
+
+With requests answered meanwhile, late ones among them, it ends as a server that was sent the same and switched once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.faults.process import PATIENCE_S, Process, Row
+from tests.faults.test_undo import DYING, Traffic, both, same, told
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +84,84 @@ def test_a_killed_switch_is_ended_by_the_next_start(seed: int, tmp_path: Path) -
         server.stop()
     finally:
         server.end()
+
+
+# Steps at which the server is killed while requests are answered, as in `test_undo`.
+STEPS = [
+    "retrofill.lake.ducklake.Swap.commit after",
+    "retrofill.hot.intents.Intents.reserve after",
+    "retrofill.lake.ducklake.Swap.put_in after",
+    "retrofill.lake.ducklake.Swap.commit before",
+    "retrofill.engine.duplicates.Duplicates.mend before",
+    "retrofill.engine.event_time.EventTime._switched before",
+    "retrofill.hot.intents.Intents.remove before",
+]
+
+
+@pytest.mark.parametrize(
+    "step", [STEPS[0], *(pytest.param(one, marks=pytest.mark.long) for one in STEPS[1:])]
+)
+def test_killed_at_a_step_of_a_switch_under_traffic(step: str, tmp_path: Path) -> None:
+    armed = tmp_path / "armed"
+    with both(tmp_path, DYING.format(armed=str(armed), step=step)) as (server, control, traffic):
+        _begin(traffic)
+        for to in ("event", "arrival"):
+            armed.touch()
+            switch = threading.Thread(target=_switch, args=(server, to), daemon=True)
+            switch.start()
+            assert server.running is not None
+            server.running.wait(PATIENCE_S)  # it died by itself
+            server.running = None
+            switch.join(PATIENCE_S)
+            server.start()
+            server.wait_until_ready()
+            _switch(server, to)
+        _ends_alike(server, control, traffic)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [5, 60])
+@pytest.mark.timeout(3600)
+def test_killed_anywhere_in_switches_under_traffic(kills: int, tmp_path: Path) -> None:
+    seeded = random.Random(kills)
+    with both(tmp_path) as (server, control, traffic):
+        _begin(traffic)
+        to = "event"
+        for number in range(kills):
+            switch = threading.Thread(target=_switch, args=(server, to), daemon=True)
+            switch.start()
+            _wait_until_begun(server, switch)
+            time.sleep(seeded.random() ** 2 * 3)
+            server.kill()
+            switch.join(PATIENCE_S)
+            server.start()
+            server.wait_until_ready()
+            if number % 3:  # else the next switch is asked for before the start has ended this one
+                _switch(server, to)
+            to = "arrival" if to == "event" else "event"
+        _ends_alike(server, control, traffic)
+
+
+def _begin(traffic: Traffic) -> None:
+    for _ in range(40):
+        traffic.send(traffic.request())
+    traffic.start()
+
+
+def _ends_alike(server: Process, control: Process, traffic: Traffic) -> None:
+    """Both hold the same, in either order; the control was never switched before."""
+    _switch(server, "event")
+    traffic.stop()
+    told(control, traffic)
+    _switch(control, "event")
+    same(server, control)
+    for one in (server, control):
+        _switch(one, "arrival")
+    same(server, control)
+    server.kill()
+    server.start()
+    server.wait_until_ready()
+    same(server, control)
 
 
 def _wait_until_begun(server: Process, switch: threading.Thread) -> None:

@@ -44,7 +44,7 @@ STEPS = [
     "retrofill.hot.imports.Imports.forget_counts before",
     "retrofill.hot.intents.Intents.remove before",
 ]
-_DYING = """
+DYING = """
 import asyncio, importlib, os, signal, functools
 from pathlib import Path
 armed = Path({armed!r})
@@ -245,7 +245,7 @@ def killed_at(step: str, folder: Path) -> None:
     """Kill it at a step of an undo, and see it ended by the next start."""
     armed = folder / "armed"
     folder.mkdir(parents=True, exist_ok=True)
-    with both(folder, _DYING.format(armed=str(armed), step=step)) as (server, control, traffic):
+    with both(folder, DYING.format(armed=str(armed), step=step)) as (server, control, traffic):
         fill(traffic, 60)
         traffic.start()
         armed.touch()

@@ -31,6 +31,9 @@ Place = int | tuple[str, str, str]
 """What a key is kept with: an amplitude_id, or (SHOWN or CHANGED, group type, value)."""
 
 FIRST: Key = (-1, -1, "")  # before every event
+EVERYBODY: Place = (
+    0  # a mark of all people and groups of a project: more are marked than are kept apart
+)
 SHOWN, CHANGED = "shown", "changed"
 
 _IDENTIFY, _GROUP_IDENTIFY = int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY)

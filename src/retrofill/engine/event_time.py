@@ -2,8 +2,8 @@
 
 On arrival an event is folded over what is known then, and if it came too late for that, the fold marks whom it touched
 (`core.order`, `ProjectState.late`). Its row is durable and answered like any other. The closure of all marks is folded
-again in event time by `rewriting`: before a reader of the project is given anything, after each seal, and when many
-are marked. So readers see what a fold of everything in event time ends in, and never what a late event did on arrival.
+again in event time by `rewriting`: after each seal, and when many are marked, while commits go on; and before a reader of
+the project is given anything, while they wait, so that nobody is marked then. So readers see what a fold of everything in event time ends in, and never what a late event did on arrival.
 
 A change of history in such a project takes the marks with it that it finds. Late events that come while it is under way
 mark whom they touch, in the old state and in what the change makes of it; these marks stay, and are folded again when
@@ -69,6 +69,13 @@ class EventTime:
             self._may_change()
             await self._rewriting.whole(self._settle(project, self._host.state.block))
 
+    async def settle_beside(self, project: int) -> None:
+        """As `settle`, while commits go on: whom late events mark meanwhile stays marked, so no reader can wait for that."""
+        if self.late_since(project):
+            self._may_change()
+            last = self._host.state.block
+            await self._rewriting.whole(self._settle(project, last, beside=True))
+
     @property
     def waits(self) -> bool:
         """Whether a change of history is under way, which nobody can be folded again before."""
@@ -116,11 +123,11 @@ class EventTime:
             await self.settle_held(project)
             return self._host.person(project, amplitude_id)
 
-    async def _settle(self, project: int, last: int) -> None:
+    async def _settle(self, project: int, last: int, *, beside: bool = False) -> None:
         async with self._rewriting.alone():
             # What came while this waited is for those who ask later: else each of many readers would fold again.
             if 0 < self.late_since(project) <= last:
-                await self._rewriting.run(_late(project))
+                await self._rewriting.run(_late(project), beside=beside)
 
     async def _settled(self, _intent: Intent, _block: int) -> None:
         """Nothing is left to do: the state says by itself that nobody is marked."""

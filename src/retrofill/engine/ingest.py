@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._seals: set[asyncio.Task[None]] = set()
         self._writing_back: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
         self.rewriting = Rewriting(self, self._intents, directory.rewriting, self._sealer.refolder)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
@@ -333,6 +335,8 @@ class Engine:
         try:
             await asyncio.gather(*self._tasks)
             await self.rewriting.ended()
+            if self._settling is not None:
+                await asyncio.gather(self._settling, return_exceptions=True)
             await asyncio.gather(*self._seals, return_exceptions=True)
             if self._problem is None:
                 await self.seal()
@@ -373,9 +377,10 @@ class Engine:
 
     async def abandon(self) -> None:
         """Let go of everything as a crash would: nothing is committed, sealed or saved any more. For tests."""
-        for task in self._tasks:
+        tasks = self._tasks + ([self._settling] if self._settling else [])
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.rewriting.ended(abandon=True)
         for seal in self._seals:
             seal.cancel()
@@ -611,7 +616,7 @@ class Engine:
         if (
             self._unsealed_events >= SEAL_EVENTS
             or self._since_checkpoint >= CHECKPOINT_EVENTS
-            or any(len(self.state.project(one).late) >= LATE_MARKS_MAX for one in folded.changes)
+            or any(self.state.project(one).marked >= LATE_MARKS_MAX for one in folded.changes)
         ):
             self._due.set()
         if self.blocks.write_back_is_due and (
@@ -647,11 +652,12 @@ class Engine:
 
     async def _background_loop(self) -> None:
         while not self._closing:
-            now_ms = self._clock.now_ms()
+            now_ms, marks = self._clock.now_ms(), LATE_MARKS_MAX
             if self._seal_is_due(now_ms) and now_ms >= self._seal_again_ms:
                 await self._seal_in_turn()
-                await self._settle(1)
-            await self._settle(LATE_MARKS_MAX)
+                marks = 1
+            if self._settling is None or self._settling.done():  # it may take as long as an undo
+                self._settling = asyncio.create_task(self._guarded(partial(self._settle, marks)))
             if self._since_checkpoint >= CHECKPOINT_EVENTS or (
                 self._since_checkpoint and now_ms - self._checkpoint_ms >= CHECKPOINT_AGE_MS
             ):
@@ -664,13 +670,13 @@ class Engine:
     async def _settle(self, marks: int) -> None:
         """Fold again what late events have marked, in projects with at least so many marks.
 
-        Not while a change of history is under way: seals and checkpoints would wait for it too.
+        Not while a change of history is under way: the next look comes soon.
         """
         for number in self._admissions:
-            enough = len(self.state.project(number).late) >= marks
+            enough = self.state.project(number).marked >= marks
             if enough and not self._closing and not self.event_time.waits:
                 try:
-                    await self.event_time.settle(number)
+                    await self.event_time.settle_beside(number)
                 except StoreError as problem:
                     if self._problem is not None:
                         raise

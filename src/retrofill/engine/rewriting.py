@@ -55,6 +55,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from retrofill.core.fold import Changes, together
+from retrofill.core.order import EVERYBODY
 from retrofill.engine.change import CHANGES_RULE, Change, Host, Intent
 from retrofill.engine.refold import Rule, Seed
 from retrofill.engine.refolder import Refolder, ThreadRefolder, read_changes
@@ -144,18 +145,29 @@ class Rewriting:
         if state.by_time:
             people = [one for one in state.late if isinstance(one, int)]
             groups = [one[1:] for one in state.late if not isinstance(one, int)]
-            seed = replace(seed, people=seed.people + people, groups=seed.groups + groups)
+            seed = replace(
+                seed,
+                people=seed.people + people,
+                groups=seed.groups + groups,
+                whole=seed.whole or EVERYBODY in state.late,
+            )
             if intent.kind != "property_time":
                 rule = replace(rule, by_time=True)
         return seed, rule
 
     async def run(
-        self, intent: Intent, *, begun: Callable[[], None] = lambda: None, held: bool = False
+        self,
+        intent: Intent,
+        *,
+        begun: Callable[[], None] = lambda: None,
+        held: bool = False,
+        beside: bool = False,
     ) -> None:
         """Do what an intent says, whole, after those of its project that broke off; the caller is `alone`.
 
         Nothing of one that broke off is in place, so late events may be folded again before it: readers wait for that.
         begun: called in a thread once the intent is stored; a crash may leave it out. held: commits wait already.
+        beside: they need not wait for all of it, though it folds late events again.
         Raises StoreError: it was never begun, or is tried again by the next start. ConflictError: it was called off, or
         one that broke off was tried so often that somebody has to say what shall become of it.
         """
@@ -175,12 +187,13 @@ class Rewriting:
                         f"{tried[number].reason or 'the server stopped each time'}",
                         mend="Call it off or ask for it again first",
                     )
-                await self._do(number, broken, held=held)  # later it would undo what is done now
+                # Later it would undo what is done now.
+                await self._do(number, broken, held=held, beside=beside)
                 done |= one == stored
         if not done:
             number = await asyncio.to_thread(self._intents.add, stored)
             await asyncio.to_thread(begun)
-            await self._do(number, intent, held=held)
+            await self._do(number, intent, held=held, beside=beside)
 
     # One that fails.
 
@@ -291,7 +304,9 @@ class Rewriting:
     def _scratch(self, number: int) -> Path:
         return self._folder / str(number)
 
-    async def _do(self, number: int, intent: Intent, *, held: bool = False) -> None:
+    async def _do(
+        self, number: int, intent: Intent, *, held: bool = False, beside: bool = False
+    ) -> None:
         host = self._host
         host.sound()
         block = await asyncio.to_thread(host.lake.rewritten, number)
@@ -299,14 +314,14 @@ class Rewriting:
             await self._end(number, intent, block)
             return
         await asyncio.to_thread(_made_anew, self._scratch(number))
-        if held or self._waited_for(intent):
+        if held or (self._waited_for(intent) and not beside):
             async with contextlib.nullcontext() if held else host.committing:
                 await self._change(number, intent, ThreadRefolder(), paused=True)
         else:
             await self._change(number, intent, self._refolder(), paused=False)
 
     def _waited_for(self, intent: Intent) -> bool:
-        """Say whether commits wait for all of a change."""
+        """Say whether commits wait for all of a change: nobody is marked after it then, as who reads has to know."""
         return intent.kind == "late"
 
     async def _change(

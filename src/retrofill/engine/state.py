@@ -20,10 +20,10 @@ from msgspec.structs import replace
 
 from retrofill.core.event import Batch
 from retrofill.core.fold import Changes, Folded, Group, Known
-from retrofill.core.order import CHANGED, FIRST, SHOWN, Key, Place
+from retrofill.core.order import CHANGED, EVERYBODY, FIRST, SHOWN, Key, Place
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
-from retrofill.limits import IDS_IN_MEMORY, MS_PER_S, PEOPLE_IN_MEMORY
+from retrofill.limits import IDS_IN_MEMORY, LATE_MARKS_KEPT, MS_PER_S, PEOPLE_IN_MEMORY
 
 _device_of, _user_of = attrgetter("device_id"), attrgetter("user_id")
 
@@ -119,7 +119,8 @@ class ProjectState:
     """The people of one project.
 
     by_time: whether its properties go by event time; then `late` is whom late events have marked, each with the block
-    that did, and `late_since` the first of these blocks, 0 if there is none: see `core.order`.
+    that did, and `late_since` the first of these blocks, 0 if there is none: see `core.order`. Beyond LATE_MARKS_KEPT it
+    is EVERYBODY, with the block at which there were so many.
     """
 
     def __init__(self, project: int, checkpoint: Checkpoint) -> None:
@@ -229,8 +230,9 @@ class ProjectState:
         if (
             changes.late
         ):  # before the values: who reads one after the other finds that they are marked
-            marks = dict.fromkeys(changes.late - self.late.keys(), block)
-            self.late.update(marks)
+            if EVERYBODY not in self.late:
+                self.late.update(dict.fromkeys(changes.late - self.late.keys(), block))
+                self.late = _bounded(self.late, block)
             self.late_since = self.late_since or block
             self._late_changed = True
         self.last.lay(changes.last)
@@ -266,9 +268,16 @@ class ProjectState:
         """Take the marks off that blocks up to `settled` made; those in `late` stay, as of a block."""
         self.settled_times += 1  # before the marks: who finds none must see that they were there
         left = {place: at for place, at in self.late.items() if at > settled}
-        left = dict.fromkeys(late, block) | left
+        # When everybody was marked, others were already, by whichever blocks.
+        since = settled + 1 if EVERYBODY in left else block
+        left = _bounded(dict.fromkeys(late, block) | left, block)
         self._late_changed |= left != self.late
-        self.late, self.late_since = left, min(left.values(), default=0)
+        self.late, self.late_since = left, min([since, *left.values()]) if left else 0
+
+    @property
+    def marked(self) -> int:
+        """How many people and groups late events have marked, as far as they are kept apart."""
+        return LATE_MARKS_KEPT if EVERYBODY in self.late else len(self.late)
 
     def unsaved(self) -> Changed:
         """Return what the checkpoint may not have yet, and every alias; it stays as it is now."""
@@ -284,6 +293,11 @@ class ProjectState:
         """What was captured is in the checkpoint."""
         for shelf in (self.devices, self.users, self.people, self.groups, self.last):
             shelf.saved()
+
+
+def _bounded(late: dict[Place, int], block: int) -> dict[Place, int]:
+    """Return marks, or everybody's as of a block if there are too many."""
+    return late if len(late) <= LATE_MARKS_KEPT else {EVERYBODY: block}
 
 
 class State:
