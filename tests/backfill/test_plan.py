@@ -266,6 +266,28 @@ def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:
     assert (names["on"], names["a b"], names["a: b"]) == ("on", '"a b"', '"a: b"')
 
 
+@pytest.mark.parametrize(
+    ("values", "expression"),
+    [
+        (["2024-01-01 10:00:00", "2024-02-30T25:00:00Z"], "zeit"),
+        ([1700000000, 1700000001], "zeit * 1000"),
+        (["1700000000000", "1700000000001"], "zeit"),
+        (["2024-01-01 10:00:00", ""], None),
+        (["2024-01-01 10:00:00", None], None),
+        ([1, 2], None),
+        ([True, True], None),
+    ],
+)
+def test_a_first_mapping_finds_a_time_without_a_name_by_its_values(
+    values: list[Any], expression: str | None, tmp_path: Path
+) -> None:
+    rows = [{"nutzer": 4711, "zeit": value} for value in values]
+    text = first_mapping(tmp_path, ndjson(tmp_path / "s.ndjson", rows))
+    found = yaml.safe_load(text)["event"]["time"]
+    assert found == (expression or "?")
+    assert ("by its values alone" in text) is (expression is not None)
+
+
 def test_a_first_mapping_takes_no_object_for_a_text(tmp_path: Path) -> None:
     found = [
         {"user": f"user-{n}", "device": {"os": "x"}, "name": "Open", "ts": 1700000000 + n}

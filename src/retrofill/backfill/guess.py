@@ -2,18 +2,21 @@
 
 A name says most: `userId`, `created_at`, `event_name` mean the same nearly everywhere. What the first thousands of rows
 hold decides what a name leaves open: whether a number counts seconds, whether a column that might be an event's id is
-different in every row. A column nobody knows becomes an event property.
+different in every row, and, where no name says so, which column is the time. A column nobody knows becomes an event
+property.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import date
 from typing import Any
 
 import msgspec
 import yaml
 from msgspec import Struct
+from msgspec.structs import replace
 
 from retrofill.backfill.intake import Source
 from retrofill.core.sql import quoted
@@ -22,6 +25,8 @@ from retrofill.errors import InputError
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECONDS_MAX, _MILLIS_MAX = 1e11, 1e14
 _LISTED = 200
+_MOMENT = re.compile(r"(19|20)\d\d-[01]\d-[0-3]\d[T ][0-2]\d:[0-5]\d.*")
+_SECONDS = re.compile(r"1\d{9}(\d{3}){0,2}")  # 2001 to 2033, also in milli- and microseconds
 
 # For each field the names that mean it, best first, compared without case, `_`, `-` and spaces.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -167,6 +172,27 @@ def _guesses(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterabl
                 taken.add(name)
                 yield guess
                 break
+        else:
+            if field == "time":
+                yield from _unnamed_time(columns, rows)
+
+
+def _unnamed_time(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterable[Guess]:
+    """Guess the first column of which every row reads as a time."""
+    for name, kind in columns.items():
+        values = [row.get(name) for row in rows]
+        if values and all(map(_reads_as_time, values)):
+            guess = _guess("time", name, kind, values)
+            if guess is not None:
+                yield replace(guess, why=f"by its values alone: {guess.why}")
+                return
+
+
+def _reads_as_time(value: object) -> bool:
+    if isinstance(value, date):  # a datetime is one
+        return True
+    text = str(value)
+    return bool(_MOMENT.fullmatch(text) or _SECONDS.fullmatch(text))
 
 
 def _holds_objects(name: str, rows: Sequence[dict[str, Any]]) -> bool:
