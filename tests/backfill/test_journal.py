@@ -218,3 +218,26 @@ def test_a_journal_is_set_aside_whole_and_never_under_a_reader(tmp_path: Path) -
     fresh = Journal(tmp_path, threaded=False)
     assert fresh.done().count == 0
     fresh.close()
+
+
+def test_a_journal_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops while it makes one leaves what the next begins anew, and readers find none."""
+    (tmp_path / "journal.new").write_bytes(b"half of a page")
+    (tmp_path / "journal.new-journal").write_bytes(b"and how to take it back")
+
+    def stop(*_: object) -> None:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(OSError, match="stopped"):
+            Journal(tmp_path, threaded=False)
+    with pytest.raises(InputError, match="No journal in"):
+        Ledger(tmp_path)
+    Journal(tmp_path, threaded=False).close()
+    ledger = Ledger(tmp_path)
+    assert (ledger.meta(), ledger.totals().requests) == ({}, 0)
+    ledger.close()
+    assert not (tmp_path / "journal.new").exists()

@@ -32,7 +32,7 @@ from retrofill.backfill.spill import Spill
 from retrofill.backfill.straight import straight
 from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal
-from retrofill.errors import InputError
+from retrofill.errors import FullError, InputError
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
 _ROWS = 20_000  # of one batch on its way
@@ -227,6 +227,10 @@ class Intake:
         except (duckdb.Error, pa.ArrowException) as error:
             if self._failed is not None:
                 raise self._failed from error
+            if "No space left" in str(error):
+                raise FullError(
+                    "No room is left on the device", mend="Free some space; nothing was sent"
+                ) from error
             raise InputError(
                 f"The mapping failed while the source was read: {_one_line(error)}",
                 where=self._culprit(error),

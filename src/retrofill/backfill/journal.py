@@ -16,7 +16,9 @@ and when the destination has undone the import, the journal is set aside whole a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,20 +41,20 @@ GENERATION = "generation"  # of the import at its destination, a fact in `meta`
 UNSURE = -1  # status: not sent again, because the destination may have it and no longer remembers
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS requests (
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE requests (
     id INTEGER PRIMARY KEY, ranges BLOB NOT NULL, events INTEGER NOT NULL, bytes INTEGER NOT NULL,
     sent_ms INTEGER NOT NULL, tries INTEGER, status INTEGER, server_upload_ms INTEGER,
     answered_ms INTEGER, uncertain_ms INTEGER, lost_ms INTEGER
 );
-CREATE TABLE IF NOT EXISTS dead (
+CREATE TABLE dead (
     set_number INTEGER, row INTEGER, reason TEXT NOT NULL, line TEXT NOT NULL,
     PRIMARY KEY (set_number, row)
 );
-CREATE TABLE IF NOT EXISTS arrivals (
+CREATE TABLE arrivals (
     kind TEXT, name TEXT, hour INTEGER, count INTEGER, PRIMARY KEY (kind, name, hour)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS progress (
+CREATE TABLE progress (
     at_ms INTEGER PRIMARY KEY, taken INTEGER, dead INTEGER, held INTEGER, flying INTEGER
 );
 """
@@ -172,8 +174,14 @@ class Journal:
         """Open for writing. Raises BusyError while another run holds the directory."""
         self._work = work
         self._lock = _lock(work)
-        self._db = connect(work / "journal.db")
-        self._db.executescript(_SCHEMA)
+        path = work / "journal.db"
+        try:
+            if not path.exists():
+                _make(path)
+            self._db = connect(path)
+        except BaseException:
+            self._lock.close()
+            raise
         self._thread = ThreadPoolExecutor(1, "journal") if threaded else None
         self._sent: list[tuple[Any, ...]] = []
         self._finals: list[Final] = []
@@ -620,6 +628,21 @@ def connect(path: Path) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous=FULL")
     db.execute("PRAGMA busy_timeout=10000")
     return db
+
+
+def _make(path: Path) -> None:
+    """Make an empty journal, whole or not at all: whoever finds the file finds its tables, wherever a run stopped."""
+    fresh = path.with_name("journal.new")
+    for name in (fresh, path.with_name("journal.new-journal")):
+        name.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(fresh)) as db:
+        db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    fresh.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # its commits are synced, and its name shall be there then
+    finally:
+        os.close(folder)
 
 
 def _lock(work: Path) -> IO[str]:

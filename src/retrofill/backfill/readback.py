@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.client
 import io
@@ -62,6 +63,8 @@ def fetch(url: str, keys: Keys, path: Path, *, divisible: bool = False) -> Fetch
                 ) from refused
             problem = f"{refused.code} {said}"
         except (OSError, http.client.HTTPException) as failed:
+            if isinstance(failed, OSError) and failed.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise  # it is our disk that is full
             problem = str(failed)
     raise FinalError(f"The destination cannot be read: {problem}", where=url, mend="Try it later")
 

@@ -1,11 +1,14 @@
 """The command `retrofill`: its verbs, and how it tells an error.
 
 A verb's module imports what it needs inside the function, so that `--help` is quick. What we raise on purpose is
-told in three lines without a traceback: what, where, how to mend it. Exit 0 done, 1 failed, 2 wrong usage or input.
+told in three lines without a traceback: what, where, how to mend it, and so is what the disk refuses, wherever a verb
+wrote. Exit 0 done, 1 failed, 2 wrong usage or input.
 """
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 import sys
 from typing import Annotated, Any
 
@@ -29,7 +32,20 @@ from retrofill.cli import (
     why,
 )
 from retrofill.cli import map as map_
-from retrofill.errors import Error
+from retrofill.errors import Error, FullError, StoreError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CLOSED = frozenset(
+    {
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+    }
+)
 
 
 class Verbs(TyperGroup):
@@ -42,6 +58,35 @@ class Verbs(TyperGroup):
         except Error as problem:
             tell(problem)
             raise typer.Exit(problem.code) from problem
+        except (OSError, sqlite3.Error) as problem:
+            refused = of_disk(problem)
+            if refused is None:
+                raise
+            tell(refused)
+            raise typer.Exit(refused.code) from problem
+
+
+def of_disk(problem: OSError | sqlite3.Error) -> Error | None:
+    """Return an error of the file system in our words, None for one of something else."""
+    if isinstance(problem, sqlite3.Error):
+        return StoreError(
+            f"The journal of the work directory cannot be written or read: {problem}",
+            mend="Free some space or mend the disk, and give the same line again; what was acknowledged is kept",
+        )
+    where = str(problem.filename or "")
+    if problem.errno in _FULL:
+        return FullError(
+            "No room is left on the device",
+            where=where,
+            mend="Free some space and give the same line again; what was acknowledged is kept",
+        )
+    if problem.errno not in _CLOSED:
+        return None
+    return StoreError(
+        f"A file cannot be written or read: {problem.strerror}",
+        where=where,
+        mend="Name a directory that this user can write, as --work",
+    )
 
 
 def tell(problem: Error) -> None:
