@@ -102,6 +102,9 @@ ALIKE_MAX = (
 )
 ALIKE_BYTES_MAX = 1024  # of such a text; a longer one is decoded each time
 ALIKE_TOTAL_BYTES = 8 * 1024 * 1024  # of all of them; nothing but brackets takes 22 times that
+COLUMNS_ALIKE_MAX = (
+    4_096  # built-in columns of people that came twice and are kept once for all of them
+)
 SCAN_TOKENS_MAX = 300_000  # tokens looked at one by one in a body that no decoder takes
 KEY_CHARS_MAX = 200  # of an unknown API key, repeated in the answer
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from retrofill.core import alike, event, properties
-from retrofill.core.alike import Alike
+from retrofill.core.alike import Alike, Same
 from retrofill.core.event import Envelope, Event
 from retrofill.limits import ALIKE_BYTES_MAX, DEPTH_MAX
 
@@ -129,3 +129,33 @@ def test_what_was_sent_takes_no_table_place_that_reads_otherwise(
 ) -> None:
     found = properties.apply(table, sent)
     assert msgspec.json.encode(found) == msgspec.json.encode(after)
+
+
+def said(number: int) -> bytes:
+    return b"a snapshot %d" % number
+
+
+def test_a_value_that_came_twice_is_one_object_from_then_on() -> None:
+    same: Same[bytes] = Same(most=4, longest=100, total=1000)
+    first, second, third, other = (same.one(said(one)) for one in (1, 1, 1, 2))
+    assert first == second == third
+    assert third is second is not first
+    assert other == said(2)
+
+
+def test_a_value_too_long_is_not_kept() -> None:
+    same: Same[bytes] = Same(most=4, longest=5, total=1000)
+    found = [same.one(said(1)) for _ in range(3)]
+    assert found == [said(1)] * 3
+    assert found[2] is not found[1]
+
+
+@pytest.mark.parametrize(("most", "total"), [(2, 1000), (9, 2 * len(said(0)))])
+def test_values_begin_anew_at_their_bounds(most: int, total: int) -> None:
+    same: Same[bytes] = Same(most=most, longest=100, total=total)
+    kept = [same.one(said(number)) for number in (1, 1, 2, 2)][1::2]
+    assert [same.one(said(1)), same.one(said(2))] == kept
+    assert same.one(said(1)) is kept[0]
+    third = [same.one(said(3)) for _ in range(2)][1]
+    assert same.one(said(3)) is third
+    assert same.one(said(1)) is not kept[0]

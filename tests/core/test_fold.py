@@ -307,3 +307,15 @@ def test_blocks_without_rows_that_show_anything_can_be_compared() -> None:
     assert same(empty, empty)
     assert empty.wide_bytes == 0
     assert not same(empty, replace(empty, number=9))
+
+
+def test_people_who_show_the_same_share_one_snapshot_and_one_set_of_columns() -> None:
+    history = History()
+    for user in ("Ann", "Bea", "Cleo", "Dora"):
+        city = "Rom" if user == "Dora" else "Oslo"
+        history.send(event(user_id=user, time=5, city=city, library="shared/1.0"))
+    ann, bea, cleo, dora = (history.people[number] for number in (1, 2, 3, 4))
+    assert ann.columns == bea.columns == cleo.columns != dora.columns
+    assert ann.shown == bea.shown == cleo.shown != dora.shown
+    assert cleo.columns is bea.columns
+    assert cleo.shown is bea.shown

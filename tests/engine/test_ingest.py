@@ -18,7 +18,7 @@ from retrofill.clock import SystemClock
 from retrofill.config import Settings
 from retrofill.core import event as events
 from retrofill.core.event import Batch, Refusal
-from retrofill.core.throttle import Accepted
+from retrofill.core.throttle import Accepted, Throttled
 from retrofill.engine import ingest
 from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.ingest import Engine
@@ -400,3 +400,28 @@ def test_a_repeat_after_the_window_is_stored_also_when_its_times_were_let_go(
         return duplicates
 
     assert asyncio.run(run()) == 2
+
+
+def test_events_are_let_go_once_they_are_folded_and_count_all_the_same(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = opened(tmp_path)
+        await engine.start()
+        engine.set_settings(1, ProjectSettings({"daily_quota": 2}))
+        whole = batch(
+            {"event_type": "View", "user_id": "ann-111", "insert_id": "a"},
+            {"event_type": "View", "user_id": "ann-111", "insert_id": "b"},
+            {"event_type": "View", "user_id": "ann-111", "insert_id": "a"},
+            {"event_type": "$identify", "user_id": "ann-111"},
+        )
+        outcome = await engine.ingest(whole)
+        assert isinstance(outcome, Accepted)
+        assert outcome.events == 4
+        assert whole.events == []
+        assert (engine.figures.events, engine.figures.duplicates) == (4, 1)
+        # Neither the duplicate nor the identify counts.
+        full = await engine.ingest(update(1))
+        assert isinstance(full, Throttled)
+        assert full.quota_users == {"ann-111": 2}
+        await engine.close()
+
+    asyncio.run(run())

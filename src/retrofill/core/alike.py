@@ -1,4 +1,4 @@
-"""Objects said again and again, decoded and checked once.
+"""What is said again and again, kept once.
 
 Senders repeat what they know of a user on event after event. Whoever says the same text gets the very same object, so
 that the fold sees by identity that nothing new is said, and little memory is touched. Nobody may change such an object.
@@ -9,7 +9,7 @@ would go through the memory of the whole table. What is kept changes nothing but
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from retrofill.core import mend
 from retrofill.limits import ALIKE_BYTES_MAX, ALIKE_MAX, ALIKE_TOTAL_BYTES, DEPTH_MAX
 
 Object = dict[str, Any]
+T = TypeVar("T", bytes, tuple[str | None, ...])
 
 _MARKS = 65_536
 _decode = msgspec.json.Decoder(list[Object | None]).decode
@@ -51,6 +52,37 @@ class Alike:
                 kept.clear()
                 self._bytes = 0
         return found
+
+
+class Same(Generic[T]):
+    """Values that came twice, each as one object: whom it is of shares the memory, so that much of it stays near.
+
+    longest, total: of their sizes, as `len` says; what is longer is not kept. Emptied at its bounds.
+    """
+
+    def __init__(self, *, most: int, longest: int, total: int) -> None:
+        self._most, self._longest, self._total = most, longest, total
+        self._kept: dict[T, T] = {}
+        self._size = 0
+        self._marks = bytearray(_MARKS)
+
+    def one(self, value: T) -> T:
+        """Return the object that was the same before, or this one."""
+        kept = self._kept
+        found = kept.get(value)
+        if found is not None:
+            return found
+        mark = hash(value)
+        place, tag = mark % _MARKS, mark >> 32 & 0xFF
+        if self._marks[place] != tag:
+            self._marks[place] = tag
+        elif len(value) <= self._longest:
+            self._size += len(value)
+            if len(kept) >= self._most or self._size > self._total:
+                kept.clear()
+                self._size = len(value)
+            kept[value] = value
+        return value
 
 
 def read(texts: list[bytes]) -> list[Object | None]:

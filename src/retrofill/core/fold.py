@@ -24,11 +24,20 @@ import msgspec
 from msgspec import Struct
 
 from retrofill.core import identity, language, order, person, properties
+from retrofill.core.alike import Same
 from retrofill.core.block import COLUMNS, SAYABLE, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
 from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
 from retrofill.core.throttle import UpdateWindow
-from retrofill.limits import CLOCK_SKEW_MS, GROUP_TYPES_MAX, TIME_MS_MAX
+from retrofill.limits import (
+    ALIKE_BYTES_MAX,
+    ALIKE_MAX,
+    ALIKE_TOTAL_BYTES,
+    CLOCK_SKEW_MS,
+    COLUMNS_ALIKE_MAX,
+    GROUP_TYPES_MAX,
+    TIME_MS_MAX,
+)
 
 Group = tuple[str, str]  # type, value
 
@@ -69,6 +78,12 @@ _kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
 _said_before: dict[tuple[str | None, ...], tuple[tuple[str | None, ...], int]] = {}
 
 _SAID_MAX = 65_536
+
+# The columns and snapshots that many people have: each once, or else every person's own would be far from the processor.
+_same_columns: Same[tuple[str | None, ...]] = Same(
+    most=COLUMNS_ALIKE_MAX, longest=len(COLUMNS), total=COLUMNS_ALIKE_MAX * len(COLUMNS)
+)
+_same_shown: Same[bytes] = Same(most=ALIKE_MAX, longest=ALIKE_BYTES_MAX, total=ALIKE_TOTAL_BYTES)
 
 _encode = msgspec.json.Encoder().encode
 _NO_TABLE = -1
@@ -448,7 +463,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     who.told = sent
             built_in = who.columns
             if entry is not who.sent or (said[15] is None and built_in[_LIBRARY] != library):
-                built_in = _started(_columns(built_in, said, library))
+                built_in = _same_columns.one(_started(_columns(built_in, said, library)))
             if (
                 event.price is not None
                 or event.revenue is not None
@@ -499,7 +514,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     shown = who.shown
                     if not shown:
                         # Remembered on the person: a function of its other fields.
-                        shown = who.shown = _encode((who.properties, {}, {}, *who.columns))
+                        shown = who.shown = _same_shown.one(
+                            _encode((who.properties, {}, {}, *who.columns))
+                        )
             if who is not before:
                 new_people[who.amplitude_id] = who
         else:

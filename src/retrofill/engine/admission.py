@@ -191,11 +191,16 @@ class Admission:
             None, *ids_of(batch.events), over, eps=self.eps(batch.path), now_ms=now_ms
         )
 
-    def count_stored(self, batch: Batch, kinds: bytes, *, now_ms: int) -> None:
-        """Count the rows that a block stored of this request."""
-        if self.limits.daily_quota:
-            dropped = [kind != Kind.EVENT for kind in kinds] if any(kinds) else None
-            self._quota.add(*stored_ids(batch, dropped), now_ms=now_ms)
+    def stored(self, batch: Batch, kinds: bytes) -> tuple[Ids, Ids]:
+        """Return what `count_stored` needs to know of a request, whose rows are of these kinds."""
+        if not self.limits.daily_quota:
+            return [], []
+        return stored_ids(batch, [kind != Kind.EVENT for kind in kinds] if any(kinds) else None)
+
+    def count_stored(self, devices: Ids, users: Ids, *, now_ms: int) -> None:
+        """Count the rows that a block stored of a request: the ids that `stored` gave."""
+        if devices:
+            self._quota.add(devices, users, now_ms=now_ms)
 
     def count_again(
         self,

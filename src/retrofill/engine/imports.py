@@ -24,7 +24,7 @@ import numpy as np
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
-from retrofill.core.block import Block, Kind
+from retrofill.core.block import Kind
 from retrofill.core.event import Batch, Envelope, Event
 from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
 from retrofill.engine.query import Reader, Statement, View
@@ -41,6 +41,7 @@ from retrofill.limits import (
 
 _HISTORY = (Kind.EVENT, Kind.IDENTIFY, Kind.GROUP_IDENTIFY, Kind.ALIAS, Kind.DISPLACED)
 _IDENTIFIES = f"({int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
+Repeats = Counter[tuple[int, str]]  # by (project, import)
 _LOOKED_AT = Limits().batch_events  # events of a refused request that are asked for their import
 
 
@@ -326,6 +327,22 @@ def _not_undoing(known: Import) -> None:
 # What is not stored.
 
 
+def duplicates_in(kinds: bytes, batches: Iterable[Batch]) -> Repeats:
+    """Count the duplicates of imports among the events of a block, whose rows are of these kinds."""
+    found: Repeats = Counter()
+    if Kind.DROPPED in kinds:
+        dropped = np.frombuffer(kinds, np.uint8) == Kind.DROPPED
+        first = 0
+        for batch in batches:
+            rows = len(batch.events)
+            for row in np.flatnonzero(dropped[first : first + rows]).tolist():
+                name = import_of(batch.events[row])
+                if name:
+                    found[batch.project, name] += 1
+            first += rows
+    return found
+
+
 class Counting:
     """Counts duplicates and refusals of imports. Belongs to the loop; what is shown may be read from any thread."""
 
@@ -335,7 +352,7 @@ class Counting:
         self._shown: dict[int, dict[str, Counted]] = {}
         for (project, name), one in counts.items():
             self._shown.setdefault(project, {})[name] = one
-        self._duplicates: deque[tuple[int, Counter[tuple[int, str]]]] = deque()
+        self._duplicates: deque[tuple[int, Repeats]] = deque()
         self._refusals: Counter[tuple[int, str]] = Counter()
         self._saving = asyncio.Lock()
 
@@ -343,23 +360,11 @@ class Counting:
         """Return the counts of a project by name, those not saved yet included."""
         return dict(self._shown.get(project, {}))
 
-    def committed(self, block: Block, batches: Iterable[Batch]) -> None:
+    def committed(self, block: int, duplicates: Repeats) -> None:
         """Count the duplicates of a block that is on disk. Blocks come in order; one saved already is passed over."""
-        if Kind.DROPPED not in block.kind or block.number <= self.block:
-            return
-        found: Counter[tuple[int, str]] = Counter()
-        dropped = np.frombuffer(block.kind, np.uint8) == Kind.DROPPED
-        first = 0
-        for batch in batches:
-            rows = len(batch.events)
-            for row in np.flatnonzero(dropped[first : first + rows]).tolist():
-                name = import_of(batch.events[row])
-                if name:
-                    found[batch.project, name] += 1
-            first += rows
-        if found:
-            self._duplicates.append((block.number, found))
-            for key, count in found.items():
+        if duplicates and block > self.block:
+            self._duplicates.append((block, duplicates))
+            for key, count in duplicates.items():
                 self._show(key, Counted(duplicates=count))
 
     def refused(self, project: int, names: Iterable[str]) -> None:

@@ -83,12 +83,13 @@ class _Both:
         return getattr(self._engine, name)
 
     async def ingest(self, batch: Batch) -> Outcome:
+        events = batch.events
         outcome = await self._engine.ingest(batch)
         if isinstance(outcome, Accepted):
-            for event in batch.events:
+            for event in events:
                 event.skip_user_properties_sync = self._skip
-            folded, imports = self._beside.fold([batch], now_ms=outcome.server_upload_ms)
-            self._beside.applied(folded, [batch], imports)
+            batch.events = events
+            self._beside.applied(*self._beside.fold([batch], now_ms=outcome.server_upload_ms))
         return outcome
 
 
