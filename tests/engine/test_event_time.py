@@ -339,6 +339,35 @@ def test_requests_are_answered_while_late_events_are_folded_again_without_a_read
     assert plan_now(server) == "9"
 
 
+def test_commits_wait_for_no_child_and_little_sealing_when_late_events_are_folded_for_a_reader(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.engine
+    seal, rests = engine.seal, engine.compaction_rests
+    seals: list[tuple[bool, bool]] = []
+    long: list[bool] = []
+
+    async def sealing() -> None:
+        seals.append((engine.committing.locked(), bool(engine.unsealed)))
+        await seal()
+
+    def resting(*, for_long: bool) -> Any:
+        long.append(for_long)
+        return rests(for_long=for_long)
+
+    monkeypatch.setattr(engine, "seal", sealing)
+    monkeypatch.setattr(engine, "compaction_rests", resting)
+    for time in (9, 1):
+        send(server, time)
+    server.run(engine.event_time.settle(1))
+    assert seals == [(False, True), (True, False)]  # as little as came in between
+    for time in (9, 1):
+        send(server, time)
+    server.run(engine.event_time.settle_beside(1))
+    assert seals[2:] == [(False, True)]
+    assert long == [False, True]
+
+
 def test_of_too_many_marks_the_whole_project_is_folded_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

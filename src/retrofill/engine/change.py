@@ -113,8 +113,8 @@ class Host(Protocol):
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
 
-    def compaction_rests(self) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile."""
+    def compaction_rests(self, *, for_long: bool) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. for_long: what that takes may be given up."""
 
     def sound(self) -> None:
         """Raise StoreError if nobody knows what is on disk."""
@@ -175,7 +175,8 @@ class Change:
         host.pace.begin()
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
-            async with host.compaction_rests():
+            # While commits wait, nobody starts another child.
+            async with host.compaction_rests(for_long=not self.paused):
                 await host.seal()
                 self._arrived = host.arrived_rows - host.unsealed_rows
                 began = time.perf_counter()

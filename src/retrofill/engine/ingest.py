@@ -760,9 +760,9 @@ class Engine:
         await self._sealer.compact()
         await self._sealer.compacted()
 
-    def compaction_rests(self) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile."""
-        return self._sealer.compaction_rests()
+    def compaction_rests(self, *, for_long: bool) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. for_long: what that takes may be given up."""
+        return self._sealer.compaction_rests(for_long=for_long)
 
     async def sealed(self, first: int, last: int) -> None:
         """Let go of blocks that the lake has now; the caller holds `sealing`."""

@@ -315,6 +315,8 @@ class Rewriting:
             return
         await asyncio.to_thread(_made_anew, self._scratch(number))
         if held or (self._waited_for(intent) and not beside):
+            if not held:
+                await host.seal()  # what is done before, commits need not wait for
             async with contextlib.nullcontext() if held else host.committing:
                 await self._change(number, intent, ThreadRefolder(), paused=True)
         else:

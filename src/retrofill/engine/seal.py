@@ -140,12 +140,16 @@ class Sealer:
             self._round = asyncio.create_task(self._compact())
 
     @contextlib.asynccontextmanager
-    async def compaction_rests(self) -> AsyncIterator[None]:
-        """Begin to merge nothing meanwhile; what is under way goes on. Children with nothing to do give their memory back."""
+    async def compaction_rests(self, *, for_long: bool) -> AsyncIterator[None]:
+        """Begin to merge nothing meanwhile; what is under way goes on.
+
+        for_long: children with nothing to do give their memory back, and the next task starts another.
+        """
         self._resting += 1
         try:
-            await self._sealing.rest()
-            await self._compacting.rest()
+            if for_long:
+                await self._sealing.rest()
+                await self._compacting.rest()
             yield
         finally:
             self._resting -= 1
