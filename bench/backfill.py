@@ -1,8 +1,10 @@
-"""How fast is the backfill client, and how much does it need? Prints one table; keeps nothing (bench/RESULTS.md is kept by hand).
+"""How fast is the backfill client, and how much does it need? Prints each row when it is done, then one table; keeps nothing.
 
-The real commands run in processes of their own and are charged what the kernel says, loading included; the sink answers
-200 and stores nothing. Beside them, in the same run, stand what people send a history with today, charged only from the
-first event on, and what the machine can do at all. A row that was not run says so.
+The real commands run in processes of their own, ours and those people send a history with today, and each is charged all
+that the kernel says of it and its children. Loading is counted once for a million events, for everybody: a command is also
+run with ten events, and what that takes is not counted again and again where few events stand for a million. Ours and a
+rival's run in turn over the same events; the row is the middle one of the pairs. The sink answers 200 and stores nothing.
+A row that was not run says so.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -59,28 +62,34 @@ _VERB = "import sys, typer; from retrofill.cli import {0}; typer.run({0}.command
 class Size:
     """How many events a row has."""
 
-    large: int  # staged, and sent at 1000 a request
+    large: int  # staged, sent at 1000 a request, killed in both
     small: int  # sent at 10 a request
-    naive: int
-    mixpanel: int
-    sdk: int
+    loop: int  # of each pair with the loop
+    others: int  # of each pair with what takes longer
+    pairs: int
 
 
-QUICK = Size(large=200_000, small=40_000, naive=40_000, mixpanel=10_000, sdk=5_000)
-USUAL = Size(large=1_500_000, small=200_000, naive=1_000_000, mixpanel=150_000, sdk=150_000)
-LONG = Size(large=20_000_000, small=1_000_000, naive=1_000_000, mixpanel=100_000, sdk=50_000)
+QUICK = Size(large=200_000, small=40_000, loop=200_000, others=20_000, pairs=1)
+USUAL = Size(large=1_000_000, small=200_000, loop=1_000_000, others=40_000, pairs=3)
+LONG = Size(large=20_000_000, small=1_000_000, loop=1_000_000, others=100_000, pairs=5)
+HISTORY = 20_000_000  # what the longest rows are about
 
 STAGE = Goal("stage: CPU for a million events, NDJSON to ready sets", 8, 4, "s")
 STAGE_MEMORY = Goal("stage: memory for 20 M events", 2500, 1500, "MB")
 SEND = Goal("send to a null sink, 1000 a request: client CPU for a million", 3, 1, "s")
 SEND_SMALL = Goal("send, 10 a request", 15, 40, "k/s", least=True)
-NAIVE = Goal("stage and send, events per CPU s, against a `requests` loop", 2, 4, "×", least=True)
+LOOP = Goal("stage and send, events per CPU s, against a `requests` loop", 2, 4, "×", least=True)
+LOOP_LONG = Goal("the same with 20 M events, the loop before and after", 2, 4, "×", least=True)
 MIXPANEL = Goal("the same against npm mixpanel-import", 5, 12, "×", least=True)
 SDK = Goal("the same against the official Python SDK", 12, 30, "×", least=True)
 MEMORY = Goal("memory while sending", 300, 150, "MB")
 SHAPES = Goal("duration in virtual time against the lower bound, worst shape", 1.05, 1.01, "×")
-TWICE = Goal("source of 20 M resumed after SIGKILL: events sent twice", 1, 0.1, "%")
-GOALS = [STAGE, STAGE_MEMORY, SEND, SEND_SMALL, NAIVE, MIXPANEL, SDK, MEMORY, SHAPES, TWICE]
+SENT_TWICE = Goal("killed while it sends, gone on: events sent twice, of 20 M", 1, 0.1, "%")
+STAGED_TWICE = Goal("killed half way through staging, gone on: rows staged twice", 1, 0.1, "%")
+GOALS = [
+    *(STAGE, STAGE_MEMORY, SEND, SEND_SMALL, LOOP, LOOP_LONG, MIXPANEL, SDK, MEMORY, SHAPES),
+    *(SENT_TWICE, STAGED_TWICE),
+]
 
 
 @dataclass(frozen=True)
@@ -93,18 +102,20 @@ class Used:
     said: str
 
 
-def measured(command: list[str]) -> Used:
-    """Run a command to its end and return what the kernel counted. Raises RuntimeError if it fails."""
+def measured(command: list[str], watch: Callable[[int], None] = lambda _: None) -> Used:
+    """Run a command to its end and return what the kernel counted of it and its children.
+
+    watch: called with its process id again and again. Raises RuntimeError if it fails.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     said = WORK / "said"
-    # Compiled modules are kept, as on anybody's machine; wherever that is turned off, loading takes twice as long.
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
     with said.open("wb") as out, (WORK / "log").open("wb") as log:
-        child = subprocess.Popen(command, stdout=out, stderr=log, env=kept)
+        child = subprocess.Popen(command, stdout=out, stderr=log, env=_environment())
         rss, pid = 0, 0
         while not pid:
             rss = max(rss, _resident(child.pid))
+            watch(child.pid)
             time.sleep(0.02)
             pid, status, used = os.wait4(child.pid, os.WNOHANG)
     seconds = time.perf_counter() - started
@@ -112,6 +123,11 @@ def measured(command: list[str]) -> Used:
     if child.returncode:
         raise RuntimeError(f"{command[1:4]} failed:\n{(WORK / 'log').read_text()[-2000:]}")
     return Used(used.ru_utime + used.ru_stime, seconds, rss, said.read_text())
+
+
+def _environment() -> dict[str, str]:
+    """Compiled modules are kept, as on anybody's machine; wherever that is turned off, loading takes twice as long."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _resident(pid: int) -> int:
@@ -126,6 +142,8 @@ def _resident(pid: int) -> int:
 def history(count: int) -> Path:
     """Return a file of so many events, each with an insert_id of its own."""
     path = WORK / f"history-{count}.ndjson"
+    if path.exists():
+        return path
     made = lines(ROOM)
     with path.open("wb") as file:
         for number, left in enumerate(range(count, 0, -len(made))):
@@ -138,22 +156,33 @@ def _verb(name: str, *options: str) -> list[str]:
     return [sys.executable, "-c", _VERB.format(name), *options]
 
 
-def staged(source: Path, work: Path, sink: Server) -> Used:
-    """Stage with `plan`."""
-    shutil.rmtree(work, ignore_errors=True)
-    (WORK / "map.yaml").write_text(MAP)
+def _plan(source: Path, work: Path, sink: Server) -> list[str]:
     options = ("--map", str(WORK / "map.yaml"), "--work", str(work), "--to", sink.address)
-    return measured(_verb("plan", str(source), *options, "--json"))
+    return _verb("plan", str(source), *options, "--json")
 
 
-def _run(source: Path, work: Path, sink: Server, events_per_request: int) -> list[str]:
+def _run(source: Path, work: Path, sink: Server, events_per_request: int = 1000) -> list[str]:
     options = ("--map", str(WORK / "map.yaml"), "--work", str(work), "--to", sink.address)
     limits = ("--profile", "retrofill", "--events-per-request", str(events_per_request))
     return _verb("run", str(source), *options, *limits, "--api-key", API_KEY, "--yes", "--json")
 
 
-def sent(source: Path, work: Path, sink: Server, events_per_request: int, events: int) -> Used:
-    """Send what is staged with `run`; every event must be acknowledged."""
+def staged(source: Path, work: Path, sink: Server, events: int) -> Used:
+    """Stage with `plan`; every event must be there."""
+    shutil.rmtree(work, ignore_errors=True)
+    return _all_staged(_plan(source, work, sink), events)
+
+
+def _all_staged(
+    command: list[str], events: int, watch: Callable[[int], None] = lambda _: None
+) -> Used:
+    used = measured(command, watch)
+    assert json.loads(used.said)["events"] == events, used.said
+    return used
+
+
+def sent(source: Path, work: Path, sink: Server, events: int, events_per_request: int) -> Used:
+    """Send what is staged with `run`, or stage it before; every event must be acknowledged."""
     used = measured(_run(source, work, sink, events_per_request))
     end = json.loads(used.said.splitlines()[-1])
     assert end["complete"], end
@@ -162,19 +191,38 @@ def sent(source: Path, work: Path, sink: Server, events_per_request: int, events
 
 
 @contextlib.contextmanager
-def sink(app: str = "app") -> Iterator[Server]:
-    """Serve the app that stores nothing."""
-    found = servers.null(WORK, app=app)
+def sink() -> Iterator[Server]:
+    """Serve the app that counts and stores nothing."""
+    found = servers.null(WORK, app="counting")
     try:
         yield found
     finally:
         found.kill()
 
 
-def limits(report: Report, size: Size) -> float:
-    """Measure what this machine can do at all. Returns the CPU seconds that a command takes for ten events."""
+def _counted(null: Server, what: str) -> int:
+    return int(json.loads(null.get("/")[1])[what])
+
+
+@dataclass(frozen=True)
+class Loading:
+    """CPU seconds that a command takes for ten events."""
+
+    plan_s: float
+    run_s: float  # of what is staged
+    whole_s: float  # of what is not
+
+
+def million(cpu_s: float, events: int, loading_s: float) -> float:
+    """Return CPU seconds for a million events, loading counted once for a million, whatever the size."""
+    each = 1e6 / events
+    return (cpu_s - loading_s) * each + loading_s * min(1, each)
+
+
+def limits(report: Report, null: Server) -> Loading:
+    """Measure what this machine can do at all, and what loading is."""
     decode = msgspec.json.Decoder(_Body).decode
-    made = lines(ROOM)[: size.naive]
+    made = lines(ROOM)[:40_000]
     body = b'{"api_key":"a","events":[' + b",".join(made) + b"]}"
     started = time.process_time()
     decode(body)
@@ -190,78 +238,123 @@ def limits(report: Report, size: Size) -> float:
     copied = (time.process_time() - started) * 1e6 / len(made)
     path.unlink()
     report.limit("write the same bytes to a file, once", f"{copied:.2f} CPU s for a million events")
-    with sink() as null:
-        few = history(10)
-        for _ in range(2):  # the first one compiles what it loads
-            used = staged(few, WORK / "few", null)
-            send = sent(few, WORK / "few", null, 1000, 10)
-    loading = f"{used.cpu_s:.2f} and {send.cpu_s:.2f} CPU s, {used.rss / 1e6:.0f} and {send.rss / 1e6:.0f} MB"
-    report.limit("stage and send ten events, loading: part of what follows", loading)
-    return used.cpu_s
+    few, work = history(10), WORK / "few"
+    found = []
+    for _ in range(4):  # the first one compiles what it loads
+        plan, run = staged(few, work, null, 10), sent(few, work, null, 10, 1000)
+        shutil.rmtree(work)
+        found.append((plan.cpu_s, run.cpu_s, sent(few, work, null, 10, 1000).cpu_s))
+    loading = Loading(*map(statistics.median, zip(*found[1:], strict=True)))
+    said = f"{loading.plan_s:.2f}, {loading.run_s:.2f} and {loading.whole_s:.2f} CPU s"
+    memory = f"{plan.rss / 1e6:.0f} and {run.rss / 1e6:.0f} MB"
+    report.limit("`plan` of ten events, `run` of these, `run` of ten: loading", f"{said}, {memory}")
+    return loading
 
 
-def client(report: Report, size: Size, loading_s: float) -> float:
-    """Stage, send, and do both in one; return CPU seconds for a million events of the last.
-
-    loading_s: what a command takes for next to nothing, CPU: counted once for a million events, whatever the size.
-    """
-
-    def million(used: Used, events: int) -> float:
-        each = 1e6 / events
-        return (used.cpu_s - loading_s) * each + loading_s * min(1, each)
-
-    source = history(size.large)
-    with sink() as null:
-        stage = staged(source, WORK / "large", null)
-        millions = f"{size.large / 1e6:g} M events"
-        rate = f"{size.large / stage.seconds / 1e3:.0f} k/s, {stage.rss / 1e6:.0f} MB"
-        report.add(STAGE, million(stage, size.large), f"{millions}, {rate}")
-        if size.large >= 20_000_000:
-            report.add(STAGE_MEMORY, stage.rss / 1e6, f"{millions}, the most that was resident")
-        send = sent(source, WORK / "large", null, 1000, size.large)
-        rate = f"{size.large / send.seconds / 1e3:.0f} k/s"
-        report.add(SEND, million(send, size.large), f"{millions}, {rate}")
-        report.add(
-            MEMORY, send.rss / 1e6, f"{millions}, 1000 a request, the most that was resident"
-        )
-        few = history(size.small)
-        staged(few, WORK / "small", null)
-        used = sent(few, WORK / "small", null, 10, size.small)
-        said = f"{size.small / 1e6:g} M events, client {million(used, size.small):.1f} CPU s for a million"
-        report.add(SEND_SMALL, size.small / (used.seconds - loading_s) / 1e3, said)
-        whole = sent(source, WORK / "whole", null, 1000, size.large)  # nothing is staged yet
-        shutil.rmtree(WORK / "whole")
-    return million(whole, size.large)
+def small(report: Report, size: Size, null: Server, loading: Loading) -> None:
+    """Send at 10 a request."""
+    events, work = size.small, WORK / "small"
+    staged(history(events), work, null, events)
+    used = sent(history(events), work, null, events, 10)
+    shutil.rmtree(work)
+    each = million(used.cpu_s, events, loading.run_s)
+    said = f"{events / 1e6:g} M events, client {each:.1f} CPU s for a million, loading left out of the time"
+    report.add(SEND_SMALL, events / (used.seconds - loading.run_s) / 1e3, said)
 
 
-def rivals(report: Report, size: Size, ours: float) -> None:
-    """Send the same events as people do without us."""
-    source = WORK / f"history-{size.large}.ndjson"
-    with sink("counting") as null:
-        for goal, name, count in ((NAIVE, "naive", size.naive), (SDK, "sdk", size.sdk)):
-            command = [sys.executable, str(HERE / "rivals.py"), name, str(source), str(count)]
-            used = measured([*command, null.address])
-            _against(report, goal, float(used.said) * 1e6 / count, ours, count)
-        if not (HERE / "node_modules" / "mixpanel-import").exists():
-            console.print(
-                "  mixpanel-import is not installed: (cd bench && npm ci); its row is not run"
-            )
-            return
-        some = WORK / "some.ndjson"
-        with source.open("rb") as whole:
-            some.write_bytes(b"".join(islice(whole, size.mixpanel)))
-        before = json.loads(null.get("/")[1])["requests"]
-        used = measured(["node", str(HERE / "mixpanel.js"), str(some), null.address])
+# Ours and others in turn
+
+Way = Callable[[Path, int], float]  # sends a history of so many events, returns CPU seconds
+
+
+def _ours(null: Server) -> Way:
+    def way(source: Path, events: int) -> float:
+        shutil.rmtree(WORK / "whole", ignore_errors=True)
+        return sent(source, WORK / "whole", null, events, 1000).cpu_s
+
+    return way
+
+
+def _python(name: str, null: Server) -> Way:
+    command = [sys.executable, str(HERE / "rivals.py"), name]
+
+    def way(source: Path, events: int) -> float:
+        before = _counted(null, "requests")
+        used = measured([*command, str(source), null.address])
+        requests = _counted(null, "requests") - before
+        assert requests >= events / 1000, (requests, used.said)
+        return used.cpu_s
+
+    return way
+
+
+def _mixpanel(null: Server) -> Way:
+    def way(source: Path, events: int) -> float:
+        before = _counted(null, "requests")
+        used = measured(["node", str(HERE / "mixpanel.js"), str(source), null.address])
         found = json.loads(used.said.splitlines()[-1])
-        requests = json.loads(null.get("/")[1])["requests"] - before
-        assert found["total"] == size.mixpanel, found
-        assert requests >= size.mixpanel / 1000, (requests, found)
-        _against(report, MIXPANEL, found["cpu_s"] * 1e6 / size.mixpanel, ours, size.mixpanel)
+        requests = _counted(null, "requests") - before
+        assert found["total"] == events, found
+        assert requests >= events / 1000, (requests, found)
+        return used.cpu_s
+
+    return way
 
 
-def _against(report: Report, goal: Goal, theirs: float, ours: float, count: int) -> None:
-    said = f"theirs {theirs:.0f} CPU s for a million ({count:,} events), ours {ours:.1f}, one run, stage and order included"
-    report.add(goal, theirs / ours, said)
+def against(report: Report, goal: Goal, ours: Way, theirs: Way, *, events: int, pairs: int) -> None:
+    """Send the same events by both ways in turn, some times."""
+    source, few = history(events), history(10)
+    loading = [statistics.median(way(few, 10) for _ in range(3)) for way in (ours, theirs)]
+    found = []
+    for _ in range(pairs):
+        used = [way(source, events) for way in (ours, theirs)]
+        found.append([million(cpu_s, events, s) for cpu_s, s in zip(used, loading, strict=True)])
+    ratios = [b / a for a, b in found]
+    mine, other = (statistics.median(each) for each in zip(*found, strict=True))
+    every = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    said = (
+        f"{events:,} events each, in turn: {every} ×; theirs {other:.1f} CPU s for a million,"
+        f" ours {mine:.1f}, loading of ten events {loading[1]:.2f} and {loading[0]:.2f}"
+    )
+    report.add(goal, statistics.median(ratios), said)
+
+
+def rivals(report: Report, size: Size, null: Server) -> None:
+    """Send the same events as people do without us."""
+    ours, pairs = _ours(null), size.pairs
+    against(report, LOOP, ours, _python("loop", null), events=size.loop, pairs=pairs)
+    against(report, SDK, ours, _python("sdk", null), events=size.others, pairs=min(3, pairs))
+    if (HERE / "node_modules" / "mixpanel-import").exists():
+        against(report, MIXPANEL, ours, _mixpanel(null), events=size.others, pairs=min(3, pairs))
+    else:
+        console.print("  no mixpanel-import: (cd bench && npm ci); its row is not run")
+    shutil.rmtree(WORK / "whole")
+
+
+def large(report: Report, size: Size, null: Server, loading: Loading) -> None:
+    """Stage and send the largest history, each killed on its way first."""
+    events, work = size.large, WORK / "large"
+    source = history(events)
+    theirs = _python("loop", null)
+    before_s = theirs(history(size.loop), size.loop) if events >= HISTORY else 0.0
+    stage, twice = _killed_staging(source, work, null, events)
+    millions = f"{events / 1e6:g} M events"
+    rate = f"{events / stage.seconds / 1e3:.0f} k/s, {stage.rss / 1e6:.0f} MB"
+    report.add(STAGE, million(stage.cpu_s, events, loading.plan_s), f"{millions}, {rate}")
+    if events >= HISTORY:
+        report.add(STAGE_MEMORY, stage.rss / 1e6, f"{millions}, the most that was resident")
+    report.add(STAGED_TWICE, 100 * twice, f"{twice * events:,.0f} of {events:,} rows")
+    send = sent(source, work, null, events, 1000)
+    rate = f"{events / send.seconds / 1e3:.0f} k/s"
+    report.add(SEND, million(send.cpu_s, events, loading.run_s), f"{millions}, {rate}")
+    report.add(MEMORY, send.rss / 1e6, f"{millions}, 1000 a request, the most that was resident")
+    if events >= HISTORY:
+        after_s = theirs(history(size.loop), size.loop)
+        loop = (before_s + after_s) / 2 * 1e6 / size.loop
+        ours = (stage.cpu_s + send.cpu_s) * 1e6 / events
+        said = f"theirs {loop:.1f} CPU s for a million ({size.loop:,} events), ours {ours:.1f}, all of it"
+        report.add(LOOP_LONG, loop / ours, said)
+    _killed_sending(report, source, work, null, events)
 
 
 def shapes(report: Report) -> None:
@@ -280,31 +373,66 @@ def shapes(report: Report) -> None:
     report.add(SHAPES, worst[1], said)
 
 
-def killed(report: Report, size: Size) -> None:
+def _killed(command: list[str], there: Callable[[int], bool]) -> None:
+    """Start a command and kill it when it is there, which is asked with its process id."""
+    with (WORK / "log").open("wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=_environment())
+        while not there(child.pid):
+            assert child.poll() is None, (WORK / "log").read_text()[-2000:]
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+
+
+def _at(pid: int, source: Path) -> int:
+    """Return how far a process has read a file, in bytes; 0 if it has not opened it."""
+    with contextlib.suppress(OSError):  # it may close it, or end, meanwhile
+        for one in Path(f"/proc/{pid}/fd").iterdir():
+            if one.readlink() == source.resolve():
+                told = Path(f"/proc/{pid}/fdinfo/{one.name}").read_text()
+                return int(told.split()[1])
+    return 0
+
+
+def _killed_staging(source: Path, work: Path, null: Server, events: int) -> tuple[Used, float]:
+    """Kill staging when half of the source is read, then stage; return what that took, and the part of the rows read again."""
+    whole, places = source.stat().st_size, [0]
+
+    def half(pid: int) -> bool:
+        places[0] = _at(pid, source)
+        return places[0] >= whole / 2
+
+    shutil.rmtree(work, ignore_errors=True)
+    command = _plan(source, work, null)
+    _killed(command, half)
+    before = places[0]
+    first: list[int] = []  # where it reads on
+
+    def begun(pid: int) -> None:
+        if not first and (at := _at(pid, source)):
+            first.append(at)
+
+    used = _all_staged(command, events, watch=begun)
+    return used, max(0, before - first[0]) / whole
+
+
+def _killed_sending(report: Report, source: Path, work: Path, null: Server, events: int) -> None:
     """Kill a run while it sends, run it again, and count what came."""
-    source = WORK / f"history-{size.large}.ndjson"
-    with sink("counting") as null:
-        for journal in (WORK / "large").glob("journal.db*"):
-            journal.unlink()  # sent already: once more from the start
-        command = _run(source, WORK / "large", null, 1000)
-        with (WORK / "log").open("wb") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log)
-            while (before := _count(null)) < size.large / 2:
-                assert child.poll() is None, (WORK / "log").read_text()[-2000:]
-                time.sleep(0.01)
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-        measured(command)
-        twice = _count(null) - size.large
-    said = (
-        f"{twice:,} again, as many as were under way, of {size.large / 1e6:g} M, killed after {before:,};"
-        " as part of 20 M. A kill while staging stages anew"
-    )
-    report.add(TWICE, 100 * twice / 20_000_000, said)
+    for journal in work.glob("journal.db*"):
+        journal.unlink()  # sent already: once more from the start
+    command, start, came = _run(source, work, null), _counted(null, "events"), [0]
 
+    def half(_pid: int) -> bool:
+        came[0] = _counted(null, "events") - start
+        return came[0] >= events / 2
 
-def _count(null: Server) -> int:
-    return int(json.loads(null.get("/")[1])["events"])
+    _killed(command, half)
+    sent(source, work, null, events, 1000)
+    twice = _counted(null, "events") - start - events
+    said = f"{twice:,} again, of {events / 1e6:g} M, killed after {came[0]:,}"
+    if events < HISTORY:
+        said += "; as many as were under way, so as part of 20 M"
+    report.add(SENT_TWICE, 100 * twice / HISTORY, said)
 
 
 def main() -> None:
@@ -312,12 +440,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument(
-        "--long", action="store_true", help="20 M events, some 10 minutes on a quiet machine"
+        "--long", action="store_true", help="20 M events, 20 GB of disk, up to 20 minutes"
     )
     chosen = parser.parse_args()
     size = QUICK if chosen.quick else LONG if chosen.long else USUAL
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
+    (WORK / "map.yaml").write_text(MAP)
     console.print(
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}"
@@ -325,10 +454,12 @@ def main() -> None:
     report = Report(GOALS)
     started = time.perf_counter()
     try:
-        loading_s = limits(report, size)
-        rivals(report, size, client(report, size, loading_s))
-        shapes(report)
-        killed(report, size)
+        with sink() as null:
+            loading = limits(report, null)
+            shapes(report)
+            small(report, size, null, loading)
+            rivals(report, size, null)
+            large(report, size, null, loading)
     finally:
         for table in report.table():
             console.print(table)
