@@ -154,7 +154,12 @@ def test_a_destination_that_answers_late_is_read_in_the_end(
     monkeypatch.setattr("retrofill.backfill.readback.time.sleep", lambda _: None)
     sent_and_stored(tmp_path, data)
     data.broken = [503, 429, 504, 500]
-    assert check(tmp_path, data)[0].clean
+    told: list[str] = []
+    result, _ = verify(tmp_path, target(data.url), KEYS, found=lambda _: None, step=told.append)
+    assert result.clean
+    waits = [one for one in told if one.startswith("the destination cannot be read (")]
+    assert len(waits) == 4
+    assert waits[0].endswith("again in 2 s")
 
 
 def test_wrong_keys_are_told_and_never_shown(tmp_path: Path, data: Exporting) -> None:

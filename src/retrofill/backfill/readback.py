@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -29,8 +29,15 @@ class Fetched(NamedTuple):
     said: str = ""
 
 
-def fetch(url: str, keys: Keys, path: Path, *, divisible: bool = False) -> Fetched:
-    """Download into a file. Tries again for as long as it may help.
+def fetch(
+    url: str,
+    keys: Keys,
+    path: Path,
+    *,
+    divisible: bool = False,
+    step: Callable[[str], None] = lambda _: None,
+) -> Fetched:
+    """Download into a file. Tries again for as long as it may help, and tells `step` why.
 
     divisible: the caller asks for less when there was too much; then a 504 counts as 400 and is not tried again.
     Raises FinalError: the keys are refused, or nothing helps.
@@ -40,7 +47,9 @@ def fetch(url: str, keys: Keys, path: Path, *, divisible: bool = False) -> Fetch
     problem = ""
     for tries in range(READ_TRIES):
         if tries:
-            time.sleep(min(60.0, 2.0**tries))
+            pause = min(60.0, 2.0**tries)
+            step(f"the destination cannot be read ({problem}); again in {pause:.0f} s")
+            time.sleep(pause)
         try:
             with urllib.request.urlopen(request, timeout=READ_S) as answer, path.open("wb") as file:  # noqa: S310 - the same
                 size = answer.headers.get("Content-Length")

@@ -232,7 +232,7 @@ def window(
     span = f"start={first:%Y%m%dT%H}&end={last:%Y%m%dT%H}"
     step(f"reading what others brought: {first:%Y-%m-%d %H}h to {last:%Y-%m-%d %H}h")
     url = f"{to.read}/api/2/export?{span}"
-    fetched = readback.fetch(url, keys, path, divisible=hours > 1)
+    fetched = readback.fetch(url, keys, path, divisible=hours > 1, step=step)
     if fetched.status == 200:
         yield from readback.given(path)
     elif fetched.status == 400 and hours > 1:

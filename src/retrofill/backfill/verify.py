@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -247,7 +248,8 @@ def _read_back(  # noqa: PLR0917 - called once, by position of the same names
     step: Callable[[str], None],
 ) -> None:
     if import_id is not None:
-        whole = _fetch(f"{to.read}/api/1/imports/{import_id}/export", keys, folder / "read-import")
+        url = f"{to.read}/api/1/imports/{import_id}/export"
+        whole = _fetch(url, folder / "read-import", keys=keys, step=step)
         if whole is not None:
             step("read the import")
             _take_in(deal, whole, 0)
@@ -255,12 +257,13 @@ def _read_back(  # noqa: PLR0917 - called once, by position of the same names
     hours = _hours(work)
     urls = [f"{to.read}/api/2/export?start={hour}&end={hour}" for hour in hours]
     place = 0
+    fetch = partial(_fetch, keys=keys, step=step)
     with ThreadPoolExecutor(PARALLEL) as pool:
         # A few at a time, so that no more archives wait on disk than are being read.
         for at in range(0, len(urls), PARALLEL):
             some = urls[at : at + PARALLEL]
             paths = [folder / f"read-{at + n}" for n in range(len(some))]
-            for n, path in enumerate(pool.map(_fetch, some, [keys] * len(some), paths)):
+            for n, path in enumerate(pool.map(fetch, some, paths)):
                 step(f"read {hours[at + n]} ({at + n + 1:,} of {len(hours):,} hours)")
                 if path is not None:
                     place = _take_in(deal, path, place)
@@ -311,9 +314,9 @@ def _hours(work: Path) -> list[str]:
     return [datetime.fromtimestamp(h * 3600, UTC).strftime("%Y%m%dT%H") for h in sorted(hours)]
 
 
-def _fetch(url: str, keys: Keys, path: Path) -> Path | None:
+def _fetch(url: str, path: Path, *, keys: Keys, step: Callable[[str], None]) -> Path | None:
     """Download into a file. None for 404: no data. Raises FinalError."""
-    fetched = readback.fetch(url, keys, path)
+    fetched = readback.fetch(url, keys, path, step=step)
     if fetched.status == 400:
         raise FinalError(
             f"The destination does not let us read: 400 {fetched.said}",
