@@ -72,17 +72,25 @@ def test_why_says_what_made_a_value_in_a_table_and_as_json(tmp_path: Path) -> No
         assert found.stdout == "value: nothing\nno event ever said it\n"
         assert run("other", "--user", "ann-111", *to).stdout.endswith("no event ever said it\n")
 
-        for words, error in (
-            (["plan"], FinalError),
-            (["plan", "--user", "nobody"], FinalError),
-            (["--merge", "5"], FinalError),
-            (["size", "--group", "acme"], InputError),
-        ):
+        errors: list[tuple[list[str], type[Error], str, str]] = [
+            (["plan"], FinalError, "0 ids are given", "Give one of user_id"),
+            (["plan", "--user", "nobody"], FinalError, "There is no such person", ""),
+            (["plan", "--event", "none"], FinalError, "There is no such event", ""),
+            (["--merge", "5"], FinalError, "5 was not merged into anybody", ""),
+            (["size", "--group", "acme"], InputError, "'acme' is no group", "TYPE/VALUE"),
+            (["--user", "ann-111"], InputError, "one thing", "Give PROPERTY, or one of"),
+            (["plan", "--first-seen"], InputError, "one thing", "Give PROPERTY, or one of"),
+        ]
+        for words, error, what, mend in errors:
             with pytest.raises(error) as problem:
                 run(*words, *to)
             assert isinstance(problem.value, Error)
-            assert problem.value.what
+            assert what in problem.value.what
+            assert mend in problem.value.mend
         with pytest.raises(InputError, match="only that can say why"):
             run("plan", "--user", "ann-111", "--to", "http://127.0.0.1:9")
         status, said = call(live, "GET", "/api/1/why?property=plan&user_id=nobody")
         assert (status, said["error"]["message"]) == (404, "There is no such person")
+        status, said = call(live, "GET", "/api/1/why?property=plan")
+        details = "Give one of user_id, device_id and amplitude_id, or an event"
+        assert (status, said["error"]["metadata"]) == (400, {"details": details})

@@ -103,9 +103,9 @@ def test_verify_reads_back_the_import_alone(
     asked: list[str] = []
     fetch = verifying._fetch
 
-    def watched(url: str, *rest: Any) -> Path | None:
+    def watched(url: str, *rest: Any, **more: Any) -> Path | None:
         asked.append(url.partition("/api/")[2])
-        return fetch(url, *rest)
+        return fetch(url, *rest, **more)
 
     monkeypatch.setattr(verifying, "_fetch", watched)
     given = source(tmp_path, 200)

@@ -17,7 +17,7 @@ from retrofill.backfill.keys import Keys
 from retrofill.backfill.profile import Target, names_retrofill
 from retrofill.errors import FinalError, InputError, RetryError
 
-_SAID_BYTES = 500
+_SAID_BYTES = 2000
 
 T = TypeVar("T")
 
@@ -41,10 +41,11 @@ def ask(
     *,
     seconds: float,
     body: bytes | None = None,
+    may_miss: bool = True,
 ) -> T | None:
     """Return what our server answers, None if a GET finds nothing. Raises FinalError, RetryError.
 
-    seconds: how long it may take. body: JSON.
+    seconds: how long it may take. body: JSON. may_miss: false if a GET that finds nothing is an error.
     """
     url = f"{to.read}{path}"
     request = urllib.request.Request(  # noqa: S310 - http or https: `target` checked it
@@ -59,8 +60,8 @@ def ask(
             return msgspec.json.decode(answer.read(), type=kind)
     except urllib.error.HTTPError as refused:
         with refused:
-            said = _said(refused.read(_SAID_BYTES))
-        if refused.code == 404 and method == "GET":
+            said, mend = _said(refused.read(_SAID_BYTES))
+        if refused.code == 404 and method == "GET" and may_miss:
             return None
         if refused.code in {401, 403}:
             raise FinalError(
@@ -69,7 +70,9 @@ def ask(
                 mend="Check the keys; both are needed",
             ) from refused
         if refused.code in {400, 404, 405, 409, 413}:
-            raise FinalError(said or f"Refused with {refused.code}", where=url) from refused
+            raise FinalError(
+                said or f"Refused with {refused.code}", where=url, mend=mend
+            ) from refused
         problem: object = f"{refused.code} {said}"
     except (OSError, http.client.HTTPException, ValueError) as failed:
         problem = failed
@@ -80,17 +83,23 @@ def ask(
     )
 
 
+class _Metadata(Struct, frozen=True):
+    details: str = ""
+
+
 class _Message(Struct):
     message: str
+    metadata: _Metadata = _Metadata()
 
 
 class _Error(Struct):
     error: _Message
 
 
-def _said(body: bytes) -> str:
-    """Return the sentence of an error, or the body as it is."""
+def _said(body: bytes) -> tuple[str, str]:
+    """Return the sentence of an error and how to mend it, or the body as it is."""
     try:
-        return msgspec.json.decode(body, type=_Error).error.message
+        error = msgspec.json.decode(body, type=_Error).error
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return body.decode("utf-8", "replace").strip()
+        return body.decode("utf-8", "replace").strip(), ""
+    return error.message, error.metadata.details

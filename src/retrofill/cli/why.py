@@ -45,6 +45,11 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     group_type, mark, group_value = group.partition("/")
     if group and not (group_type and mark and group_value):
         raise InputError(f"--group {group!r} is no group", mend="Give --group TYPE/VALUE")
+    if sum(map(bool, (property_, column, first_seen, merge))) != 1:
+        raise InputError(
+            "It must be one thing that is asked for",
+            mend="Give PROPERTY, or one of --column, --first-seen and --merge",
+        )
     asked = {
         "property": property_,
         "column": column,

@@ -281,7 +281,7 @@ def _person(view: View, question: Question) -> list[int]:
         person = view.reader.person(view.project, canonical)
         if person is not None and person.merged_into != FORGOTTEN:
             return _everyone(merges, canonical)
-    raise MissingError("There is no such person")
+    raise MissingError("There is no such person", mend="Check the id, and whose keys are given")
 
 
 def _on_device(view: View, device: str) -> list[int]:
@@ -318,7 +318,7 @@ def _event(view: View, question: Question) -> tuple[int, int, int]:
         statement,
     ).fetchall()
     if not rows:
-        raise MissingError("There is no such event")
+        raise MissingError("There is no such event", mend="Check the id, and whose keys are given")
     one, block, row = rows[0]
     return one, block, row
 

@@ -163,9 +163,10 @@ async def answer(send: Send, said: Reply) -> None:
     await send({"type": "http.response.body", "body": said.body})
 
 
-def api_problem(status: int, kind: str, message: str) -> Response:
-    """Make the error body of the read APIs. Source: contract, read 1."""
-    error = {"http_code": status, "type": kind, "message": message, "metadata": {}}
+def api_problem(status: int, kind: str, message: str, *, details: str = "") -> Response:
+    """Make the error body of the read APIs. details: how to mend it. Source: contract, read 1."""
+    metadata = {"details": details} if details else {}
+    error = {"http_code": status, "type": kind, "message": message, "metadata": metadata}
     return Response(msgspec.json.encode({"error": error}), status, media_type=reply.JSON)
 
 
@@ -196,7 +197,7 @@ def _problem(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Error)
     log.info("read_refused", path=request.url.path, status=problem.status, reason=str(problem))
     kind = "invalid" if problem.status < HTTPStatus.INTERNAL_SERVER_ERROR else "unavailable"
-    said = api_problem(problem.status, kind, problem.what)
+    said = api_problem(problem.status, kind, problem.what, details=problem.mend)
     if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
         said.headers["retry-after"] = str(RETRY_AFTER_S)
     return said
