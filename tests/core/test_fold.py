@@ -319,3 +319,14 @@ def test_people_who_show_the_same_share_one_snapshot_and_one_set_of_columns() ->
     assert ann.shown == bea.shown == cleo.shown != dora.shown
     assert cleo.columns is bea.columns
     assert cleo.shown is bea.shown
+
+
+def test_who_shows_the_same_as_others_is_changed_by_what_is_new_alone() -> None:
+    history = History()
+    for user in ("Eve", "Fay", "Gil"):
+        history.send(event(user_id=user, time=5, city="Bergen", library="shared/2.0"))
+    eve = history.people[1]
+    later = event(user_id="Eve", time=6, library="shared/2.0")  # her city stays
+    history.send(later, now_ms=DAY_ONE_MS + 1000)
+    assert history.people[1].updated_ms == eve.updated_ms
+    assert history.people[1].columns == eve.columns

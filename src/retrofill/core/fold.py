@@ -463,7 +463,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                     who.told = sent
             built_in = who.columns
             if entry is not who.sent or (said[15] is None and built_in[_LIBRARY] != library):
-                built_in = _same_columns.one(_started(_columns(built_in, said, library)))
+                new = _started(_columns(built_in, said, library))
+                if new is not built_in:  # else nothing changes, whoever has the same
+                    built_in = _same_columns.one(new)
             if (
                 event.price is not None
                 or event.revenue is not None
