@@ -191,7 +191,7 @@ LAKE_SPILL_BYTES = 20 * 1024 * 1024 * 1024  # what DuckDB may spill
 # every reader of the file has to know, so large files have larger ones.
 LAKE_GROUP_ROWS = 8_000
 LAKE_LARGE_GROUP_ROWS = 20_000
-LAKE_SMALL_FILE_ROWS = 1_500_000  # a file of more rows is a large one
+LAKE_SMALL_FILE_ROWS = 1_250_000  # a file of more rows is a large one
 LAKE_SYNC_BYTES = 4 * 1024 * 1024  # written of a lake file or a key file until they are synced
 LAKE_MERGES_INLINE = (
     1_000_000_000  # rows of the small tables stay in the catalog, never in files of their own
@@ -202,7 +202,9 @@ SEAL_BYTES_MAX = (
     128 * 1024 * 1024
 )  # bodies and snapshots of one lake file: bounds the sealer's memory
 COMPACT_FILES = 10  # neighbours of one tier that become one file
-COMPACT_FILES_MIN = 3  # fewer are merged if they fill a file of the largest size
+COMPACT_FILES_MIN = 2  # fewer are merged if they fill a file of the largest size
+COMPACT_FILES_LASTING = 12  # a file with more than such a part of all rows is left alone
+COMPACT_ROWS_LASTING = 1_250_000  # one of fewer rows is not: as many as ten seals make, nearly
 COMPACT_ROWS_MAX = 5_000_000  # rows of the largest file
 
 # HTTP, ours unless a source is named.

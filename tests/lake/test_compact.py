@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +73,28 @@ def test_the_number_of_files_grows_with_the_logarithm_of_the_rows(sealed: list[i
     assert sum(file.rows for file in held) == sum(sealed)
     assert len(held) <= 60
     assert written <= 7 * sum(sealed)
+
+
+@pytest.mark.parametrize(
+    ("millions", "files_max", "times_max"), [(10, 15, 1.0), (40, 22, 2.0), (100, 35, 2.0)]
+)
+@pytest.mark.parametrize("rows", [SEAL_EVENTS, SEAL_EVENTS * 5 // 4, SEAL_EVENTS * 7 // 5])
+def test_a_short_history_is_merged_once_and_a_long_one_stays_in_few_files(
+    rows: int, millions: int, files_max: int, times_max: float
+) -> None:
+    held: list[LakeFile] = []
+    written = most = 0
+    for number in range(millions * 1_000_000 // rows):
+        held.append(LakeFile(Path("s"), rows, number, number))
+        while chosen := choose(held):
+            total = sum(file.rows for file in chosen)
+            written += total
+            at = held.index(chosen[0])
+            merged = LakeFile(Path("m"), total, chosen[0].first, chosen[-1].last)
+            held[at : at + len(chosen)] = [merged]
+        most = max(most, len(held))
+    assert most <= files_max
+    assert written <= times_max * millions * 1_000_000
 
 
 KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 99)), unique=True)

@@ -2,7 +2,9 @@
 
 Every reader opens every file, so their number must stay small while history grows. Files stand next to each other by
 their blocks. A file's tier is the logarithm of its rows; as soon as `COMPACT_FILES` neighbours of no more than one
-tier stand together they become one file, so a row is written again only a few times in its life. A large file with
+tier stand together they become one file, so a row is written again only a few times in its life. How large a file must
+be to be left alone grows with the history: of a short one the files that ten seals make are enough, and each row is
+merged once; of a long one they would be too many for its readers, so they are merged once more. A large file with
 deleted rows is written again when there is nothing to merge: what a user had deleted does not stay on disk.
 
 Files are sorted, so merging reads each once, front to back, and holds a row group of each.
@@ -18,7 +20,13 @@ import numpy as np
 import pyarrow as pa
 from msgspec import Struct
 
-from retrofill.limits import COMPACT_FILES, COMPACT_FILES_MIN, COMPACT_ROWS_MAX
+from retrofill.limits import (
+    COMPACT_FILES,
+    COMPACT_FILES_LASTING,
+    COMPACT_FILES_MIN,
+    COMPACT_ROWS_LASTING,
+    COMPACT_ROWS_MAX,
+)
 
 KEY = ("amplitude_id", "block", "row")
 
@@ -42,15 +50,17 @@ class LakeFile(Struct, frozen=True):
 
 
 def lasting(rows: int) -> bool:
-    """Say whether a file of so many rows is too large to be merged with others again."""
-    return rows > COMPACT_ROWS_MAX // 2
+    """Say whether a file of so many rows is large enough to stay as it is, for long at least."""
+    return rows > COMPACT_ROWS_LASTING
 
 
 def choose(files: Iterable[LakeFile]) -> list[LakeFile]:
     """Return the neighbours to merge next, in order of their blocks; one file that must lose rows; or none."""
     ordered = sorted(files, key=lambda file: file.first)
+    stays = sum(file.rows for file in ordered) // COMPACT_FILES_LASTING
+    stays = min(max(stays, COMPACT_ROWS_LASTING), COMPACT_ROWS_MAX // 2)
     for tier in range(max((file.tier for file in ordered), default=0) + 1):
-        for run in _runs(ordered, tier):
+        for run in _runs(ordered, tier, stays):
             chosen = _fitting(run)
             if len(chosen) >= COMPACT_FILES or (
                 len(chosen) >= COMPACT_FILES_MIN and len(chosen) < len(run)
@@ -59,11 +69,11 @@ def choose(files: Iterable[LakeFile]) -> list[LakeFile]:
     return next(([file] for file in ordered if file.deleted is not None), [])
 
 
-def _runs(files: Sequence[LakeFile], tier: int) -> Iterator[list[LakeFile]]:
-    """Yield the groups of neighbours of at most this tier, those left out that are as large as a merge may be."""
+def _runs(files: Sequence[LakeFile], tier: int, stays: int) -> Iterator[list[LakeFile]]:
+    """Yield the groups of neighbours of at most this tier, those of more rows than `stays` left out."""
     run: list[LakeFile] = []
     for file in files:
-        if file.tier <= tier and not lasting(file.rows):
+        if file.tier <= tier and file.rows <= stays:
             run.append(file)
         elif run:
             yield run
