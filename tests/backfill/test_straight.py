@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from tests.backfill.staging import letters, rows, run
 
-from retrofill.backfill import intake, straight
+from retrofill.backfill import intake, stage, straight
 from retrofill.backfill.manifest import Manifest
 from retrofill.errors import InputError
 
@@ -193,6 +193,31 @@ def test_a_mapping_with_an_expression_or_a_condition_goes_by_the_query(
     odd = {"device_id": '"d""d"', "event_type": "e", "time": "t"}
     assert run(tmp_path / "d", tmp_path / "d.ndjson", {"event": odd}).devices == 1
     assert way_used == []
+
+
+def test_duckdb_is_asked_only_where_a_row_or_an_expression_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def connect(scratch: Path) -> Any:
+        opened.append(scratch)
+        return intake.connect(scratch)
+
+    monkeypatch.setattr(stage, "connect", connect)
+    names = {name: name for name in ("user_id", "event_type", "time")}
+    row = '{"user_id":"anna-1","event_type":"Open","time":1}\n'
+    path = tmp_path / "s.ndjson"
+    path.write_text(row * 3, encoding="utf-8")
+    assert run(tmp_path / "a", path, {"event": names}).rows == 3
+    assert opened == []
+    path.write_text(row * 3 + row.replace(":1}", ': "2" }'), encoding="utf-8")
+    assert run(tmp_path / "b", path, {"event": names}).rows == 4  # the last one is no plain row
+    assert len(opened) == 1
+    path.write_text(row.replace(":1}", ":true}"), encoding="utf-8")
+    with pytest.raises(InputError, match="A truth value is no time"):
+        run(tmp_path / "c", path, {"event": names})
+    assert len(opened) == 2
 
 
 NUMBERS = [

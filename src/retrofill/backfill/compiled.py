@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import duckdb
 import msgspec
 import pyarrow as pa
 from msgspec import Struct
@@ -28,6 +27,9 @@ from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal, quoted
 from retrofill.errors import InputError
 from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
+
+if TYPE_CHECKING:
+    import duckdb
 
 UNREADABLE, WHERE, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6
 # Bits of `trouble`: why an id was taken away.
@@ -134,6 +136,15 @@ class Compiled(Struct, frozen=True):
     fields: tuple[Field, ...]
     bare: tuple[int | None, ...] = ()
     plain: bool = False
+
+
+def named(told: Mapping, columns: Columns) -> Compiled | None:
+    """Return a mapping, without its query, each of whose expressions is a column's name; None if there is more to ask."""
+    expressions = [field.expression for field in told.fields]
+    if told.where is not None or not all(map(columns.has, expressions)):
+        return None
+    bare = tuple(columns.use((name,)) for name in expressions)
+    return Compiled("", tuple(told.fields), bare, plain=True)
 
 
 def compile_mapping(
@@ -331,6 +342,8 @@ class _Compiler:
         return found
 
     def _types(self, expressions: list[str], relation: str) -> list[str]:
+        import duckdb  # noqa: PLC0415  # as in `intake.connect`
+
         named = ", ".join(f"{sql} AS v{at}" for at, sql in enumerate(expressions))
         try:
             rows = self.connection.execute(f"DESCRIBE SELECT {named} FROM ({relation})").fetchall()

@@ -14,7 +14,6 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import duckdb
 import msgspec
 
 from retrofill.errors import InputError
@@ -61,6 +60,8 @@ def _sqlite(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequenc
 
 
 def _duckdb(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
+    import duckdb  # noqa: PLC0415  # as in `_postgresql`
+
     try:
         with closing(duckdb.connect(path, read_only=True)) as connection:
             cursor = connection.execute(query)

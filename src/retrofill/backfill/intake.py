@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -29,10 +29,13 @@ from retrofill.backfill.people import Ints, Pairs
 from retrofill.backfill.records import JSON_SCHEMA
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill
-from retrofill.backfill.straight import straight
+from retrofill.backfill.straight import Straight, straight
 from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal
 from retrofill.errors import FullError, InputError
+
+if TYPE_CHECKING:
+    import duckdb
 
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
 _ROWS = 20_000  # of one batch on its way
@@ -116,6 +119,8 @@ class Taken(Struct, kw_only=True):
 
 def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB with bounded memory and the functions that mappings may use."""
+    import duckdb  # noqa: PLC0415  # a tenth of a second that plain columns do without
+
     connection = duckdb.connect(
         config={
             "memory_limit": f"{MEMORY_MB}MB",
@@ -145,28 +150,42 @@ class Intake:
         pieces: Sequence[Piece],
         mapping: Mapping,
         options: Options,
-        connection: duckdb.DuckDBPyConnection,
+        connect: Callable[[], duckdb.DuckDBPyConnection],
         letters: DeadLetters,
     ) -> None:
+        """connect: as the function of this name; called once at most, when the mapping or a row needs it."""
         self.pieces, self.mapping, self.options = pieces, mapping, options
-        self.connection, self.letters = connection, letters
+        self._connect, self.letters = connect, letters
         self.taken = Taken()
         self._failed: BaseException | None = None
+        self._odd: Spill | None = None  # rows that are not for the straight way
         self._unreadable = 0  # rows that only the query found to be no JSON
         self._checker = Checker(self._refused, id_length_min=options.id_length_min)
         self.source = look(pieces, mapping)
         self.columns = Columns(self.source.style, self.source.types, mapping.columns)
+        named = compiled.named(mapping, self.columns)
+        way = None if named is None else self._straight(named)
+        self._way = way or self._straight(self.compiled)
+
+    @cached_property
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """DuckDB, opened by whoever asks first."""
+        return self._connect()
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The mapping with its query. Raises InputError for a wrong one. When it is asked first, `source` is made empty."""
         self._register(iter(()))
-        self.compiled: Compiled = compiled.compile_mapping(
-            mapping, self.columns, connection, id_length_min=options.id_length_min
+        return compiled.compile_mapping(
+            self.mapping, self.columns, self.connection, id_length_min=self.options.id_length_min
         )
 
     def run(
         self, spill: Spill, scratch: Path, *, seen: Callable[[int], None] = lambda _rows: None
     ) -> Taken:
         """Read all rows, put the events among them into the spill. Raises InputError when too many are bad."""
-        odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, large="text")
-        way = straight(self.compiled, self.columns, self._checker, odd.add)
+        way = self._way
+        odd = self._odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, large="text")
         records = self._records()
         if way is not None:
             for batch, good in way.events(records):
@@ -176,8 +195,9 @@ class Intake:
                 seen(self.taken.rows)
             records = (batch for part in odd.parts() for batch in part.to_batches())
         if way is None or odd.bytes:
+            query = self.compiled.sql  # before the rows are registered: it is asked of none
             self._register(records)
-            for batch in self._answers():
+            for batch in self._answers(query):
                 self.taken.rows += batch.num_rows
                 found = self._in_bounds(self._checker.mended(self._without_bad(batch)))
                 self._count_troubles(found)
@@ -185,6 +205,13 @@ class Intake:
                 seen(self.taken.rows)
         self._judge()
         return self.taken
+
+    def _straight(self, found: Compiled) -> Straight | None:
+        return straight(found, self.columns, self._checker, self._set_aside)
+
+    def _set_aside(self, rows: pa.RecordBatch) -> None:
+        assert self._odd is not None
+        self._odd.add(rows)
 
     @property
     def unread(self) -> int:
@@ -220,9 +247,11 @@ class Intake:
             self._failed = error
             raise
 
-    def _answers(self) -> Iterator[pa.RecordBatch]:
+    def _answers(self, query: str) -> Iterator[pa.RecordBatch]:
+        import duckdb  # noqa: PLC0415  # as in `connect`
+
         try:
-            answer = self.connection.execute(self.compiled.sql).to_arrow_reader(_ROWS)
+            answer = self.connection.execute(query).to_arrow_reader(_ROWS)
             yield from answer
         except (duckdb.Error, pa.ArrowException) as error:
             if self._failed is not None:
@@ -450,6 +479,8 @@ def _look_cells(pieces: Sequence[Piece], told: str | None) -> Source:
 
 
 def _look_native(pieces: Sequence[Piece]) -> Source:
+    import duckdb  # noqa: PLC0415  # as in `connect`
+
     names = ", ".join(literal(piece.place) for piece in pieces)
     try:
         with duckdb.connect() as connection:

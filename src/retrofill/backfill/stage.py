@@ -7,6 +7,7 @@ leaves no stage or a whole one. A stage knows what it was made from; asked for t
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import re
@@ -124,8 +125,14 @@ def _make(  # noqa: PLR0917  # one call's state, passed on
     letters = DeadLetters(work / DEAD_LETTERS)
     spill = Spill(scratch / "spill.arrow", SPILLED, large="event")
     with letters:
-        with connect(scratch) as connection:
-            intake = Intake(pieces, asked.mapping, options, connection, letters)
+        with contextlib.ExitStack() as opened:
+            intake = Intake(
+                pieces,
+                asked.mapping,
+                options,
+                lambda: opened.enter_context(connect(scratch)),
+                letters,
+            )
             try:
                 taken = intake.run(spill, scratch, seen=lambda rows: progress("read", rows))
             except InputError:  # the letters say why: they show the rows, too
