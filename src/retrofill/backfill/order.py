@@ -195,10 +195,10 @@ class Sorter:
         return buckets
 
     def _bucket(self, whole: Whole) -> None:
-        table = whole.table
-        person = self.people.of(_ints(table, "device_node"), _ints(table, "user_node"))
-        time_ms = _ints(table, "time_ms")
-        place = (_ints(table, "line"), _ints(table, "file"))
+        rows = whole.rows
+        person = self.people.of(_ints(rows, "device_node"), _ints(rows, "user_node"))
+        time_ms = _ints(rows, "time_ms")
+        place = (_ints(rows, "line"), _ints(rows, "file"))
         order = _order(person, time_ms) if _ascending(*place) else None
         if order is None:
             order = np.lexsort((*place, time_ms, person))
@@ -219,44 +219,44 @@ class Sorter:
             if end > start:
                 self._part(whole.take(order[start:end]), person[start:end])
 
-    def _part(self, table: pa.Table, person: Ints) -> None:
+    def _part(self, batch: pa.RecordBatch, person: Ints) -> None:
         """Finish and write sorted rows."""
-        table, person = self._without_doubles(table, person)
-        table = self._with_insert_ids(table, person)
-        self._name(table)
+        batch, person = self._without_doubles(batch, person)
+        batch = self._with_insert_ids(batch, person)
+        self._name(batch)
         parts = set_of(person, self.options.sets)
         at = np.flatnonzero(np.diff(parts, prepend=-1))
         for start, end in pairwise([*at.tolist(), len(parts)]):
             while self._set < parts[start]:
                 self._next_set()
-            self._write(table.slice(start, end - start), person[start:end])
+            self._write(batch.slice(start, end - start), person[start:end])
 
-    def _without_doubles(self, table: pa.Table, person: Ints) -> tuple[pa.Table, Ints]:
-        event = table.column("event")
-        later, different = self.doubles.later(_ints(table, "key"), event)
+    def _without_doubles(self, batch: pa.RecordBatch, person: Ints) -> tuple[pa.RecordBatch, Ints]:
+        event = batch.column("event")
+        later, different = self.doubles.later(_ints(batch, "key"), event)
         if len(later) == 0:
-            return table, person
+            return batch, person
         self.found.same += len(later) - len(different)
         self.found.different += len(different)
         for row in different:
             file, line, text = (
-                table.column(name)[row].as_py() for name in ("file", "line", "event")
+                batch.column(name)[row].as_py() for name in ("file", "line", "event")
             )
             reason = "an earlier row of this device has it with other content"
             self.refused(file, line, "insert_id", reason, "{" + text[len(self._lead) :])
         kept = np.ones(len(person), np.bool_)
         kept[later] = False
-        return table.filter(pa.array(kept)), person[kept]
+        return batch.filter(pa.array(kept)), person[kept]
 
-    def _with_insert_ids(self, table: pa.Table, person: Ints) -> pa.Table:
+    def _with_insert_ids(self, batch: pa.RecordBatch, person: Ints) -> pa.RecordBatch:
         """Finish made insert_ids: the content's hash and, from the second equal event on, its place. Put them in."""
-        made = _ints(table, "key") == 0
+        made = _ints(batch, "key") == 0
         if not made.any():
-            return table
-        column = table.column("insert_id").combine_chunks()
+            return batch
+        column = batch.column("insert_id")
         rows = np.flatnonzero(made)
         content = column.take(pa.array(rows))
-        place = _places(person[rows], _ints(table, "time_ms")[rows], content)
+        place = _places(person[rows], _ints(batch, "time_ms")[rows], content)
         own = content.to_pylist()
         for at in np.flatnonzero(place).tolist():
             own[at] = f"{own[at]}-{place[at]}"
@@ -265,53 +265,54 @@ class Sorter:
         member = pc.if_else(
             mask, pc.binary_join_element_wise('"insert_id":"', column, '",', ""), ""
         )
-        rest = texts.less(table.column("event").combine_chunks(), front=len(self._lead), back=0)
+        rest = texts.less(batch.column("event"), front=len(self._lead), back=0)
         event = pc.binary_join_element_wise(self._lead.decode(), member, rest, "")
         for name, values in (("insert_id", column), ("event", event)):
-            table = table.set_column(table.schema.get_field_index(name), name, values)
-        return table
+            batch = batch.set_column(batch.schema.get_field_index(name), name, values)
+        return batch
 
-    def _name(self, table: pa.Table) -> None:
+    def _name(self, batch: pa.RecordBatch) -> None:
         """Note how the wanted nodes are spelled."""
         if len(self._wanted) == 0:
             return
         for node, name in (("device_node", "device_id"), ("user_node", "user_id")):
-            nodes = _ints(table, node)
+            nodes = _ints(batch, node)
             at = np.minimum(np.searchsorted(self._wanted, nodes), len(self._wanted) - 1)
             rows = np.flatnonzero(self._wanted[at] == nodes)
             found, first = np.unique(nodes[rows], return_index=True)
             for number, row in zip(found.tolist(), rows[first].tolist(), strict=True):
                 if number not in self.found.names:
-                    self.found.names[number] = table.column(name)[row].as_py()
+                    self.found.names[number] = batch.column(name)[row].as_py()
 
-    def _write(self, table: pa.Table, person: Ints) -> None:
+    def _write(self, batch: pa.RecordBatch, person: Ints) -> None:
         assert self._writer is not None
-        text = table.column("event")
+        text = batch.column("event")
         size = pc.subtract(pc.binary_length(text), len(COMMA))
         seq = np.arange(self._seq, self._seq + len(person))
-        time_ms = table.column("time_ms")
+        time_ms = batch.column("time_ms")
         made = {
             "person": pa.array(person),
             "seq": pa.array(seq),
             "time_ms": time_ms,
-            "device_id": table.column("device_id"),
-            "user_id": table.column("user_id"),
-            "insert_id": table.column("insert_id"),
-            "event_type": table.column("event_type"),
+            "device_id": batch.column("device_id"),
+            "user_id": batch.column("user_id"),
+            "insert_id": batch.column("insert_id"),
+            "event_type": batch.column("event_type"),
             "text": text,
             "bytes": size,
-            "file": table.column("file"),
-            "line": table.column("line"),
+            "file": batch.column("file"),
+            "line": batch.column("line"),
         }
         groups = max(1, round(len(person) / GROUP_ROWS))
-        rows = pa.table(list(made.values()), schema=SCHEMA).combine_chunks()
-        for group in rows.to_batches(max_chunksize=-(-len(person) // groups)):
-            self._writer.write(group)
-        self._count(time_ms, table.column("event_type"), int(pc.sum(size).as_py()))
+        whole = pa.RecordBatch.from_arrays(list(made.values()), schema=SCHEMA)
+        step = -(-len(person) // groups)
+        for start in range(0, len(person), step):
+            self._writer.write(whole.slice(start, step))
+        self._count(time_ms, batch.column("event_type"), int(pc.sum(size).as_py()))
         self._runs(person)
         self._seq += len(person)
 
-    def _count(self, time_ms: pa.ChunkedArray, event_type: pa.ChunkedArray, size: int) -> None:
+    def _count(self, time_ms: pa.Array, event_type: pa.Array, size: int) -> None:
         times = time_ms.to_numpy()
         found = self.found
         found.events += len(times)
@@ -320,7 +321,7 @@ class Sorter:
         low, high = int(times.min()), int(times.max())
         found.first_ms = low if found.first_ms is None else min(found.first_ms, low)
         found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
-        kinds = event_type.combine_chunks().dictionary_encode()
+        kinds = event_type.dictionary_encode()
         names = kinds.dictionary.to_pylist()
         each, counts = np.unique(
             times // _DAY_MS * len(names) + kinds.indices.to_numpy(), return_counts=True

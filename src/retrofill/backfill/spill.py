@@ -16,30 +16,33 @@ MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a 
 # Written as it is. Packing takes about 1 CPU s for a million events each time; beyond this the room on disk is dearer.
 PLAIN_BYTES = 1024 * 1024 * 1024
 _PAGE = 4096
+_TEXT_BYTES_MAX = 2**31 - 1  # of a column of texts, by its offsets
 _TOGETHER = 4  # batches of the file read as one
 
 
 class Whole(Struct, frozen=True):
     """All rows of a spill. texts: of the large column, a gap behind each, and last what stands before every one of them."""
 
-    table: pa.Table
+    rows: pa.RecordBatch
     name: str
     texts: pa.LargeStringArray
 
-    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+    def take(self, rows: NDArray[np.int64]) -> pa.RecordBatch:
         """Return some rows, in this order, the large column last and with the beginning that was asked for.
 
-        One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost.
+        One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost. One column
+        is gathered after the other: all at once took Arrow almost twice as long.
         """
         both = np.full(2 * len(rows), len(self.texts) - 1, np.int64)
         both[1::2] = 2 * rows
         pieces = self.texts.take(pa.array(both))
         _valid, offsets, data = pieces.buffers()
         ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2]
-        joined = pa.LargeStringArray.from_buffers(
-            len(rows), pa.py_buffer(np.ascontiguousarray(ends)), data
-        )
-        return self.table.take(pa.array(rows)).append_column(self.name, joined.cast(pa.string()))
+        assert ends[-1] <= _TEXT_BYTES_MAX, f"{len(rows)} rows have {ends[-1]:,} bytes"
+        joined = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends.astype(np.int32)), data)
+        made = [_gathered(column, rows) for column in self.rows.columns]
+        names = [*self.rows.schema.names, self.name]
+        return pa.RecordBatch.from_arrays([*made, joined], names=names)
 
 
 class Spill:
@@ -134,7 +137,8 @@ class Spill:
     ) -> Whole:
         texts = pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), data)
         table = pa.Table.from_batches(batches, self.schema).drop_columns([self._large])
-        return Whole(table.combine_chunks(), self._large, texts)
+        (rows,) = table.combine_chunks().to_batches() or [_none(table.schema)]
+        return Whole(rows, self._large, texts)
 
     def parts(self) -> Iterator[pa.Table]:
         """Yield all rows, some thousands at a time, and forget them."""
@@ -173,6 +177,16 @@ class Spill:
         if self.in_memory:
             return self._taken_held()
         return [batch for part in self.parts() for batch in part.to_batches()]
+
+
+def _none(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist([], schema)
+
+
+def _gathered(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return pa.array(column.to_numpy()[rows])
+    return column.take(pa.array(rows))
 
 
 def _edges(ends: NDArray[np.int64], start: int) -> NDArray[np.int64]:
