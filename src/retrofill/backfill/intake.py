@@ -207,7 +207,7 @@ class Intake:
         return self.taken
 
     def _straight(self, found: Compiled) -> Straight | None:
-        return straight(found, self.columns, self._checker, self._set_aside)
+        return straight(found, self.columns, self._checker, self._set_aside, self.source.rows)
 
     def _set_aside(self, rows: pa.RecordBatch) -> None:
         assert self._odd is not None

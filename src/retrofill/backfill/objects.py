@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from retrofill.backfill.people import Ints
 from retrofill.limits import DEPTH_MAX
 
-_SPACE, _ZERO, _MINUS, _POINT, _EXPONENT, _OPEN = 32, 48, 45, 0x2E, 0x65, 0x7B
+_SPACE, _ZERO, _MINUS, _POINT, _EXPONENT, _OPEN, _CLOSE = 32, 48, 45, 0x2E, 0x65, 0x7B, 0x7D
 
 
 def _among(characters: bytes) -> NDArray[np.bool_]:
@@ -102,14 +102,42 @@ def spaced(found: Objects) -> Bools:
 
 def rewritten(found: Objects) -> Bools:
     """Say which rows have a number that the query writes otherwise, or one that may be beyond 64 bits."""
-    data = found.data.ljust(_LONG)
-    text = np.frombuffer(data, np.uint8)
-    digit = text - np.uint8(_ZERO) < np.uint8(10)
+    data, text, digit = _digits(found)
     places = (
         *(_at_points(data, text, digit), _at_exponents(text, digit)),
         *(_at_minus(text, digit), _at_long(text, digit)),
     )
     return found.marked(np.concatenate(places))
+
+
+def beyond(found: Objects) -> Bools:
+    """Say which rows have a number that may be beyond 64 bits, as a whole one or as a decimal."""
+    _data, text, digit = _digits(found)
+    return found.marked(np.concatenate((_at_exponents(text, digit), _at_long(text, digit))))
+
+
+def bare(found: Objects) -> Bools:
+    """Say which rows have an object with nothing in it, or one with white space where its first key could be."""
+    starts = (found.ends - found.sizes)[found.sizes > 0]
+    second = found.text[np.minimum(starts + 1, len(found.data) - 1)]
+    return found.marked(starts[(second <= _SPACE) | (second == _CLOSE)])
+
+
+def deep(found: Objects) -> Bools:
+    """Say which rows may be nested too deeply."""
+    if shallow(found):
+        return np.zeros(found.rows, np.bool_)
+    opening = found.text | 0x20 == _OPEN  # { and [
+    there = found.sizes > 0
+    ends = found.ends[there]
+    openings = np.add.reduceat(opening, ends - found.sizes[there], dtype=np.int32)
+    return found.marked(ends[openings > DEPTH_MAX] - 1)
+
+
+def _digits(found: Objects) -> tuple[bytes, NDArray[np.uint8], Bools]:
+    data = found.data.ljust(_LONG)
+    text = np.frombuffer(data, np.uint8)
+    return data, text, text - np.uint8(_ZERO) < np.uint8(10)
 
 
 def shallow(found: Objects) -> bool:

@@ -99,6 +99,12 @@ class Sorted(Struct, kw_only=True):
     left_out: int = 0  # rows outside of the sample
 
 
+def _content(event: memoryview) -> int:
+    """Return the hash of what an event says, in whatever order and with whatever white space."""
+    said = msgspec.json.encode(msgspec.json.decode(event), order="sorted")
+    return xxhash.xxh3_64_intdigest(said)
+
+
 class Doubles:
     """The insert_ids that several rows of a device share: who came first, and with what content."""
 
@@ -119,7 +125,7 @@ class Doubles:
         later, different = [], []
         for row in rows.tolist():
             slot = at[row]
-            content = xxhash.xxh3_64_intdigest(event[row].as_buffer())
+            content = _content(memoryview(event[row].as_buffer())[len(COMMA) :])
             if not self.seen[slot]:
                 self.seen[slot], self.content[slot] = True, content
                 continue

@@ -7,6 +7,11 @@ depends on the row alone, never on its neighbours. Handed on are rows that are n
 their fields, without a usable id, with a forbidden or short one, without a type or time, or with a number or an escape that
 the query writes more simply; properties with white space between their parts are written without it, as the query does.
 
+Most sources need not even that. Where fields and columns have the same names, a row of its own line that holds nothing but
+what the mapping names, no null, an insert_id and nothing odd is an event as it stands: it is decoded to be looked at, and its
+bytes go through. Its members keep the source's order, white space and way to write a number, which mean the same to whoever
+reads them; only an insert_id that is made, the hash of the text, needs one way to write an event.
+
 Nearly all batches hold nothing that the core would mend or refuse: their events are finished here, as lines of JSON.
 """
 
@@ -54,7 +59,8 @@ _OPEN, _CLOSE = 0x7B, 0x7D
 _ESCAPE = re.compile(rb"\\").search
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
-_LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
+_INT64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_LONG = _INT64 | None
 # How each kind of field is decoded, and the column's types for which the query does the same.
 _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "text": (str | None, None, frozenset()),
@@ -62,6 +68,17 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "integer": (_LONG, None, frozenset({"BIGINT"})),
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
+# The same for rows that pass as they stand: a null is none of these, and what is not there becomes the struct's default.
+_WHOLE_KINDS: Final[dict[str, tuple[Any, object]]] = {
+    "text": (str, None),
+    "millis": (_INT64, None),
+    "integer": (_INT64, None),
+    "object": (Raw, _ABSENT),
+}
+_WHOLE_NEED: Final = frozenset({"event_type", "time", _KEY})
+_WHOLE_SHARE = 0.5  # ours: of the sampled rows that pass as they stand; with fewer, looking costs more than it saves
+_SAMPLE_ROWS = 1000
+_LOOKED_INTO: Final = frozenset({"groups", "plan"})  # whose values the core may mend
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
 
 _encoder = msgspec.json.Encoder()
@@ -89,8 +106,12 @@ def straight(
     columns: Columns,
     checker: Checker,
     odd: Callable[[pa.RecordBatch], None],
+    sample: Sequence[str | None] = (),
 ) -> Straight | None:
-    """Return the straight way of a compiled mapping, None if it has none. odd: takes the rows that are not for it."""
+    """Return the straight way of a compiled mapping, None if it has none. odd: takes the rows that are not for it.
+
+    sample: rows of the source, which say whether it is worth looking for such that pass as they stand.
+    """
     if columns.style != "json" or not found.plain:
         return None
     members = []
@@ -107,7 +128,7 @@ def straight(
     kinds_by_source = {(one.source, one.field.kind) for one in members}
     if len(kinds_by_source) > len({one.source for one in members}):
         return None
-    return Straight(members, checker, odd)
+    return Straight(members, checker, odd, [row.encode() for row in sample[:_SAMPLE_ROWS] if row])
 
 
 class Straight:
@@ -118,6 +139,7 @@ class Straight:
         members: Sequence[_Member],
         checker: Checker,
         odd: Callable[[pa.RecordBatch], None],
+        sample: Sequence[bytes],
     ) -> None:
         self._checker, self._odd = checker, odd
         ours = {one.field.name: one for one in members}
@@ -134,6 +156,7 @@ class Straight:
             self._write = _struct(named)
             self._key = "g0" if _KEY in self._own else None
         self._parts = attrgetter(*(one.name for one in body))
+        self._whole = _whole(members, sample) if self._write is None else None
 
     def events(self, records: Iterable[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """Yield events, and whether they are finished: the core would take them as they are.
@@ -141,9 +164,40 @@ class Straight:
         Finished ones have SPILLED's columns but for hashes, others those of the query's answer that an event has.
         """
         for batch in records:
-            made = self._make(batch)
+            left: pa.RecordBatch | None = batch
+            if self._whole is not None:
+                whole, left = self._as_they_stand(batch, self._whole)
+                if whole is not None:
+                    yield whole, True
+            made = self._make(left) if left is not None else None
             if made is not None:
                 yield made
+
+    def _as_they_stand(
+        self, batch: pa.RecordBatch, whole: msgspec.json.Decoder[Any]
+    ) -> tuple[pa.RecordBatch | None, pa.RecordBatch | None]:
+        """Return finished events of the rows that are events as they stand, and the rows that are none."""
+        texts = batch.column("text")
+        data, ends = flat(texts)
+        usable = _escapes_simple(data, ends)
+        usable &= _own_line(data, ends) & _strings_short(data, ends)
+        events, at = _decoded_lines(whole, data, ends, usable)
+        if not events:
+            return None, batch
+        found = self._columns(events)
+        objects = objects_.together(self._raws(events), len(events))
+        odd = found.odd | ~_there(found.ids.column("insert_id_")) | objects_.none(objects)
+        odd |= objects_.bare(objects) | objects_.beyond(objects) | objects_.deep(objects)
+        if len(at) == len(texts) and not odd.any():
+            return _finished(batch, found, texts), None
+        kept = np.flatnonzero(~odd)
+        left = np.ones(len(texts), np.bool_)
+        left[at[kept]] = False
+        others = batch.filter(pa.array(left))
+        if len(kept) == 0:
+            return None, others
+        batch = batch.take(pa.array(at[kept]))
+        return _finished(batch, _some(found, kept), batch.column("text")), others
 
     def _make(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, bool] | None:
         texts = batch.column("text")
@@ -175,12 +229,7 @@ class Straight:
     def _decoded(self, texts: pa.StringArray) -> tuple[list[Any], Ints]:
         """Return the rows that can be decoded, and where they stand."""
         data, ends = flat(texts)
-        usable = np.ones(len(texts), np.bool_)
-        if _ESCAPE(data):
-            text = np.frombuffer(data, np.uint8)
-            at = np.flatnonzero(text[:-1] == _BACKSLASH)
-            usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
-        return self._decoded_lines(data, ends, usable)
+        return _decoded_lines(self._read, data, ends, _escapes_simple(data, ends))
 
     def _objects(self, events: list[Any]) -> Objects:
         """Return the property objects of the events: none that is empty, none with white space between its parts."""
@@ -198,28 +247,6 @@ class Straight:
 
     def _raws(self, events: list[Any]) -> list[list[Raw]]:
         return [list(map(attrgetter(name), events)) for name in self._tables.values()]
-
-    def _decoded_lines(
-        self, data: memoryview, ends: Ints, usable: NDArray[np.bool_]
-    ) -> tuple[list[Any], Ints]:
-        if usable.all() and data[int(ends[0]) - 1] == _NEWLINE and _each_one(data, ends):
-            try:
-                events = self._read.decode_lines(data)
-            except (ValueError, RecursionError):
-                pass
-            else:
-                if len(events) == len(ends):
-                    return events, np.arange(len(ends))
-        events, at, start = [], [], 0
-        for row, (end, good) in enumerate(zip(ends.tolist(), usable.tolist(), strict=True)):
-            if good:
-                try:
-                    events.append(self._read.decode(data[start:end]))
-                    at.append(row)
-                except (ValueError, RecursionError):
-                    pass
-            start = end
-        return events, np.asarray(at, np.int64)
 
     def _compact(self, found: Any) -> None:
         for name in self._tables.values():
@@ -304,6 +331,89 @@ class Straight:
             return []
         raws = map(attrgetter(self._tables[name]), events)
         return [msgspec.json.decode(raw) for raw in raws if raw]
+
+
+def _decoded_lines(
+    decoder: msgspec.json.Decoder[Any], data: memoryview, ends: Ints, usable: NDArray[np.bool_]
+) -> tuple[list[Any], Ints]:
+    """Return the usable rows that can be decoded, and where they stand."""
+    if usable.all() and data[int(ends[0]) - 1] == _NEWLINE and _each_one(data, ends):
+        try:
+            events = decoder.decode_lines(data)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            if len(events) == len(ends):
+                return events, np.arange(len(ends))
+    events, at, start = [], [], 0
+    for row, (end, good) in enumerate(zip(ends.tolist(), usable.tolist(), strict=True)):
+        if good:
+            try:
+                events.append(decoder.decode(data[start:end]))
+                at.append(row)
+            except (ValueError, RecursionError):
+                pass
+        start = end
+    return events, np.asarray(at, np.int64)
+
+
+def _escapes_simple(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
+    """Say which rows have no escape but those that every writer of JSON writes so."""
+    usable = np.ones(len(ends), np.bool_)
+    if _ESCAPE(data):
+        text = np.frombuffer(data, np.uint8)
+        at = np.flatnonzero(text[:-1] == _BACKSLASH)
+        usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
+    return usable
+
+
+def _own_line(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
+    """Say which rows are a line, from a brace to a brace. Elements of an array begin with a space: see `records`."""
+    text = np.frombuffer(data, np.uint8)
+    starts = np.concatenate(([0], ends[:-1]))
+    last = np.maximum(ends - 2, starts)
+    own: NDArray[np.bool_] = (
+        (text[starts] == _OPEN) & (text[last] == _CLOSE) & (text[ends - 1] == _NEWLINE)
+    )
+    return own
+
+
+def _strings_short(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
+    """Say which rows have surely no string that is too long."""
+    sizes = np.diff(ends, prepend=0)
+    short: NDArray[np.bool_] = sizes <= STRING_CHARS_MAX
+    for row in np.flatnonzero(~short).tolist():
+        short[row] = glance.strings(bytes(data[int(ends[row] - sizes[row]) : int(ends[row])]))
+    return short
+
+
+def _whole(members: Sequence[_Member], sample: Sequence[bytes]) -> msgspec.json.Decoder[Any] | None:
+    """Return a decoder of rows that pass as they stand, None where few are of that kind."""
+    fields = {one.field.name: one.field.kind for one in members}
+    if not fields.keys() >= _WHOLE_NEED or not fields.keys().isdisjoint(_LOOKED_INTO):
+        return None
+    kinds = [
+        (one.name, _WHOLE_KINDS[one.field.kind][0])
+        if one.field.name in _WHOLE_NEED
+        else (one.name, *_WHOLE_KINDS[one.field.kind])
+        for one in sorted(members, key=lambda one: one.field.name not in _WHOLE_NEED)
+    ]
+    keys = {one.name: one.source for one in members}
+    row = msgspec.defstruct("Whole", kinds, gc=False, rename=keys, forbid_unknown_fields=True)
+    decoder = msgspec.json.Decoder(row)
+    return (
+        decoder
+        if sum(_holds(decoder, text) for text in sample) >= _WHOLE_SHARE * len(sample)
+        else None
+    )
+
+
+def _holds(decoder: msgspec.json.Decoder[Any], text: bytes) -> bool:
+    try:
+        decoder.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _each_one(data: memoryview, ends: Ints) -> bool:
