@@ -27,7 +27,7 @@ from retrofill.core import identity, language, order, person, properties
 from retrofill.core.alike import Same
 from retrofill.core.block import COLUMNS, SAYABLE, Block, Flag, Kind, Merge, Part
 from retrofill.core.event import Batch, Event
-from retrofill.core.person import FORGOTTEN, NO_COLUMNS, Person
+from retrofill.core.person import FORGOTTEN, NO_COLUMNS, NO_GROUPS, NO_UPDATES, Person
 from retrofill.core.throttle import UpdateWindow
 from retrofill.limits import (
     ALIKE_BYTES_MAX,
@@ -72,6 +72,7 @@ _SKIP, _FIRST_EVENT, _UPDATE_DROPPED, _REVENUE, _HELD = (
 )
 _TABLE_KINDS = frozenset({_EVENT, _IDENTIFY})
 _kind_of = {"$identify": _IDENTIFY, "$groupidentify": _GROUP_IDENTIFY}.get
+_AFTER_DOLLAR = "%"  # texts that begin with a dollar come before it, and few others
 
 # Column values that were said before, each kept once, with which columns they are: whoever says the same again is recognised by identity, without
 # touching the strings that were kept for the person. Emptied at its bound; only speed depends on it.
@@ -306,8 +307,10 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     add_person = columns.amplitude_id.append
     add_time = columns.event_time_ms.append
     add_created = columns.created_ms.append
-    add_kind = columns.kind.append
-    add_flags = columns.flags.append
+    kinds, all_flags = (
+        columns.kind,
+        columns.flags,
+    )  # mostly 0, and so only written where they are not
     add_table = columns.table.append
     add_said = columns.said.append
     said_before = _said_before.get
@@ -320,7 +323,9 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
     aliases = batch.path == "/usermap"
     by_time = known.last is not None
     now_ms = server_upload_ms
-    row = len(columns.kind) - 1
+    row = len(kinds) - 1
+    kinds += bytes(len(batch.events))
+    all_flags += bytes(len(batch.events))
     if len(_said_before) > _SAID_MAX:
         _said_before.clear()
 
@@ -336,19 +341,22 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             add_person(0)
             add_time(event_time)
             add_created(-1)
-            add_kind(is_dropped)
+            kinds[row] = is_dropped
             if is_dropped == _DISPLACED:
                 shown, which = _alone(event, remote, library)
-                add_flags(_SKIP if event.skip_user_properties_sync else 0)
+                all_flags[row] = _SKIP if event.skip_user_properties_sync else 0
                 add_table(place_of(shown, len(tables)))
                 add_said(which)
             else:
-                add_flags(0)
                 add_table(_NO_TABLE)
                 add_said(0)
             continue
         user, device = event.user_id, event.device_id
-        kind = _ALIAS if aliases else _kind_of(event.event_type, _EVENT)
+        kind = _EVENT
+        if aliases:
+            kind = _ALIAS
+        elif event.event_type < _AFTER_DOLLAR:
+            kind = _kind_of(event.event_type, _EVENT)
         flags = 0
 
         if kind == _ALIAS:
@@ -418,6 +426,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         # The property table.
         skip = event.skip_user_properties_sync and kind == _EVENT
         sent = event.user_properties
+        ip = event.ip
         said: tuple[str | None, ...] = (  # as `_said`, in two thirds of its time
             event.platform,
             event.os_name,
@@ -433,7 +442,7 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
             event.language,
             event.app_version,
             event.version_name,
-            remote if event.ip == "$remote" else event.ip,
+            ip if ip is None or ip != "$remote" else remote,
             event.library,
             event.start_version,
             event.paying,
@@ -494,10 +503,10 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
                         who.user_id,
                         table,
                         built_in,
-                        groups,
+                        groups or NO_GROUPS,
                         who.first_seen_ms,
                         now_ms,
-                        updates,
+                        updates or NO_UPDATES,
                         0,
                         who.joined,
                         b"",
@@ -533,8 +542,10 @@ def _fold_batch(  # noqa: C901, PLR0912, PLR0915 - the hot loop: one function, n
         add_person(who.amplitude_id)
         add_time(event_time)
         add_created(who.first_seen_ms)
-        add_kind(kind)
-        add_flags(flags)
+        if kind:
+            kinds[row] = kind
+        if flags:
+            all_flags[row] = flags
         add_said(which)
         add_table(place_of(shown, len(tables)))
     return fresh

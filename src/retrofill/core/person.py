@@ -17,6 +17,9 @@ from retrofill.core.block import COLUMNS
 
 FORGOTTEN = -1  # merged_into of a deleted person: whoever uses its ids later is someone new
 NO_COLUMNS: tuple[str | None, ...] = (None,) * len(COLUMNS)
+# Of nearly everyone, and so one object each: every event of a person touches them.
+NO_GROUPS: dict[str, list[str]] = {}
+NO_UPDATES: list[int] = []
 
 
 class Person(Struct, array_like=True, gc=False):
