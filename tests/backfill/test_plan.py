@@ -168,6 +168,38 @@ def test_the_verb_prints_the_plan_and_stages_once(tmp_path: Path) -> None:
     assert told["import_id"] in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("option", "number", "least_s", "because"),
+    [
+        ("--events-per-s", 10, 30, "events in all"),
+        ("--requests-per-s", 1, 30, "requests in all"),
+        ("--device-per-s", 1, 50, "hottest device"),
+        ("--user-per-s", 1, 150, "hottest user"),
+        ("--updates-per-h", 50, 2 * 3600, "property updates"),
+        ("--quota-per-day", 75, 86_400, "daily quota"),
+    ],
+)
+def test_each_number_of_the_limits_can_be_set(
+    option: str, number: int, least_s: float, because: str, tmp_path: Path
+) -> None:
+    found = [
+        {"user": f"user-{n % 2}", "device": f"device-{n % 6}", "event": "Open", "at": 1.7e12 + n}
+        for n in range(300)
+    ]
+    ndjson(tmp_path / "s.ndjson", found)
+    (tmp_path / "m.yaml").write_text(
+        f"{MAPPING}  device_id: device\n  user_properties: {{kind: event}}\n"
+    )
+    line = ["plan", str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml"), "--json"]
+    line += ["--work", str(tmp_path / "work"), "--no-skip-user-properties-sync"]
+    line += ["--profile", "retrofill", "--events-per-request", "10", option, str(number)]
+    shown = CliRunner().invoke(app, line)
+    told = msgspec.json.decode(shown.stdout)
+    assert told["requests"] >= 30
+    assert (told["least_because"], told["because"]) == (because, because)
+    assert told["least_s"] == pytest.approx(least_s, rel=0.2)
+
+
 def test_short_ids_can_be_good_ones(tmp_path: Path) -> None:
     users = [{"user": n, "event": "Sign up", "at": 1700000000000 + n} for n in range(1, 30)]
     ndjson(tmp_path / "s.ndjson", users)
