@@ -1,9 +1,8 @@
 """Verification: what was staged against what the destination gives back, event by event.
 
 The destination is read through its Export API hour by hour, for the hours in which the ledger sent something, several at
-a time; from our own server through the export of the import itself where it offers one. Staged and read rows are dealt
-into files by a hash of their insert_id, and one pair of files after the other is compared in memory, so that any size of
-history is. Only fields that were sent are compared: what a destination adds of its own is no difference. Rows whose
+a time; from our own server through the export of the import itself. Staged and read rows are dealt into files by a hash
+of their insert_id, and one pair of files after the other is compared in memory, so that any size of history is. Only fields that were sent are compared: what a destination adds of its own is no difference. Rows whose
 insert_id was never staged are live and ignored.
 
 - missing: staged, not a dead letter, not found. doubled: found more than once.
@@ -250,10 +249,10 @@ def _read_back(  # noqa: PLR0917 - called once, by position of the same names
     if import_id is not None:
         url = f"{to.read}/api/1/imports/{import_id}/export"
         whole = _fetch(url, folder / "read-import", keys=keys, step=step)
-        if whole is not None:
-            step("read the import")
+        step("read the import")
+        if whole is not None:  # it has rows at all
             _take_in(deal, whole, 0)
-            return
+        return
     hours = _hours(work)
     urls = [f"{to.read}/api/2/export?start={hour}&end={hour}" for hour in hours]
     place = 0
