@@ -412,9 +412,7 @@ def _mended(
             or not _good_objects(text, good),
             strings=not glance.strings(text),
             exposures=EXPOSURE in [one.event_type for one in good],
-            claims=[one.paying for one in good].count(None)
-            + [one.start_version for one in good].count(None)
-            < 2 * len(good),
+            claims=False in [one.paying is one.start_version is None for one in good],
         )
     if envelope.events is not None and not any(msgspec.structs.astuple(doubts)):
         return envelope.body
