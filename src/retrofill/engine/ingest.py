@@ -632,7 +632,10 @@ class Engine:
         if (
             self._unsealed_events >= SEAL_EVENTS
             or self._since_checkpoint >= CHECKPOINT_EVENTS
-            or any(self.state.project(one).marked >= LATE_MARKS_MAX for one in folded.changes)
+            or (
+                not self.event_time.waits  # else the look by time is soon enough
+                and any(self.state.project(one).marked >= LATE_MARKS_MAX for one in folded.changes)
+            )
         ):
             self._due.set()
         if self.blocks.write_back_is_due and (

@@ -481,6 +481,8 @@ class Session:
     def _take_in(self, known: Members) -> None:
         """Fold the rows so far of people whom the change did not touch until now."""
         self._register(known)
+        if self._tails:  # seldom: DuckDB opens each of these files to name them
+            self._history.use(self._tails, "tails")
         by_time = self._begun.rule.by_time
         theirs = " UNION ALL ".join(
             f'SELECT {COLUMNS} FROM {source} WHERE project = $1 AND "block" <= $2 AND kind IN ({_SEEN}) '
@@ -623,7 +625,6 @@ class Session:
         written = pa.concat_tables(kept)
         files = [write(self._begun.events, written)] if written.num_rows else []
         self._tails += [LakeFile(path, written.num_rows, task.first, last) for path in files]
-        self._history.use(self._tails, "tails")
         people = set(self._members.people.tolist())
         merges = [
             row
