@@ -17,7 +17,9 @@ MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a 
 PLAIN_BYTES = 1024 * 1024 * 1024
 _PAGE = 4096
 _TEXT_BYTES_MAX = 2**31 - 1  # of a column of texts, by its offsets
-_TOGETHER = 4  # batches of the file read as one
+# ours: of the file read as one. Sorting deals them out to hundreds of buckets: of 4 MB each got some fifty rows at a time,
+# and packing so few took longer than anything else.
+TOGETHER_BYTES = 24 * 1024 * 1024  # less than malloc keeps in one piece: see `memory`
 
 
 class Whole(Struct, frozen=True):
@@ -141,7 +143,7 @@ class Spill:
         return Whole(rows, self._large, texts)
 
     def parts(self) -> Iterator[pa.Table]:
-        """Yield all rows, some thousands at a time, and forget them."""
+        """Yield all rows, some ten thousands at a time, and forget them."""
         held = self._taken_held()
         while held:
             yield pa.Table.from_batches([held.pop()], self.schema)
@@ -149,9 +151,13 @@ class Spill:
             self._writer.close()
         for path in self._files:
             with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-                for start in range(0, reader.num_record_batches, _TOGETHER):
-                    end = min(start + _TOGETHER, reader.num_record_batches)
-                    batches = [reader.get_batch(at) for at in range(start, end)]
+                batches: list[pa.RecordBatch] = []
+                for at in range(reader.num_record_batches):
+                    batches.append(reader.get_batch(at))
+                    if sum(one.nbytes for one in batches) >= TOGETHER_BYTES:
+                        yield pa.Table.from_batches(batches, self.schema).combine_chunks()
+                        batches = []
+                if batches:
                     yield pa.Table.from_batches(batches, self.schema).combine_chunks()
             path.unlink()
 
