@@ -9,15 +9,19 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from tests.faults.process import PATIENCE_S
 from tests.lake.blocks import FIRST_PERSON, World, block_of
 
 from retrofill.core.block import Block, Kind, Merge
 from retrofill.errors import FullError, StoreError
 from retrofill.lake import Lake, arrow, compact, ducklake, parquet
+from retrofill.lake.arrow import REPEATED
 from retrofill.lake.catalog import CATALOG, put_in_place
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files, store_error
@@ -332,6 +336,37 @@ def test_a_file_that_lasts_is_packed_closer_and_reads_the_same(tmp_path: Path) -
         pa.concat_tables(parquet.read(found[codec], None)) for codec in ("LZ4", "ZSTD")
     )
     assert lasts.equals(passing)
+
+
+def test_ids_are_words_where_people_have_many_rows_and_every_mix_merges_the_same(
+    tmp_path: Path,
+) -> None:
+    """Of people with a row each they stand as text, as in files of before there were such words."""
+    few, many = World(people=5), World(people=100_000)
+    blocks = [world.block(number, 400) for number, world in enumerate((few, few, many), 1)]
+    blocks[:2] = [replace(one, table=bytes(4 * 400), tables=one.tables[:1]) for one in blocks[:2]]
+    paths = [tmp_path / f"{block.number}.parquet" for block in blocks]
+    for path, block in zip(paths, blocks, strict=True):
+        parquet.write(path, parquet.in_order([block]), Files())
+
+    def coded(path: Path) -> list[bool]:
+        schema = pq.read_schema(path)
+        return [pa.types.is_dictionary(schema.field(name).type) for name in REPEATED]
+
+    assert [all(coded(path)) for path in paths] == [True, True, False]
+    assert not any(coded(paths[2]))
+    expected = arrow.table(blocks).sort_by([(name, "ascending") for name in compact.KEY])
+    for some, words in ((paths, True), ([paths[2], paths[0]], True), ([paths[2]], False)):
+        schema = parquet.coding_of(some)
+        sources = [parquet.read(path, None, schema) for path in some]
+        merged = tmp_path / "merged.parquet"
+        parquet.write(merged, compact.merge(sources), Files(), group_rows=150)
+        assert coded(merged) == [words] * len(REPEATED)
+        blocks_of = pa.array([int(path.stem) for path in some])
+        rows = expected.filter(pc.is_in(expected["block"], blocks_of))
+        assert pq.read_table(merged).cast(rows.schema).equals(rows)
+        found = duckdb.sql(f"FROM '{merged}'").to_arrow_table()
+        assert found.cast(rows.schema).equals(rows)
 
 
 def test_a_large_file_is_synced_while_it_is_written(

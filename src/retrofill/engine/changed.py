@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrofill.core.row import SHOWN
-from retrofill.lake import parquet
+from retrofill.lake import arrow, parquet
 from retrofill.lake.arrow import FILE, SCHEMA
 from retrofill.lake.compact import LakeFile, merge
 from retrofill.lake.files import Files
@@ -245,7 +245,7 @@ def _copied(
         elif field.name not in rest.column_names or (rest[field.name].null_count == rest.num_rows):
             columns.append(pa.nulls(len(at), field.type))
         else:
-            columns.append(rest[field.name].take(places).cast(field.type))
+            columns.append(arrow.coded(rest[field.name].take(places), field))
     rows = pa.Table.from_arrays(columns, schema=FILE)
     return rows, np.asarray(rows["amplitude_id"].to_numpy() == ids.to_numpy())
 
@@ -266,5 +266,4 @@ def write(folder: Path, rows: pa.Table) -> Path:
 def _typed(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     if column.null_count == len(column):
         return pa.chunked_array([pa.nulls(len(column), field.type)])
-    wanted = pa.types.is_dictionary(field.type) and not pa.types.is_dictionary(column.type)
-    return column.dictionary_encode() if wanted else column
+    return arrow.coded(column, field)

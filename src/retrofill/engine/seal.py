@@ -299,7 +299,8 @@ class _Taken:
 
 def merge_files(task: MergeTask) -> Done:
     """Write lake files as one, without their deleted rows; it is on disk when this returns. Raises StoreError."""
-    sources = [parquet.read(source.path, source.deleted) for source in task.sources]
+    schema = parquet.coding_of(source.path for source in task.sources)
+    sources = [parquet.read(source.path, source.deleted, schema) for source in task.sources]
     rows = sum(source.rows for source in task.sources)
     written = parquet.write(
         task.file,

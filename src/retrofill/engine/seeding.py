@@ -23,7 +23,7 @@ from retrofill.engine.duplicates import file_keys
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.hot.directory import Directory
 from retrofill.hot.sqlite import Bar, Blocks
-from retrofill.lake import Lake, parquet
+from retrofill.lake import Lake, arrow, parquet
 from retrofill.lake.arrow import FILE, SCHEMA, MergeRow
 from retrofill.lake.files import Files
 from retrofill.limits import Limits
@@ -112,12 +112,7 @@ def _adopt(lake: Lake, table: pa.Table, last: int) -> None:
     rows = complete(table).sort_by(_ORDER)
     block = rows["block"].to_numpy()
     file = lake.new_file(int(block.min()), int(block.max()))
-    columns = [
-        rows[field.name].dictionary_encode()
-        if pa.types.is_dictionary(field.type)
-        else rows[field.name]
-        for field in FILE
-    ]
+    columns = [arrow.coded(rows[field.name], field) for field in FILE]
     parquet.write(file, [pa.Table.from_arrays(columns, schema=FILE)], Files())
     lake.adopt(file, block=last, merges=[])
 

@@ -7,7 +7,7 @@ brought to the nearest that does, and bytes that are no UTF-8 inside JSON text a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ MERGES = pa.schema(
         ("server_upload_time", pa.int64()),
     ]
 )
-_SHOWN_TYPE = pa.dictionary(pa.int32(), pa.string())
+_CODED_TYPE = pa.dictionary(pa.int32(), pa.string())
 # What `narrow` gives, and what stands in a lake file.
 NARROW = pa.schema(
     [
@@ -94,8 +94,11 @@ NARROW = pa.schema(
         pa.field("table", pa.int32()),
     ]
 )
+_CODED = (*SHOWN, "event_type", "import_id", "path")
+# Coded too in a file in which each stands on some rows: see `coding`.
+REPEATED = ("user_id", "device_id", "user_properties")
 FILE = pa.schema(
-    [field.with_type(_SHOWN_TYPE) if field.name in SHOWN else field for field in SCHEMA]
+    [field.with_type(_CODED_TYPE) if field.name in _CODED else field for field in SCHEMA]
 )
 MergeRow = tuple[int, int, int, int, int, int, int, int]
 
@@ -151,11 +154,28 @@ def narrow(blocks: Iterable[Block], vocabulary: Vocabulary) -> pa.Table:
     return pa.Table.from_batches(found, NARROW)
 
 
-def widen(rows: pa.Table, snapshots: Snapshots) -> pa.Table:
-    """Return rows of `narrow` with the snapshot's columns in place of `table`: the schema is `FILE`."""
+def widen(rows: pa.Table, snapshots: Snapshots, schema: pa.Schema) -> pa.Table:
+    """Return rows of `narrow` with the snapshot's columns in place of `table`: the schema is one of `coding`."""
     shown = snapshots.columns(rows["table"].to_numpy())
-    arrays = [shown[name] if name in shown else rows[name] for name in FILE.names]
-    return pa.Table.from_arrays(arrays, schema=FILE)
+    arrays = [
+        coded(shown[field.name] if field.name in shown else rows[field.name], field)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def coding(repeated: Collection[str]) -> pa.Schema:
+    """Return `FILE` with these columns of REPEATED as numbers of words."""
+    fields = (field.with_type(_CODED_TYPE) if field.name in repeated else field for field in FILE)
+    return pa.schema(fields)
+
+
+def coded(column: Any, field: pa.Field) -> Any:  # noqa: ANN401 - an array, or one in chunks
+    """Return texts as numbers of words, or as they are, as the field says."""
+    wanted, there = (pa.types.is_dictionary(kind) for kind in (field.type, column.type))
+    if wanted == there:
+        return column
+    return column.dictionary_encode() if wanted else column.cast(field.type)
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[list[Block]]:

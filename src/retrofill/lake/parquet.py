@@ -1,14 +1,16 @@
 """Lake files: Parquet, sorted by (amplitude_id, block, row), on disk before anybody names them.
 
 Encodings were chosen by measurement on realistic events: sorting brings a person's rows
-together, so ids and snapshots shrink to almost nothing as differences from the row before; small vocabularies are
-dictionaries; an `insert_id` is random and stays what it is. Row groups are small, so that one person's rows are found
+together, so ids and snapshots shrink to almost nothing: where each stands on a few rows they are dictionaries like
+small vocabularies, in memory too, so that a merge moves numbers and no texts; else they are differences from the row
+before. An `insert_id` is random and stays what it is. Row groups are small, so that one person's rows are found
 by their statistics and little else is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,16 +34,9 @@ from retrofill.limits import (
     LAKE_SYNC_BYTES,
 )
 
-# Each text differs little from the one before it, as the rows of one person stand together.
-_LIKE_BEFORE = ("user_id", "device_id", "user_properties")
-# Every text is another one.
-_ALL_DIFFERENT = ("insert_id", "event_properties", "sent")
 _INTEGERS = tuple(field.name for field in SCHEMA if pa.types.is_integer(field.type))
-_VOCABULARIES = [
-    field.name
-    for field in SCHEMA
-    if field.type == pa.string() and field.name not in (*_LIKE_BEFORE, *_ALL_DIFFERENT)
-]
+# Texts on few rows, of which many may be the same.
+_SELDOM = ("attribution_ids", "partner_id", "plan", "sent_groups")
 # At a time, from each of the files that are merged: in smaller steps the calls cost more than the rows.
 _READ_ROWS = LAKE_GROUP_ROWS
 _READ_BYTES = 256 * 1024  # of one column
@@ -49,14 +44,11 @@ _WORDS_MAX = 1000  # of a dictionary that is written as it is
 _EMPTY = "retrofill.empty"  # under which a file names the columns that have no value in it
 _OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,
-    "use_dictionary": _VOCABULARIES,
     # The order of the rows makes ranges of numbers useful; ranges of texts only make footers long.
     "write_statistics": list(_INTEGERS),
-    "column_encoding": {
-        **dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
-        **dict.fromkeys(_LIKE_BEFORE, "DELTA_BYTE_ARRAY"),
-    },
 }
+# Rows for each different text from which on it is cheaper to move numbers than texts.
+_ROWS_A_WORD = 2
 
 
 # A file that will be merged soon is written and read in half the time; one that stays takes two thirds of the room.
@@ -89,8 +81,14 @@ def write(
     empty = set(FILE.names)
     try:
         packing = _LASTING if lasting else _PASSING
-        with pq.ParquetWriter(path, FILE, **packing, **_OPTIONS) as writer:
-            for group in _groups(tables, group_rows):
+        groups = _groups(tables, group_rows)
+        first = next(groups, None)
+        if first is None:
+            return Written(0, 0)
+        with pq.ParquetWriter(
+            path, first.schema, **packing, **_OPTIONS, **_encodings(first.schema)
+        ) as writer:
+            for group in itertools.chain([first], groups):
                 writer.write_table(group, row_group_size=group_rows)
                 rows += group.num_rows
                 empty = {name for name in empty if group[name].null_count == group.num_rows}
@@ -102,12 +100,21 @@ def write(
             writer.add_key_value_metadata({_EMPTY: " ".join(sorted(empty))})
     except OSError as problem:
         raise store_error(problem, path) from problem
-    if not rows:
-        files.remove(path)
-        return Written(0, 0)
     files.sync_file(path)
     files.sync_folder(path.parent)
     return Written(rows, path.stat().st_size)
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    like_before = [name for name in arrow.REPEATED if name not in words]
+    return {
+        "use_dictionary": [*words, *_SELDOM],
+        "column_encoding": {
+            **dict.fromkeys(_INTEGERS, "DELTA_BINARY_PACKED"),
+            **dict.fromkeys(like_before, "DELTA_BYTE_ARRAY"),
+        },
+    }
 
 
 def empty_of(metadata: pq.FileMetaData) -> frozenset[str]:
@@ -148,10 +155,17 @@ def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
     table = _whole(arrow.narrow(blocks, vocabulary))
     snapshots = arrow.Snapshots(vocabulary)
     # The rows stand in order of position already.
-    order = np.argsort(table["amplitude_id"].to_numpy(), kind="stable")
+    people = table["amplitude_id"].to_numpy()
+    order = np.argsort(people, kind="stable")
+    different = int(np.count_nonzero(np.diff(people[order]))) + 1
+    snapshots_of_users = len(vocabulary.user_properties)
+    words = {"user_id": different, "device_id": different, "user_properties": snapshots_of_users}
+    schema = arrow.coding(
+        [name for name, count in words.items() if count * _ROWS_A_WORD <= len(order)]
+    )
     for first in range(0, len(order), LAKE_GROUP_ROWS):
         some = table.take(pa.array(order[first : first + LAKE_GROUP_ROWS]))
-        yield arrow.widen(some, snapshots)
+        yield arrow.widen(some, snapshots, schema)
 
 
 def _whole(table: pa.Table) -> pa.Table:
@@ -174,10 +188,24 @@ def _small(table: pa.Table) -> pa.Table:
     return table
 
 
-def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
-    """Yield a lake file's rows in order, some thousands at a time, without those that its delete file names.
+def coding_of(paths: Iterable[Path]) -> pa.Schema:
+    """Return how the rows of some files should stand in one: coded is what is so for at least half of them.
 
     Raises StoreError if a file cannot be read.
+    """
+    rows = dict.fromkeys(arrow.REPEATED, 0)
+    for path in paths:
+        with told(path), pq.ParquetFile(path) as opened:
+            for name in rows:
+                is_coded = pa.types.is_dictionary(opened.schema_arrow.field(name).type)
+                rows[name] += opened.metadata.num_rows * (1 if is_coded else -1)
+    return arrow.coding([name for name, more in rows.items() if more >= 0])
+
+
+def read(path: Path, deleted: Path | None, schema: pa.Schema = FILE) -> Iterator[pa.Table]:
+    """Yield a lake file's rows in order, some thousands at a time, without those that its delete file names.
+
+    schema: one of `arrow.coding`. Raises StoreError if a file cannot be read.
     """
     with told(path):
         gone = places_of(deleted)
@@ -185,17 +213,20 @@ def read(path: Path, deleted: Path | None) -> Iterator[pa.Table]:
         # Buffers of a set size: otherwise a whole file is read ahead, of each file that is merged.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as opened:
             for batch in opened.iter_batches(_READ_ROWS, use_threads=False):
-                table = whole(pa.Table.from_batches([batch]))
+                table = whole(pa.Table.from_batches([batch]), schema)
                 yield table if gone is None else without(table, gone, first)
                 first += len(batch)
 
 
-def whole(table: pa.Table) -> pa.Table:
+def whole(table: pa.Table, schema: pa.Schema = FILE) -> pa.Table:
     """Return rows of a lake file with every column that there is now: null where the file is older than the column."""
-    for field in FILE:
-        if field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(FILE.names)
+    columns = [
+        arrow.coded(table[field.name], field)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def verify(path: Path, deleted: Path | None) -> int:
