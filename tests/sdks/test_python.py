@@ -29,7 +29,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     servers: list[Process] = []
 
     def started(limits: str = "none") -> Process:
-        server = Process(tmp_path / "data", limits=limits)
+        server = Process(tmp_path / "data", settings="STOP_FIRST_S=60", limits=limits)
         servers.append(server)
         server.start()
         server.wait_until_ready()
