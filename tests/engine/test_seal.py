@@ -133,6 +133,26 @@ async def test_many_small_files_become_one(tmp_path: Path) -> None:
 
 
 @on_loop
+async def test_files_that_change_under_a_merge_are_chosen_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion writes the places of a file's deleted rows anew, and the list of before goes."""
+    blocks = list(World(people=50).blocks(COMPACT_FILES + 2, rows=20))
+    path = stored(tmp_path, blocks)
+    async with sealer(tmp_path, path) as (opened, lake):
+        for block in blocks:
+            await opened.seal(block.number, block.number)
+        now = lake.event_files
+        before = [msgspec.structs.replace(file, deleted=tmp_path / "gone") for file in now()]
+        told = iter([before])
+        monkeypatch.setattr(lake, "event_files", lambda: next(told, None) or now())
+        await opened.compact()
+        await opened.compacted()
+        assert len(now()) == 3
+        assert positions(lake) == expected(blocks)
+
+
+@on_loop
 async def test_a_child_that_was_killed_is_started_again(tmp_path: Path) -> None:
     blocks = list(World(people=50).blocks(2, rows=20))
     path = stored(tmp_path, blocks)

@@ -194,7 +194,13 @@ class Sealer:
             return False
         # An undo leaves files whose blocks overlap those of others.
         file = self._lake.new_file(sources[0].first, max(source.last for source in sources))
-        done = await self._compacting.ask(MergeTask(sources, file))
+        try:
+            done = await self._compacting.ask(MergeTask(sources, file))
+        except StoreError:
+            now = await self._of_lake(self._lake.event_files)
+            if all(source in now for source in sources):
+                raise
+            return True  # rows of them were deleted meanwhile, and what they were went away
         swapped = await self._of_lake(self._lake.swap, sources, file if done.rows else None)
         if not swapped and done.rows:
             self._lake.files.remove(file)
