@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -27,6 +28,8 @@ SENT_PIECE_BYTES: Final = 4 * 1024 * 1024
 def settle() -> None:
     """Keep what was freed for the next piece, and look for circles of objects less often. Call before much is loaded."""
     gc.set_threshold(*COLLECT_AFTER)
+    # Nothing here multiplies matrices; a thread that waits for some takes 0.03 CPU seconds of every start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _keep(KEPT_BYTES, PIECE_BYTES)
 
 
