@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from retrofill.backfill import feed
 from retrofill.backfill.feed import Block
 from retrofill.backfill.sets import JSON, SCHEMA, TEXT, Set, SetWriter
 from retrofill.errors import CorruptError
@@ -52,6 +53,28 @@ def test_a_set_gives_back_its_rows(path: Path) -> None:
         assert found["device_id"].to_pylist()[:3] == [None, "device-1", None]
         parts = [(first, part["seq"].to_pylist()) for first, part in one.within(8, 13, ["seq"])]
         assert parts == [(8, [8, 9]), (10, [10]), (11, [11, 12])]
+
+
+def test_a_mapped_set_gives_back_the_same_rows_also_when_its_pages_were_let_go(path: Path) -> None:
+    with Set(path) as one, Set(path, mapped=True) as mapped:
+        assert mapped.starts.tolist() == one.starts.tolist()
+        for names in ([JSON, "line", TEXT], ["person"], SCHEMA.names, ["device_id", "person"]):
+            meant, found = [*one.batches(names)], [*mapped.batches(names)]
+            mapped.let_go()
+            assert found == meant
+            assert [*mapped.batches(names)] == meant
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_sending_maps_what_is_not_packed(tmp_path: Path, *, packed: bool) -> None:
+    writer = SetWriter(tmp_path / "set-0.arrow", packed=packed)
+    made = group(0, 2000)
+    texts = [f',{{"n":{row},"referrer":"{"search" * 40}"}}' for row in range(2000)]
+    writer.write(made.set_column(SCHEMA.get_field_index(TEXT), TEXT, pa.array(texts)))
+    writer.close()
+    events = sum(map(len, texts))
+    sent = feed.opened(tmp_path / "set-0.arrow", events)
+    assert (sent.mapped, sent.rows) == (not packed, 2000)
 
 
 def test_rows_of_a_block_are_one_piece_of_what_was_read(path: Path) -> None:

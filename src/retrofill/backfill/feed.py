@@ -42,7 +42,7 @@ KIOSK_ROWS = 1200  # ours: rows at hand of one kiosk
 HISTORY_PER_S = (
     50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
 )
-RELEASE_AFTER = 8  # ours: row groups read before Arrow is asked to give memory back
+RELEASE_AFTER = 8  # ours: row groups read before memory is given back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
 UPDATE = (
@@ -151,7 +151,7 @@ class Feed:
         self.loaded = [0]  # bytes of all blocks alive
         self.cuts: dict[int, deque[Cut]] = {}  # the rows at hand of each work, by its key
         self._manifest = manifest
-        self._sets = [Set(stage / one.path) for one in manifest.sets]
+        self._sets = [opened(stage / one.path, one.bytes) for one in manifest.sets]
         self._done = done
         self._keys = 0
         self._opened: dict[int, Open] = {}
@@ -173,6 +173,7 @@ class Feed:
         self._lanes_open = min(most, max(fewest, 16_000 // rates.events_per_request))
         self._details: tuple[int, int, pa.RecordBatch] | None = None
         self._survey()
+        self._let_go()
         self._stream = self._streamed()
         self.streaming = True
 
@@ -277,7 +278,7 @@ class Feed:
         rows = np.flatnonzero(left)
         if len(rows) == 0:
             return self._single(tail), []
-        table = one.read(group, ["person", TEXT])
+        table = self._read(number, group, ["person", TEXT])
         people, text = table.column("person").to_numpy(), table.column(TEXT)
         runs = _runs(rows, people)
         works: list[Work] = []
@@ -532,14 +533,22 @@ class Feed:
         if table is None:
             while len(self._cache) >= CACHED_GROUPS:
                 del self._cache[next(iter(self._cache))]
-            table = one.read(group, self._columns)
-            self._reads += 1
-            if self._reads % RELEASE_AFTER == 0:
-                # Read for a part of each: what Arrow keeps of that for itself adds up otherwise.
-                pa.default_memory_pool().release_unused()
+            table = self._read(number, group, self._columns)
         self._cache[number, group] = table
         start = int(one.starts[group])
         return table.slice(first - start, last - first)
+
+    def _read(self, number: int, group: int, columns: list[str]) -> pa.RecordBatch:
+        self._reads += 1
+        if self._reads % RELEASE_AFTER == 0:
+            # Of each a part was looked at: what Arrow keeps of that for itself adds up otherwise.
+            pa.default_memory_pool().release_unused()
+            self._let_go()
+        return self._sets[number].read(group, columns)
+
+    def _let_go(self) -> None:
+        for one in self._sets:
+            one.let_go()
 
     @property
     def _columns(self) -> list[str]:
@@ -606,7 +615,7 @@ class Feed:
         one = self._sets[number]
         group = one.group_of(first)
         if self._details is None or self._details[:2] != (number, group):
-            table = one.read(group, DETAILS)
+            table = self._read(number, group, DETAILS)
             self._details = (number, group, table)
         return self._details[2].slice(first - int(one.starts[group]), last - first)
 
@@ -681,6 +690,11 @@ class Feed:
         text = _alone(table.column(TEXT), 0, cut.count)
         block = Block(cut.block.set, cut.span.first, text, people, self.loaded)
         return Cut(block, 0, cut.count)
+
+
+def opened(path: Path, size: int) -> Set:
+    """Open a set whose events are so many bytes together; packed it has fewer."""
+    return Set(path, mapped=path.stat().st_size > size)
 
 
 def _alone(text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
