@@ -120,10 +120,10 @@ def batch(block: Block) -> pa.RecordBatch:
 
 
 class Snapshots:
-    """The snapshots of a vocabulary as arrays, to be taken for rows by their place."""
+    """The snapshots of a vocabulary as arrays, to be taken for rows by their place. schema: of those rows."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._users = _json(vocabulary.user_properties)
+    def __init__(self, vocabulary: Vocabulary, schema: pa.Schema = SCHEMA) -> None:
+        self._users = coded(_json(vocabulary.user_properties), schema.field("user_properties"))
         self._shown = np.array(vocabulary.shown, np.int32)
         self._sets = {
             name: _array(values, SCHEMA.field(name)).dictionary_encode()
@@ -131,7 +131,7 @@ class Snapshots:
         }
 
     def columns(self, table: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
-        """Return the snapshot's columns for rows that show these tables, as in `FILE`."""
+        """Return the snapshot's columns for rows that show these tables."""
         places = pa.array(self._shown[table])
         return {"user_properties": self.user_properties(table)} | {
             name: values.take(places) for name, values in self._sets.items()

@@ -153,7 +153,6 @@ def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
     """Yield the rows of blocks sorted by (amplitude_id, block, row), as they go into a file, one row group at a time."""
     vocabulary = Vocabulary()
     table = _whole(arrow.narrow(blocks, vocabulary))
-    snapshots = arrow.Snapshots(vocabulary)
     # The rows stand in order of position already.
     people = table["amplitude_id"].to_numpy()
     order = np.argsort(people, kind="stable")
@@ -163,6 +162,7 @@ def in_order(blocks: Iterable[Block]) -> Iterator[pa.Table]:
     schema = arrow.coding(
         [name for name, count in words.items() if count * _ROWS_A_WORD <= len(order)]
     )
+    snapshots = arrow.Snapshots(vocabulary, schema)
     for first in range(0, len(order), LAKE_GROUP_ROWS):
         some = table.take(pa.array(order[first : first + LAKE_GROUP_ROWS]))
         yield arrow.widen(some, snapshots, schema)
@@ -183,8 +183,11 @@ def _small(table: pa.Table) -> pa.Table:
     for index, field in enumerate(table.schema):
         column = table.column(index).chunk(0)
         if pa.types.is_dictionary(field.type) and len(column.dictionary) > _WORDS_MAX:
-            again = column.dictionary_decode().dictionary_encode()
-            table = table.set_column(index, field, again)
+            used = column.indices.dictionary_encode()
+            if len(used.dictionary) < len(column.dictionary):
+                words = column.dictionary.take(used.dictionary)
+                again = pa.DictionaryArray.from_arrays(used.indices, words)
+                table = table.set_column(index, field, again)
     return table
 
 
