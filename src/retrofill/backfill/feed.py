@@ -303,10 +303,18 @@ class Feed:
     ) -> list[Cut]:
         """Rows in blocks of their own, so that the row group need not be kept for them."""
         blocks = [
-            Block(number, start + a, _alone(text, a, b), people[a:b].copy(), self.loaded)
+            Block(
+                number, start + a, self._alone(number, text, a, b), people[a:b].copy(), self.loaded
+            )
             for a, b in runs
         ]
         return [Cut(block, 0, len(block.people)) for block in blocks]
+
+    def _alone(self, number: int, text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
+        """Return some of the texts without holding the others: of a mapped set nothing holds any."""
+        if self._sets[number].mapped:
+            return text.slice(start, stop - start)
+        return text.take(pa.array(np.arange(start, stop)))
 
     def _leave_out_lanes(self, number: int, start: int, stop: int, left: NDArray[np.bool_]) -> None:
         firsts, lasts = self._people_left[number], self._lane_ends[number]
@@ -512,7 +520,7 @@ class Feed:
                 table = self._rows_of(number, first, stop)
                 # In memory of their own: a slice would keep the whole group for as long as the lane is under way.
                 people = table.column("person").to_numpy().copy()
-                text = _alone(table.column(TEXT), 0, stop - first)
+                text = self._alone(number, table.column(TEXT), 0, stop - first)
                 block = Block(number, first, text, people, self.loaded)
                 return [Cut(block, a - first, b - first) for a, b in open_], stop
             first = stop
@@ -687,7 +695,7 @@ class Feed:
         """The same rows in a block of their own, so that the large one can go."""
         table = self._rows_of(cut.block.set, cut.span.first, cut.span.first + cut.count)
         people = cut.block.people[cut.start : cut.stop].copy()
-        text = _alone(table.column(TEXT), 0, cut.count)
+        text = self._alone(cut.block.set, table.column(TEXT), 0, cut.count)
         block = Block(cut.block.set, cut.span.first, text, people, self.loaded)
         return Cut(block, 0, cut.count)
 
@@ -695,11 +703,6 @@ class Feed:
 def opened(path: Path, size: int) -> Set:
     """Open a set whose events are so many bytes together; packed it has fewer."""
     return Set(path, mapped=path.stat().st_size > size)
-
-
-def _alone(text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
-    """Return some of the texts in memory of their own."""
-    return text.take(pa.array(np.arange(start, stop)))
 
 
 def _codes(encoded: Any) -> Ints:
