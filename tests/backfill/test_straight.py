@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,49 @@ def test_a_row_with_something_odd_does_not_pass_as_it_stands_and_its_neighbours_
     both(tmp_path, path, event, monkeypatch, exact=False)
     staged = "\n".join(row["json"] for row in rows(tmp_path / "straight"))
     assert [text[1:] in staged for text in (others[0], odd, others[1])] == [True, False, True]
+
+
+TWICE = {
+    "a text": ('"platform":"Web"', '"platform":"TV","platform":"Web"'),
+    "a number": ('"time":1700000000000', '"time":1, "time" : 1700000000000'),
+    "an object": ('{"a":1}', '{"b":"x"}, "event_properties":{"a":1}'),
+    "while another is missing": (
+        '"user_id":"anna-1","event_properties":{"a":1}',
+        '"device_id":"device-1","event_properties":{"a":1}',
+    ),
+    "beside an escaped quote": ('"Web"', '"a \\"b\\" c","platform":"Web"'),
+    "beside backslashes": ('"Web"', '"b\\\\","platform":"a\\\\"'),
+    "beside both": ('{"a":1},', '{"a":"\\\\\\""},"platform":"\\\\",'),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("other", ["", "{}\n"], ids=["alone", "beside an odd row"])
+def test_no_event_has_a_key_twice(tmp_path: Path, name: str, other: str) -> None:
+    """Who reads it might take the other one than we did: another person, another insert_id."""
+    good = (
+        '{"device_id":"device-1","user_id":"anna-1","event_properties":{"a":1},"event_type":"Open",'
+        '"insert_id":"id-1","time":1700000000000, "platform":"Web"}'
+    )
+    odd = good.replace(*TWICE[name])
+    assert odd != good
+    path = tmp_path / "s.ndjson"
+    others = [good.replace("id-1", f"id-{number}") for number in (2, 3)]
+    path.write_text(other + "".join(f"{text}\n" for text in (others[0], odd, others[1])))
+    run(
+        tmp_path / "work",
+        path,
+        {"event": {one: one for one in PASSED if f'"{one}"' in good}},
+        bad_rows=1.0,
+    )
+    texts = [row["json"] for row in rows(tmp_path / "work")]
+    assert len(texts) == 3
+    assert sum(text.partition(',"device_id"')[2] in others[0] + others[1] for text in texts) == 2
+    for text in texts:
+        pairs: list[tuple[str, object]] = json.loads(text, object_pairs_hook=list)
+        assert len({key for key, _value in pairs}) == len(pairs)
+        held = {"device_id": "device-1", "time": 1700000000000, "event_type": "Open"}
+        assert held.items() <= dict(pairs).items()
 
 
 def test_what_is_said_again_in_another_order_is_the_same(tmp_path: Path) -> None:
