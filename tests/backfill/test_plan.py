@@ -320,6 +320,17 @@ def test_a_first_mapping_finds_a_time_without_a_name_by_its_values(
     assert ("by its values alone" in text) is (expression is not None)
 
 
+def test_a_first_mapping_takes_no_time_from_a_column_that_means_something_else(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"user_id": 1700000000 + n, "session_id": 1700000000000, "zeit": f"2024-01-01 10:00:0{n}"}
+        for n in range(3)
+    ]
+    found = yaml.safe_load(first_mapping(tmp_path, ndjson(tmp_path / "s.ndjson", rows)))["event"]
+    assert (found["time"], found["session_id"]) == ("zeit", "session_id")
+
+
 def test_a_first_mapping_takes_no_object_for_a_text(tmp_path: Path) -> None:
     found = [
         {"user": f"user-{n}", "device": {"os": "x"}, "name": "Open", "ts": 1700000000 + n}

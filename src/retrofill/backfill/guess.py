@@ -178,8 +178,11 @@ def _guesses(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterabl
 
 
 def _unnamed_time(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Iterable[Guess]:
-    """Guess the first column of which every row reads as a time."""
+    """Guess the first column of which every row reads as a time, unless its name means something else, as session_id."""
+    others = {other for field, names in _NAMES.items() if field != "time" for other in names}
     for name, kind in columns.items():
+        if _folded(name) in others:
+            continue
         values = [row.get(name) for row in rows]
         if values and all(map(_reads_as_time, values)):
             guess = _guess("time", name, kind, values)
