@@ -489,6 +489,23 @@ def test_what_cannot_be_folded_again_now_stops_nothing(
     assert not server.engine.event_time.late_since(1)
 
 
+def test_what_a_seal_would_have_folded_again_is_when_a_change_of_history_has_ended(
+    server: Server,
+) -> None:
+    engine = server.engine
+    for time in (9, 1):
+        send(server, time)
+
+    async def change() -> None:
+        async with engine.rewriting.alone():
+            await engine._settle(1)  # as after a seal
+            assert engine.event_time.late_since(1)
+        while engine.event_time.late_since(1):  # noqa: ASYNC110 - a mark, no event
+            await asyncio.sleep(0.01)
+
+    server.run(asyncio.wait_for(change(), PATIENCE_S))
+
+
 class _CutError(BaseException):
     """The machine stops here."""
 

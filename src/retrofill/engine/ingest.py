@@ -181,6 +181,7 @@ class Engine:
         self._seals: set[asyncio.Task[None]] = set()
         self._writing_back: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._settle_marks = LATE_MARKS_MAX  # with which the next look settles
         self.rewriting = Rewriting(self, self._intents, directory.rewriting, self._sealer.refolder)
         self._undoing = Undoing(self.rewriting, self, clock)
         self.event_time = EventTime(self.rewriting, self, self._may_change)
@@ -675,12 +676,13 @@ class Engine:
 
     async def _background_loop(self) -> None:
         while not self._closing:
-            now_ms, marks = self._clock.now_ms(), LATE_MARKS_MAX
+            now_ms = self._clock.now_ms()
             if self._seal_is_due(now_ms) and now_ms >= self._seal_again_ms:
                 await self._seal_in_turn()
-                marks = 1
+                self._settle_marks = 1
             if self._settling is None or self._settling.done():  # it may take as long as an undo
-                self._settling = asyncio.create_task(self._guarded(partial(self._settle, marks)))
+                settle = partial(self._settle, self._settle_marks)
+                self._settling = asyncio.create_task(self._guarded(settle))
             if self._since_checkpoint >= CHECKPOINT_EVENTS or (
                 self._since_checkpoint and now_ms - self._checkpoint_ms >= CHECKPOINT_AGE_MS
             ):
@@ -693,11 +695,14 @@ class Engine:
     async def _settle(self, marks: int) -> None:
         """Fold again what late events have marked, in projects with at least so many marks.
 
-        Not while a change of history is under way: the next look comes soon.
+        Not while a change of history is under way: the next look does it, with as few marks.
         """
+        self._settle_marks = LATE_MARKS_MAX
         for number in self._admissions:
             enough = self.state.project(number).marked >= marks
-            if enough and not self._closing and not self.event_time.waits:
+            if enough and self.event_time.waits:
+                self._settle_marks = min(self._settle_marks, marks)
+            elif enough and not self._closing:
                 try:
                     await self.event_time.settle_beside(number)
                 except StoreError as problem:
