@@ -122,6 +122,28 @@ def test_who_is_hidden_as_the_first_on_a_freed_device_frees_it(
         server.close()
 
 
+def test_a_group_identify_of_somebody_else_frees_no_device(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """A fold reads them of all people. Bob's first one has no user on a device that he took: he was not new there."""
+    servers = [Server(tmp_path / name, clock) for name in ("subject", "control")]
+    subject, control = servers
+    of_group = {
+        "event_type": "$groupidentify",
+        "groups": {"org": "acme"},
+        "group_properties": {"$set": {"size": 1}},
+    }
+    for server in servers:
+        server.send([_event(1, "tablet-4", "bob-222")])
+        server.send([_event(2, "phone-1") | of_group])
+        server.send([_event(3, "phone-1", "bob-222")])
+        server.send([_event(4, "phone-1") | of_group])
+    subject.send([_event(5, "crm-1", "ann-111", "old-shop")])
+    subject.run(subject.engine.undo(1, "old-shop"))
+    same(subject, control)
+    assert _owner(subject, device="phone-1") == _owner(subject, user="bob-222") != 0
+
+
 def test_who_was_deleted_does_not_come_back_with_an_import(
     tmp_path: Path, clock: FakeClock
 ) -> None:

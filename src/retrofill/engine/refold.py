@@ -327,10 +327,20 @@ class Folding:
         """Yield the next rows in parts, each to be folded at once: see `Freed`."""
         if self._freed is None:
             return iter([rows])
-        # What is shown again has numbers of the history that it was hidden from.
-        telling = ~self._mine(rows)[0] if self._rule.show else np.ones(rows.num_rows, bool)
-        seen = np.isin(rows["kind"].to_numpy(), _SEEN)
-        return self._freed.parts(rows, telling & seen)
+        mine, _ = self._mine(rows)
+        # Of others their group identifies alone are read, and not what came before those.
+        telling = np.isin(rows["kind"].to_numpy(), _SEEN) & ~self._foreign(rows, mine)
+        if (
+            self._rule.show
+        ):  # what is shown again has numbers of the history that it was hidden from
+            telling &= ~mine
+        return self._freed.parts(rows, telling)
+
+    def _foreign(self, rows: pa.Table, mine: Bools) -> Bools:
+        """Say which rows are group identifies of nobody who is folded: they are read for their groups."""
+        group = rows["kind"].to_numpy() == Kind.GROUP_IDENTIFY
+        group |= mine & np.asarray(pc.equal(rows["event_type"], "$groupidentify"))
+        return np.asarray(group & ~np.isin(rows["amplitude_id"].to_numpy(), self.people))
 
     @property
     def contested(self) -> pa.Table:
@@ -375,13 +385,9 @@ class Folding:
         kinds = rows["kind"].to_numpy()
         mine, candidate = self._mine(rows)
         seen = candidate & self._not_repeated(rows, candidate)
-        people = rows["amplitude_id"].to_numpy()
-        group = (kinds == Kind.GROUP_IDENTIFY) | (
-            mine & np.asarray(pc.equal(rows["event_type"], "$groupidentify"))
-        )
-        foreign = group & ~np.isin(people, self.people)
-        # Somebody else's group identify is read for its group and stays where it is.
-        own = ~(foreign & (people != 0)) | mine
+        foreign = self._foreign(rows, mine)
+        # Somebody else's group identify stays where it is.
+        own = ~(foreign & (rows["amplitude_id"].to_numpy() != 0)) | mine
         new = Refolded(rows, own, seen)
         if seen.any():
             some = rows if seen.all() else rows.filter(pa.array(seen))

@@ -481,6 +481,7 @@ class Session:
     def _take_in(self, known: Members) -> None:
         """Fold the rows so far of people whom the change did not touch until now."""
         self._register(known)
+        self._folding.people = np.union1d(self._folding.people, known.people)
         if self._tails:  # seldom: DuckDB opens each of these files to name them
             self._history.use(self._tails, "tails")
         by_time = self._begun.rule.by_time
