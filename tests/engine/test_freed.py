@@ -142,6 +142,8 @@ def test_a_group_identify_of_somebody_else_frees_no_device(
     subject.run(subject.engine.undo(1, "old-shop"))
     same(subject, control)
     assert _owner(subject, device="phone-1") == _owner(subject, user="bob-222") != 0
+    for server in servers:
+        server.close()
 
 
 def test_who_was_deleted_does_not_come_back_with_an_import(
