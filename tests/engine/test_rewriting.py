@@ -259,6 +259,25 @@ def test_an_undo_that_was_given_up_may_be_asked_for_once_more(subject: Server) -
     subject.close()
 
 
+def test_a_restore_that_was_given_up_may_be_asked_for_once_more(subject: Server) -> None:
+    one_import(subject)
+    before = subject.seen()
+    subject.run(subject.engine.undo(1, "old-shop"))
+    subject.meddle = _fails
+    for _ in range(REFOLD_TRIES_MAX):
+        with pytest.raises(StoreError, match="no memory"):
+            subject.run(subject.engine.restore(1, "old-shop"))
+    subject.crash()
+    subject.run(subject.engine.rewriting.ended())
+    subject.meddle = None
+    with pytest.raises(ConflictError, match="restore of old-shop has failed 3 times"):
+        subject.run(subject.engine.undo(1, "old-shop"))
+    assert subject.run(subject.engine.restore(1, "old-shop")).state == "open"
+    assert subject.engine.tried(1) == {}
+    assert subject.seen() == before
+    subject.close()
+
+
 def test_a_switch_that_fails_is_forgotten_and_the_next_start_serves(
     subject: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,13 +269,15 @@ def begun_again(known: Imports, project: int, name: str) -> None:
 
 
 def to_restore(known: Imports, project: int, name: str, *, again: bool, now_ms: int) -> Import:
-    """Return an undone import that may be brought back. again: its next generation has rows.
+    """Return an undone import that may be brought back, or one whose bringing back broke off: it is asked for again.
 
-    Raises ConflictError, MissingError.
+    again: its next generation has rows. Raises ConflictError, MissingError.
     """
     one = known.get(project, name)
     if one is None:
         raise MissingError("There is no such import", where=name)
+    if one.state == "restoring":
+        return one
     if one.state != "undone" or again:
         raise ConflictError(
             f"The import {name} holds rows of a later generation"
