@@ -442,7 +442,7 @@ def _strings_short(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
     sizes = np.diff(ends, prepend=0)
     short: NDArray[np.bool_] = sizes <= STRING_CHARS_MAX
     for row in np.flatnonzero(~short).tolist():
-        short[row] = glance.strings(bytes(data[int(ends[row] - sizes[row]) : int(ends[row])]))
+        short[row] = glance.strings(_row(data, ends, row))
     return short
 
 

@@ -578,15 +578,8 @@ def _read_metadata(raw: Raw) -> IngestionMetadata | None:
 _METADATA = ("source_name", "source_version")
 # Kept to STRING_CHARS_MAX, like the property values that most of them become.
 _CUT = (
-    *(
-        "event_type",
-        "platform",
-        "os_name",
-        "os_version",
-        "device_brand",
-        "device_manufacturer",
-        "device_model",
-    ),
+    *("event_type", "platform", "os_name", "os_version"),
+    *("device_brand", "device_manufacturer", "device_model"),
     *("carrier", "country", "region", "city", "dma", "language", "app_version", "version_name"),
     *("ip", "library", "start_version", "paying", "product_id", "revenue_type", "currency"),
     *("idfa", "adid", "partner_id"),

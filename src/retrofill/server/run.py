@@ -55,9 +55,8 @@ _NO_MORE = (
     (0x06, 0, 0, 0xFFFFFFFF),  # no: let it in
     (0x06, 0, 0, 0),  # yes: drop it
 )
-_UNTAKEN = struct.Struct(
-    "24xI"
-)  # where TCP_INFO tells of a listening socket how many wait in its queue
+# Where TCP_INFO tells of a listening socket how many wait in its queue.
+_UNTAKEN = struct.Struct("24xI")
 
 
 class Opened(Struct, frozen=True):
