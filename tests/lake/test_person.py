@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.lake.test_ducklake import merge, rows, seal, write
 from retrofill.core.block import Kind
 from retrofill.errors import StoreError
 from retrofill.lake import Lake, Snapshot, arrow, parquet
-from retrofill.lake.person import Footers
+from retrofill.lake.person import Footers, footer_of
 
 PROJECT = 7
 KINDS = (Kind.EVENT, Kind.IDENTIFY)
@@ -138,3 +139,20 @@ def test_a_damaged_file_is_told_as_a_failing_store(lake: Lake) -> None:
     file.write_bytes(b"nothing like it")
     with pytest.raises(StoreError, match="cannot be read"):
         Footers(1000).of(file)
+
+
+def test_a_footer_is_let_go_where_nobody_looks_for_circles(lake: Lake) -> None:
+    def kept() -> int:
+        return sum(type(one) is parquet.pq.FileMetaData for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = kept()
+        for file in lake.event_files():
+            footer = footer_of(file.path)
+            assert kept() == before + 1
+            del footer
+            assert kept() == before
+    finally:
+        gc.enable()

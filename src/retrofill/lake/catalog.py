@@ -14,6 +14,7 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
+from retrofill.lake import parquet
 from retrofill.lake.compact import LakeFile
 
 CATALOG = "__ducklake_metadata_lake"
@@ -59,7 +60,7 @@ def put_in_place(
 
     False, and nothing is changed, if the catalog has never met a file with these columns: DuckLake has to take it.
     """
-    names = set(metadata.schema.names)
+    names = set(parquet.names_of(metadata))
     known = (number for number, found in cursor.execute(_NAMES).fetchall() if set(found) == names)
     mapping = next(known, None)
     if mapping is None:
@@ -83,7 +84,7 @@ def put_in_place(
 def _stats(metadata: pq.FileMetaData) -> Iterator[list[Any]]:
     """Yield of each column: name, bytes, values, nulls, lowest and highest, as DuckLake reads them from a footer."""
     groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
-    for place, name in enumerate(metadata.schema.names):
+    for place, name in enumerate(parquet.names_of(metadata)):
         chunks = [group.column(place) for group in groups]
         size = sum(chunk.total_compressed_size for chunk in chunks)
         told = [chunk.statistics for chunk in chunks]

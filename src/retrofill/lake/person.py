@@ -86,8 +86,8 @@ def footer_of(path: Path) -> Footer:
 
 def ranges(metadata: pq.FileMetaData, name: str) -> tuple[np.ndarray[Any, Any], ...]:
     """Return the least and the largest number of a column in each row group, as far as the file says so."""
-    place = metadata.schema.names.index(name)
     groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    place = parquet.names_of(metadata).index(name) if groups else 0
     told = [group.column(place).statistics for group in groups]
     found = [
         (one.min, one.max) if one is not None and one.has_min_max else (_INT64.min, _INT64.max)
