@@ -49,4 +49,4 @@ def test_a_journal_that_is_none_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("problem", [ConnectionResetError(104, "reset"), OSError("no number")])
 def test_an_error_of_something_else_is_no_error_of_a_disk(problem: OSError) -> None:
-    assert of_disk(problem) is None
+    assert of_disk(problem, "run") is None

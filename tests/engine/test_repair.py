@@ -120,6 +120,9 @@ STATE: dict[str, Harm] = {
     "a group too many": _sql(
         "checkpoint.sqlite", """INSERT INTO groups VALUES (1, 'org', 'acme', '{"size":1}')"""
     ),
+    "an unreadable group": _sql(
+        "checkpoint.sqlite", "INSERT INTO groups VALUES (1, 'org', 'evil', x'7b22ff')"
+    ),
     "an alias too many": _sql(
         "checkpoint.sqlite", "INSERT INTO aliases VALUES (1, 'ann-111', 'bob-222')"
     ),
@@ -199,6 +202,22 @@ def test_a_checkpoint_that_is_lost_is_made_again(name: str, tmp_path: Path) -> N
             server.send([{**again, "insert_id": one["insert_id"]}])
     assert server.engine.figures.duplicates > 0
     server.close()
+
+
+def test_an_id_that_is_no_text_any_more_is_damage_of_its_checkpoint(server: Server) -> None:
+    server.close()
+    before = _all(server)
+    _sql("checkpoint.sqlite", "UPDATE devices SET id = CAST(x'ff68' AS TEXT) WHERE id = 'phone-2'")(
+        server.folder
+    )
+    found = _check(server)
+    assert [(one.where, one.field) for one in found.differences] == [
+        ("checkpoint.sqlite", "structure")
+    ]
+    done = _repair(server)
+    assert done.left.differences == []
+    assert done.aside == ["checkpoint.sqlite"]
+    assert _all(server) == before
 
 
 def test_a_checkpoint_made_again_knows_what_comes_too_late(server: Server) -> None:
@@ -508,6 +527,47 @@ def test_a_broken_hot_store_is_left_as_it_is(server: Server) -> None:
     done = _repair(server)
     assert done.found.count == done.left.count > 0
     assert path.read_bytes() == broken
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _cut_delete_file(folder: Path) -> None:
+    _in_lake("DELETE FROM lake.events WHERE insert_id = 'a'")(folder)
+    (path,) = (folder / "lake").rglob("*-delete.parquet")
+    _cut(path)
+
+
+LOST: dict[str, Harm] = {
+    "a delete file": _cut_delete_file,
+    "the catalog": lambda folder: _cut(folder / "lake" / "catalog.duckdb"),
+    "intents": lambda folder: _cut(folder / "intents.sqlite"),
+    "a secret key": _sql("hot.sqlite", "UPDATE projects SET secret_key = CAST(x'ff' AS TEXT)"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_nothing_else_holds_is_told_and_left_as_it_is(
+    name: str, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.close()
+    LOST[name](server.folder)
+    kept = _bytes(server.folder)
+    done = _repair(server)
+    assert done.found.differences == done.left.differences
+    assert done.left.count == 1
+    assert _bytes(server.folder) == kept
+    with pytest.raises(SystemExit) as ended:
+        main.app(["check", "--data", str(server.folder), "--repair"])
+    assert ended.value.code == 1
+    assert "restore the data directory from a copy" in capsys.readouterr().out
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    names = ("hot.sqlite", "checkpoint.sqlite", "intents.sqlite")
+    lake = sorted((folder / "lake").rglob("*.parquet"))
+    return {path.name: path.read_bytes() for path in (*(folder / name for name in names), *lake)}
 
 
 def test_what_was_written_last_to_a_checkpoint_is_set_aside_with_it(server: Server) -> None:

@@ -71,6 +71,8 @@ def _tell(report: Report, event: str, *, as_json: bool) -> None:
     typer.echo(" · ".join(f"{facts[name]:,} {name.replace('_', ' ')}" for name in names))
     if not report.refolded:
         typer.echo("Files are damaged, so nothing was folded again")
+    if report.lost:
+        typer.echo("Nothing else holds what they say: restore the data directory from a copy")
     if report.unknown:
         typer.echo(f"{report.unknown:,} values cannot be known: deleted people may have made them")
     typer.echo(f"{report.count:,} differences" if report.count else "no differences")

@@ -59,16 +59,21 @@ class Verbs(TyperGroup):
             tell(problem)
             raise typer.Exit(problem.code) from problem
         except (OSError, sqlite3.Error) as problem:
-            refused = of_disk(problem)
+            refused = of_disk(problem, ctx.invoked_subcommand or "")
             if refused is None:
                 raise
             tell(refused)
             raise typer.Exit(refused.code) from problem
 
 
-def of_disk(problem: OSError | sqlite3.Error) -> Error | None:
+def of_disk(problem: OSError | sqlite3.Error, verb: str) -> Error | None:
     """Return an error of the file system in our words, None for one of something else."""
     if isinstance(problem, sqlite3.Error):
+        if verb in {"serve", "check"}:
+            return StoreError(
+                f"A SQLite file of the data directory cannot be written or read: {problem}",
+                mend="Mend the disk, or restore the data directory from a copy",
+            )
         return StoreError(
             f"The journal of the work directory cannot be written or read: {problem}",
             mend="Free some space or mend the disk, and give the same line again; what was acknowledged is kept",

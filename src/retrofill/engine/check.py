@@ -82,6 +82,7 @@ class Report(Struct):
     """What was looked at and found. differences: the first CHECK_SHOWN_MAX of `count`.
 
     refolded: false if files were too damaged for it. unknown: differences that deleted people may account for.
+    sound: files can be opened. lost: one of them is damaged that nothing else could make again.
     """
 
     differences: list[Difference] = []
@@ -94,6 +95,8 @@ class Report(Struct):
     rows: int = 0
     people: int = 0
     merges: int = 0
+    sound: bool = True
+    lost: bool = False
 
     def differs(
         self, project: int, where: str, field: str, stored: object, refolded: object
@@ -149,10 +152,10 @@ def check(data: Path, clock: Clock, *, sealer: Callable[[Path, Lake], Sealer] = 
     report = Report()
     directory = Directory(data)
     try:
-        whole = files(directory, report)
+        files(directory, report)
     finally:
         directory.close()
-    if whole:
+    if report.sound:
         asyncio.run(_refold(Settings(data=data, limits="none"), clock, sealer, report))
     return report
 
@@ -170,25 +173,25 @@ def need(data: Path) -> None:
 # Files.
 
 
-def files(directory: Directory, report: Report) -> bool:
-    """Read every file whole; say whether they are sound enough to be opened."""
+def files(directory: Directory, report: Report) -> None:
+    """Read every file whole, and say of the report whether they are sound enough to be opened."""
     if directory.repairing.exists():
         report.differs(0, directory.repairing.name, "repair", "cut off", "ended")
-    for path in (directory.blocks, directory.checkpoint, directory.imports):
+    again = (directory.checkpoint, directory.imports)  # can be made again
+    for path in (directory.blocks, *again, directory.intents, directory.deletions):
         for fault in sqlite.faults(path) if path.exists() else ():
             report.differs(0, path.name, "structure", fault, "ok")
-    if report.count:
-        return False
-    _blocks(directory, report)
-    _lake(directory, report)
-    whole = not report.count
+            report.lost |= path not in again
+    if not report.lost:
+        _blocks(directory, report)
+        _lake(directory, report)
+    report.sound = not report.count
     for path in sorted(directory.keys.glob("keys-*.bin")):
         report.key_files += 1
         try:
             KeyFile(path)
         except CorruptError as problem:
             report.differs(0, f"key file {path.name}", "checksum", problem.what, "ok")
-    return whole
 
 
 def _blocks(directory: Directory, report: Report) -> None:
@@ -203,17 +206,21 @@ def _blocks(directory: Directory, report: Report) -> None:
 
 
 def _lake(directory: Directory, report: Report) -> None:
-    with closing(Lake.open(directory.lake)) as lake, lake.snapshot() as snapshot:
-        listed = snapshot.cursor.execute(
-            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
-        ).fetchall()
-        for data, deleted in sorted(listed):
-            report.lake_files += 1
+    try:
+        with closing(Lake.open(directory.lake)) as lake:
+            listed = lake.named_files()
+    except StoreError as problem:
+        report.differs(0, "lake catalog", "structure", problem.what, "ok")
+        report.lost = True
+        return
+    report.lake_files = len(listed)
+    for data, deleted, _ in listed:
+        for path in filter(None, (data, deleted)):
             try:
-                parquet.verify(Path(data), Path(deleted) if deleted else None)
+                parquet.verify(path)
             except StoreError as problem:
-                name = Path(problem.where).name
-                report.differs(0, f"lake file {name}", "bytes", problem.what, "ok")
+                report.differs(0, f"lake file {path.name}", "bytes", problem.what, "ok")
+                report.lost |= path is deleted
 
 
 # History.
@@ -348,7 +355,7 @@ class _Project:
         for one, blob in self._checkpoint.every_person(self._number):
             try:
                 found[one] = person.decode(blob)
-            except msgspec.MsgspecError as problem:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
                 self._differs(f"person {one}", "person", str(problem), None)
         return found
 
@@ -473,7 +480,7 @@ class _Project:
                 mend.people[one] = new or Person(one, merged_into=FORGOTTEN)
         groups = {key: value for key, value in made.groups.items() if value}
         for key, text in self._checkpoint.every_group(self._number):
-            self._group(key, _parsed(text) or None, groups.pop(key, None))
+            self._group(key, _group_properties(text), groups.pop(key, None))
         for key, value in groups.items():
             self._group(key, None, value)
         stored, said = self._engine.aliases(self._number), self._refold.aliases
@@ -551,6 +558,14 @@ def _fields(one: Person | None) -> dict[str, Any]:
         "joined": one.joined,
         **dict(zip(COLUMNS, one.columns, strict=True)),
     }
+
+
+def _group_properties(text: bytes) -> object:
+    """Return them, None if there are none; of damaged ones say so."""
+    try:
+        return _parsed(text) or None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        return str(problem)
 
 
 def _parsed(text: Any) -> Any:

@@ -15,8 +15,8 @@ While a checkpoint is begun anew, from before a block is replaced until 3 is don
 directory, with the next amplitude_id, and nothing but another repair opens it. Everything else leaves, where it is cut
 off, a directory with fewer differences: a repair run again does what is left.
 
-`hot.sqlite` itself and the catalog of the lake hold what nothing else does: if SQLite or DuckDB cannot read them, they
-are left as they are, and only a copy helps. So are delete files of the lake: they say which rows are no more.
+`hot.sqlite` itself, `intents.sqlite`, `deletions.sqlite`, the catalog of the lake and its delete files, which say what rows
+are no more, hold what nothing else does: if one of them cannot be read, all is left as it is, and only a copy helps.
 """
 
 from __future__ import annotations
@@ -79,13 +79,12 @@ def repair(
     found, aside = Report(), _Aside(data / "set-aside")
     directory = Directory(data)
     try:
-        whole = checking.files(directory, found)
-        mendable = whole or not sqlite.faults(directory.blocks)
-        if mendable and not whole:
+        checking.files(directory, found)
+        if not (found.sound or found.lost):
             _mend_files(directory, aside)
     finally:
         directory.close()
-    if mendable:
+    if not found.lost:
         asyncio.run(_mend(Settings(data=data, limits="none"), clock, sealer, found, aside))
     left = checking.check(data, clock, sealer=sealer)
     return Repaired(found, left, aside.names)
@@ -233,13 +232,8 @@ def _mend_lake(lake: Lake, aside: _Aside) -> None:
     """Put what is whole of each damaged lake file in its place."""
     for path, deleted, rows in lake.named_files():
         try:
-            parquet.verify(path, None)
+            parquet.verify(path)
         except StoreError:
-            if deleted is not None:  # it says by their places which rows are no more
-                try:
-                    parquet.verify(deleted, None)
-                except StoreError:
-                    continue
             aside.take(path)
             kept, lost = _salvaged(path, deleted)
             aside.tell(_lost(path, lost, rows))
@@ -402,5 +396,5 @@ def _fresh(checkpoint: Path) -> int:
         with closing(sqlite3.connect(checkpoint)) as db:
             row = db.execute("SELECT fresh FROM meta").fetchone()
             return int(row[0]) if row else 0
-    except sqlite3.Error:
+    except (sqlite3.Error, ValueError):
         return 0

@@ -62,6 +62,11 @@ class Directory:
         return self.root / "intents.sqlite"
 
     @property
+    def deletions(self) -> Path:
+        """The SQLite file of deletions of people that were asked for."""
+        return self.root / "deletions.sqlite"
+
+    @property
     def repairing(self) -> Path:
         """A file that is there while a repair makes the checkpoint anew: nobody else may open the directory then."""
         return self.root / "repairing"

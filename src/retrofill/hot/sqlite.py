@@ -201,15 +201,31 @@ def read_blocks(path: Path, first: int, last: int) -> Iterator[Block]:
 
 
 def faults(path: Path) -> list[str]:
-    """Return what SQLite finds wrong with the structure of a file, nothing if it is whole."""
+    """Return what SQLite finds wrong with a file: its structure, and texts that are none. Nothing if it is whole."""
     connection = sqlite3.connect(path)
     try:
         found = [str(one) for (one,) in connection.execute("PRAGMA integrity_check")]
-    except sqlite3.Error as problem:
+        if found == ["ok"]:  # it does not look into texts
+            _read_texts(connection)
+    except (sqlite3.Error, UnicodeDecodeError) as problem:
         return [str(problem)]
     finally:
         connection.close()
     return [] if found == ["ok"] else found
+
+
+def _read_texts(connection: sqlite3.Connection) -> None:
+    tables = connection.execute(
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+    ).fetchall()
+    for (table,) in tables:
+        columns = [
+            f'"{name}"'
+            for _, name, kind, *_ in connection.execute(f'PRAGMA table_info("{table}")')
+            if kind != "BLOB"
+        ]
+        for _ in connection.execute(f'SELECT {", ".join(columns)} FROM "{table}"'):  # noqa: S608 - names of the file
+            pass
 
 
 class Bar(Struct, frozen=True):

@@ -419,14 +419,18 @@ class Lake:
         self._commit(change)
 
     def named_files(self) -> list[tuple[Path, Path | None, int]]:
-        """Return each file of table `events` as the catalog names it, whole or not: path, delete file, rows."""
-        rows = self._db.execute(
-            f"SELECT path, record_count FROM {CATALOG}.ducklake_data_file WHERE end_snapshot IS NULL"  # noqa: S608 - a name of ours
-        ).fetchall()
+        """Return each file of table `events` as the catalog names it, whole or not: path, delete file, rows.
+
+        Raises StoreError.
+        """
+        with _told(self.folder):
+            rows = self._db.execute(
+                f"SELECT path, record_count FROM {CATALOG}.ducklake_data_file WHERE end_snapshot IS NULL"  # noqa: S608 - a name of ours
+            ).fetchall()
+            listed = self._db.execute(
+                "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
+            ).fetchall()
         counts = {Path(path).name: count for path, count in rows}
-        listed = self._db.execute(
-            "SELECT data_file, delete_file FROM ducklake_list_files('lake', 'events')"
-        ).fetchall()
         return sorted(
             (Path(data), Path(deleted) if deleted else None, counts.get(Path(data).name, 0))
             for data, deleted in listed
