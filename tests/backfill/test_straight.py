@@ -105,6 +105,12 @@ BROKEN = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _as_large_sources_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for rows that pass as they stand, however few there are."""
+    monkeypatch.setattr(intake, "SCANNED_BYTES", 0)
+
+
 @pytest.fixture
 def way_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of events that went straight."""

@@ -22,7 +22,7 @@ USER: Final = 2
 INSERT: Final = 3
 
 _WORD = 8
-_TOGETHER = 64  # bytes up to which ids of one length are hashed together
+TOGETHER = 64  # bytes up to which ids of one length are hashed together
 _FIRST = 0x9E3779B97F4A7C15
 _TIMES = np.uint64(0xFF51AFD7ED558CCD)
 _AGAIN = np.uint64(0xC4CEB9FE1A85EC53)
@@ -44,7 +44,7 @@ def of(texts: pa.StringArray, *, seed: int) -> Ints:
             continue
         rows = np.flatnonzero(sizes == size)
         starts = ends[rows] - size
-        if size > _TOGETHER:
+        if size > TOGETHER:
             parts = (data[start : start + size] for start in starts.tolist())
             longer = (xxhash.xxh3_64_intdigest(part, seed) for part in parts)
             found[rows] = np.fromiter(longer, np.uint64, len(rows))

@@ -29,7 +29,7 @@ from retrofill.backfill.people import Ints, Pairs
 from retrofill.backfill.records import JSON_SCHEMA
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill
-from retrofill.backfill.straight import Straight, straight
+from retrofill.backfill.straight import SCANNED_BYTES, Straight, straight
 from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal
 from retrofill.errors import FullError, InputError
@@ -207,7 +207,9 @@ class Intake:
         return self.taken
 
     def _straight(self, found: Compiled) -> Straight | None:
-        return straight(found, self.columns, self._checker, self._set_aside, self.source.rows)
+        large = sum(piece.size for piece in self.pieces) >= SCANNED_BYTES
+        rows = self.source.rows if large else ()
+        return straight(found, self.columns, self._checker, self._set_aside, rows)
 
     def _set_aside(self, rows: pa.RecordBatch) -> None:
         assert self._odd is not None
@@ -282,9 +284,7 @@ class Intake:
     def _keep(self, batch: pa.RecordBatch, spill: Spill) -> None:
         if batch.num_rows == 0:
             return
-        device = hashes.of(batch.column("device_id"), seed=hashes.DEVICE)
-        user = hashes.of(batch.column("user_id"), seed=hashes.USER)
-        key = hashes.of(batch.column("given"), seed=hashes.INSERT)
+        device, user, key = _hashes(batch)
         key = hashes.both(np.where(device == 0, user, device), key)
         self.taken.pairs.add(device, user)
         self.taken.borders.add(device, user, _numbers(batch, "time_ms"))
@@ -412,6 +412,20 @@ def _names(expression: str, name: str) -> bool:
 
 def _numbers(batch: pa.RecordBatch, name: str) -> Any:  # an array of the column's type
     return batch.column(name).to_numpy(zero_copy_only=False)
+
+
+def _hashes(batch: pa.RecordBatch) -> tuple[Ints, Ints, Ints]:
+    """Return the hashes of devices, users and given insert_ids: as they were found on the way, or made now."""
+    if "insert_hash" in batch.schema.names:
+        device, user, given = (
+            _numbers(batch, name) for name in ("device_node", "user_node", "insert_hash")
+        )
+        return device, user, given
+    return (
+        hashes.of(batch.column("device_id"), seed=hashes.DEVICE),
+        hashes.of(batch.column("user_id"), seed=hashes.USER),
+        hashes.of(batch.column("given"), seed=hashes.INSERT),
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -110,30 +110,6 @@ def rewritten(found: Objects) -> Bools:
     return found.marked(np.concatenate(places))
 
 
-def beyond(found: Objects) -> Bools:
-    """Say which rows have a number that may be beyond 64 bits, as a whole one or as a decimal."""
-    _data, text, digit = _digits(found)
-    return found.marked(np.concatenate((_at_exponents(text, digit), _at_long(text, digit))))
-
-
-def bare(found: Objects) -> Bools:
-    """Say which rows have an object with nothing in it, or one with white space where its first key could be."""
-    starts = (found.ends - found.sizes)[found.sizes > 0]
-    second = found.text[np.minimum(starts + 1, len(found.data) - 1)]
-    return found.marked(starts[(second <= _SPACE) | (second == _CLOSE)])
-
-
-def deep(found: Objects) -> Bools:
-    """Say which rows may be nested too deeply."""
-    if shallow(found):
-        return np.zeros(found.rows, np.bool_)
-    opening = found.text | 0x20 == _OPEN  # { and [
-    there = found.sizes > 0
-    ends = found.ends[there]
-    openings = np.add.reduceat(opening, ends - found.sizes[there], dtype=np.int32)
-    return found.marked(ends[openings > DEPTH_MAX] - 1)
-
-
 def _digits(found: Objects) -> tuple[bytes, NDArray[np.uint8], Bools]:
     data = found.data.ljust(_LONG)
     text = np.frombuffer(data, np.uint8)

@@ -7,9 +7,9 @@ depends on the row alone, never on its neighbours. Handed on are rows that are n
 their fields, without a usable id, with a forbidden or short one, without a type or time, or with a number or an escape that
 the query writes more simply; properties with white space between their parts are written without it, as the query does.
 
-Most sources need not even that. Where fields and columns have the same names, a row of its own line that holds nothing but
-what the mapping names, each key once, no null, an insert_id and nothing odd is an event as it stands: it is decoded to be looked
-at, and its bytes go through. Its members keep the source's order, white space and way to write a number, which mean the same to whoever
+Most large sources need not even that. Where fields and columns have the same names, a row of its own line that holds nothing
+but what the mapping names, each key once, no null, an insert_id and nothing odd is an event as it stands: it is looked at (`scan`),
+and its bytes go through. Its members keep the source's order, white space and way to write a number, which mean the same to whoever
 reads them; only an insert_id that is made, the hash of the text, needs one way to write an event.
 
 Nearly all batches hold nothing that the core would mend or refuse: their events are finished here, as lines of JSON.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import md5
 from itertools import starmap
 from operator import attrgetter
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -42,6 +42,9 @@ from retrofill.core import event, glance
 from retrofill.core.mapping import Field
 from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 
+if TYPE_CHECKING:
+    from retrofill.backfill.scan import Found, Scanner
+
 _CHARS_MAX = STRING_CHARS_MAX // 4  # characters that are surely no more bytes than an id may have
 _SURE_BYTES = 12  # no forbidden id is as long but for one
 _ZEROS: Final = glance.ZERO_DEVICE.encode()
@@ -53,12 +56,11 @@ _FIRST: Final = (
 )  # of an event's members, in this order
 _KEY: Final = "insert_id"
 _ABSENT = Raw()
-_BACKSLASH, _NEWLINE, _RETURN, _SPACE, _QUOTE, _ZERO = 92, 10, 13, 32, 34, 48
+_BACKSLASH, _NEWLINE, _RETURN, _SPACE, _ZERO = 92, 10, 13, 32, 48
 _OPEN, _CLOSE = 0x7B, 0x7D
 _SIMPLE = np.zeros(256, np.bool_)
 _SIMPLE[list(b'"\\bfnrt')] = True  # escapes that every writer of JSON writes so
-_INT64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-_LONG = _INT64 | None
+_LONG = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None
 # How each kind of field is decoded, and the column's types for which the query does the same.
 _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "text": (str | None, None, frozenset()),
@@ -66,17 +68,12 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "integer": (_LONG, None, frozenset({"BIGINT"})),
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
-# The same for rows that pass as they stand: a null is none of these, and what is not there becomes the struct's default.
-_WHOLE_KINDS: Final[dict[str, tuple[Any, object]]] = {
-    "text": (str, None),
-    "millis": (_INT64, None),
-    "integer": (_INT64, None),
-    "object": (Raw, _ABSENT),
-}
-_WHOLE_NEED: Final = frozenset({"event_type", "time", _KEY})
-_WHOLE_SHARE = 0.5  # ours: of the sampled rows that pass as they stand; with fewer, looking costs more than it saves
+SCANNED_BYTES = (
+    96 * 1024 * 1024
+)  # ours: of a source; below that loading `scan` takes longer than it saves
+_STANDING = 0.4  # ours: of the sampled rows that pass as they stand; with fewer, looking costs more than it saves
 _SAMPLE_ROWS = 1000
-_UNSAID = -1
+_NEEDED: Final = frozenset({"event_type", "time", _KEY})  # by a row that passes as it stands
 _LOOKED_INTO: Final = frozenset({"groups", "plan"})  # whose values the core may mend
 _IDS = pa.schema([(name, pa.string()) for name in ("device_id", "user_id", "insert_id_")])
 
@@ -109,7 +106,7 @@ def straight(
 ) -> Straight | None:
     """Return the straight way of a compiled mapping, None if it has none. odd: takes the rows that are not for it.
 
-    sample: rows of the source, which say whether it is worth looking for such that pass as they stand.
+    sample: rows of a large source, which say whether it is worth looking for such that pass as they stand.
     """
     if columns.style != "json" or not found.plain:
         return None
@@ -155,91 +152,23 @@ class Straight:
             self._write = _struct(named)
             self._key = "g0" if _KEY in self._own else None
         self._parts = attrgetter(*(one.name for one in body))
-        self._whole = _whole(members, sample) if self._write is None else None
-        # Members that are no objects and may be missing, and the quotes that each brings: of its key, and of a text.
-        self._plain = [
-            (attrgetter(one.name), _quotes_of(one))
-            for one in members
-            if one.field.kind != "object" and one.field.name not in _WHOLE_NEED
-        ]
-        self._needed = sum(_quotes_of(one) for one in members if one.field.name in _WHOLE_NEED)
+        self._scanner = _scanner(members, sample, checker) if self._write is None else None
 
     def events(self, records: Iterable[pa.RecordBatch]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """Yield events, and whether they are finished: the core would take them as they are.
 
-        Finished ones have SPILLED's columns but for hashes, others those of the query's answer that an event has.
+        Finished ones have SPILLED's columns but for hashes, which some have, others those of the query's answer that an
+        event has.
         """
         for batch in records:
             left: pa.RecordBatch | None = batch
-            if self._whole is not None:
-                whole, left = self._as_they_stand(batch, self._whole)
-                if whole is not None:
-                    yield whole, True
+            if self._scanner is not None:
+                standing, left = _as_they_stand(batch, self._scanner)
+                if standing is not None:
+                    yield standing, True
             made = self._make(left) if left is not None else None
             if made is not None:
                 yield made
-
-    def _as_they_stand(
-        self, batch: pa.RecordBatch, whole: msgspec.json.Decoder[Any]
-    ) -> tuple[pa.RecordBatch | None, pa.RecordBatch | None]:
-        """Return finished events of the rows that are events as they stand, and the rows that are none."""
-        texts = batch.column("text")
-        data, ends = flat(texts)
-        usable = _escapes_simple(data, ends)
-        usable &= _own_line(data, ends) & _strings_short(data, ends)
-        events, at = _decoded_lines(whole, data, ends, usable)
-        if not events:
-            return None, batch
-        found = self._columns(events)
-        objects = objects_.together(self._raws(events), len(events))
-        odd = found.odd | ~_there(found.ids.column("insert_id_")) | objects_.none(objects)
-        odd |= objects_.bare(objects) | objects_.beyond(objects) | objects_.deep(objects)
-        odd |= self._twice(data, ends, events, at, objects)
-        if len(at) == len(texts) and not odd.any():
-            return _finished(batch, found, texts), None
-        kept = np.flatnonzero(~odd)
-        left = np.ones(len(texts), np.bool_)
-        left[at[kept]] = False
-        others = batch.filter(pa.array(left))
-        if len(kept) == 0:
-            return None, others
-        batch = batch.take(pa.array(at[kept]))
-        return _finished(batch, _some(found, kept), batch.column("text")), others
-
-    def _twice(
-        self, data: memoryview, ends: Ints, events: list[Any], at: Ints, objects: Objects
-    ) -> NDArray[np.bool_]:
-        """Say which rows may have a key twice. A member brings quotes, so rows with one too many have more than they need.
-
-        at: where the events stand. All together are looked at first: that costs a sixth of counting row by row.
-        """
-        others = np.ones(len(ends), np.bool_)
-        others[at] = False
-        left = b"".join(_row(data, ends, row) for row in np.flatnonzero(others).tolist())
-        counts = [_quotes(text) for text in (data, left, memoryview(objects.data))]
-        needed = 2 * np.count_nonzero(objects.sizes) + self._needed * len(events)
-        for value, quotes in self._plain:
-            if all(map(value, events)):  # a third of the price of counting
-                needed += quotes * len(events)
-            else:
-                needed += quotes * (len(events) - list(map(value, events)).count(None))
-        if _UNSAID not in counts and counts[0] - counts[1] - counts[2] == needed:
-            return np.zeros(len(events), np.bool_)
-        raws = zip(*self._raws(events), strict=True) if self._tables else [()] * len(events)
-        return np.fromiter(
-            (
-                self._row_twice(_row(data, ends, row), one, sent)
-                for row, one, sent in zip(at.tolist(), events, raws, strict=True)
-            ),
-            np.bool_,
-        )
-
-    def _row_twice(self, text: bytes, one: Any, sent: Iterable[Raw]) -> bool:
-        inner = [bytes(raw) for raw in sent if raw]
-        counts = [_quotes(text), _quotes(b"".join(inner))]
-        needed = 2 * len(inner) + self._needed
-        needed += sum(quotes for value, quotes in self._plain if value(one) is not None)
-        return _UNSAID in counts or counts[0] - counts[1] != needed
 
     def _make(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, bool] | None:
         texts = batch.column("text")
@@ -375,6 +304,53 @@ class Straight:
         return [msgspec.json.decode(raw) for raw in raws if raw]
 
 
+def _scanner(
+    members: Sequence[_Member], sample: Sequence[bytes], checker: Checker
+) -> Scanner | None:
+    """Return what looks for rows that pass as they stand, None where few are of that kind."""
+    kinds = {one.source: one.field.kind for one in members}
+    if not sample or not kinds.keys() >= _NEEDED or not kinds.keys().isdisjoint(_LOOKED_INTO):
+        return None
+    from retrofill.backfill.scan import MEMBERS_MAX, Scanner  # noqa: PLC0415  # see SCANNED_BYTES
+
+    if len(kinds) > MEMBERS_MAX:
+        return None
+    scanner = Scanner(kinds, needed=_NEEDED, id_length_min=checker.id_length_min)
+    rows = [row.rstrip(b"\r\n") + b"\n" for row in sample]
+    found = scanner.look(memoryview(b"".join(rows)), np.cumsum([len(row) for row in rows]))
+    return scanner if np.count_nonzero(found.good) >= _STANDING * len(rows) else None
+
+
+def _as_they_stand(
+    batch: pa.RecordBatch, scanner: Scanner
+) -> tuple[pa.RecordBatch | None, pa.RecordBatch | None]:
+    """Return finished events of the rows that are events as they stand, and the rows that are none."""
+    found = scanner.look(*flat(batch.column("text")))
+    if found.good.all():
+        return _standing(batch, found), None
+    good = pa.array(found.good)
+    others = batch.filter(pc.invert(good))
+    return (_standing(batch.filter(good), found) if found.good.any() else None), others
+
+
+def _standing(rows: pa.RecordBatch, found: Found) -> pa.RecordBatch:
+    insert_id = found.texts["insert_id"]
+    return pa.RecordBatch.from_pydict(
+        {
+            "file": rows.column("file"),
+            "line": rows.column("line"),
+            "time_ms": pa.array(found.time_ms),
+            **{name: found.texts[name] for name in ("event_type", "user_id", "device_id")},
+            "given": insert_id,
+            "insert_id": insert_id,
+            "event": rows.column("text"),
+            "device_node": pa.array(found.device),
+            "user_node": pa.array(found.user),
+            "insert_hash": pa.array(found.insert),
+        }
+    )
+
+
 def _decoded_lines(
     decoder: msgspec.json.Decoder[Any], data: memoryview, ends: Ints, usable: NDArray[np.bool_]
 ) -> tuple[list[Any], Ints]:
@@ -407,72 +383,6 @@ def _escapes_simple(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
     if len(at):
         usable[np.searchsorted(ends, at[~_SIMPLE[text[at + 1]]], "right")] = False
     return usable
-
-
-def _own_line(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
-    """Say which rows are a line, from a brace to a brace. Elements of an array begin with a space: see `records`."""
-    text = np.frombuffer(data, np.uint8)
-    starts = np.concatenate(([0], ends[:-1]))
-    last = np.maximum(ends - 2, starts)
-    own: NDArray[np.bool_] = (
-        (text[starts] == _OPEN) & (text[last] == _CLOSE) & (text[ends - 1] == _NEWLINE)
-    )
-    return own
-
-
-def _quotes(data: memoryview | bytes) -> int:
-    """Return how many quotes there are, less escaped ones; _UNSAID where a quote is behind several backslashes."""
-    text = np.frombuffer(data, np.uint8)
-    count = int(np.count_nonzero(text == _QUOTE))
-    at = np.flatnonzero(text[:-1] == _BACKSLASH)
-    at = at[text[at + 1] == _QUOTE]
-    return _UNSAID if (text[at - 1] == _BACKSLASH).any() else count - len(at)
-
-
-def _quotes_of(member: _Member) -> int:
-    return 4 if member.field.kind == "text" else 2
-
-
-def _row(data: memoryview, ends: Ints, row: int) -> bytes:
-    return bytes(data[int(ends[row - 1]) if row else 0 : int(ends[row])])
-
-
-def _strings_short(data: memoryview, ends: Ints) -> NDArray[np.bool_]:
-    """Say which rows have surely no string that is too long."""
-    sizes = np.diff(ends, prepend=0)
-    short: NDArray[np.bool_] = sizes <= STRING_CHARS_MAX
-    for row in np.flatnonzero(~short).tolist():
-        short[row] = glance.strings(_row(data, ends, row))
-    return short
-
-
-def _whole(members: Sequence[_Member], sample: Sequence[bytes]) -> msgspec.json.Decoder[Any] | None:
-    """Return a decoder of rows that pass as they stand, None where few are of that kind."""
-    fields = {one.field.name: one.field.kind for one in members}
-    if not fields.keys() >= _WHOLE_NEED or not fields.keys().isdisjoint(_LOOKED_INTO):
-        return None
-    kinds = [
-        (one.name, _WHOLE_KINDS[one.field.kind][0])
-        if one.field.name in _WHOLE_NEED
-        else (one.name, *_WHOLE_KINDS[one.field.kind])
-        for one in sorted(members, key=lambda one: one.field.name not in _WHOLE_NEED)
-    ]
-    keys = {one.name: one.source for one in members}
-    row = msgspec.defstruct("Whole", kinds, gc=False, rename=keys, forbid_unknown_fields=True)
-    decoder = msgspec.json.Decoder(row)
-    return (
-        decoder
-        if sum(_holds(decoder, text) for text in sample) >= _WHOLE_SHARE * len(sample)
-        else None
-    )
-
-
-def _holds(decoder: msgspec.json.Decoder[Any], text: bytes) -> bool:
-    try:
-        decoder.decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _each_one(data: memoryview, ends: Ints) -> bool:

@@ -31,6 +31,15 @@ def less(texts: pa.StringArray, *, front: int, back: int) -> pa.StringArray:
     return both.take(pa.array(np.arange(0, len(cut) - 1, 2)))
 
 
+def pieces(data: memoryview, starts: Ints, sizes: Ints) -> pa.StringArray:
+    """Return pieces of some bytes, null where the size is 0."""
+    edges = np.empty(2 * len(starts) + 1, np.int32)
+    edges[:-1:2], edges[1::2] = starts, starts + sizes
+    edges[-1] = len(data)
+    every = pa.StringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), pa.py_buffer(data))
+    return every.take(pa.array(np.arange(0, len(edges) - 1, 2), mask=sizes == 0))
+
+
 def spoken(json: pa.StringArray) -> pa.StringArray:
     """Return the texts that strings of JSON stand for; of what is none, anything."""
     if pc.any(pc.match_substring(json, "\\")).as_py():

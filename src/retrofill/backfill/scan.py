@@ -1,0 +1,436 @@
+"""Rows that are events as they stand, told by one look at each byte.
+
+A row passes if it is one JSON object on a line of its own, whose members are all named, each once and of its kind, an
+event type, a time and an `insert_id` among them, with good ids and nothing that the core would mend: no null for a member,
+no long text, no number near the end of 64 bits, no rare escape. What is found on the way is kept: ids, type and time of
+each row, and the hashes of its ids, the same that `hashes` makes. Whatever is doubtful does not pass; it has ways of its own.
+
+The look is a loop over bytes, which Numba compiles for this machine when it is first needed and then keeps beside this file
+or in the user's cache: some seconds once, 0.4 CPU s of each start. So only sources that are worth it are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
+
+import numba
+import numpy as np
+import pyarrow as pa
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from retrofill.backfill import hashes, texts
+from retrofill.backfill.people import Ints
+from retrofill.core import event, glance
+from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX
+
+Bytes = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+
+MEMBERS_MAX: Final = 62  # each has a bit
+_KINDS: Final = {"text": 0, "millis": 1, "integer": 1, "object": 2}
+_TEXTS: Final = ("device_id", "user_id", "insert_id", "event_type")  # which are taken out
+_DEVICE, _USER, _INSERT, _TYPE, _MOMENT = range(5)  # roles: theirs, and that of the time
+# What is found of a row: where its texts start, how many bytes they have, the time, hashes of its three ids.
+_START, _SIZE, _TIME, _HASH, _COLUMNS = 0, 4, 8, 9, 12
+_DIGITS_MAX: Final = 18  # of a number that surely fits into 64 bits
+_RULES: Final = 7
+(
+    _NEEDED,  # a bit for each member that every row has
+    _STRING_BYTES_MAX,
+    _TYPE_BYTES_MAX,
+    _ID_BYTES_MAX,
+    _ID_LENGTH_MIN,
+    _DEPTH_MAX,
+    _TIME_MS_MAX,
+) = range(_RULES)
+_LEVELS_MAX: Final = 62  # objects and arrays, one inside the other: each has a bit
+
+
+class Found(Struct, frozen=True):
+    """What a look has found. good: the rows that pass; the columns are theirs alone."""
+
+    good: Bools
+    time_ms: Ints
+    texts: dict[str, pa.StringArray]  # by name; null where there is none
+    device: Ints  # hashes of ids, 0 where there is none
+    user: Ints
+    insert: Ints
+
+
+class Scanner:
+    """Looks at rows of one mapping whose fields have the names of their columns."""
+
+    def __init__(
+        self, kinds: Mapping[str, str], *, needed: Collection[str], id_length_min: int
+    ) -> None:
+        """kinds: of each member, by name, MEMBERS_MAX at most. needed: which of them each row must have."""
+        assert len(kinds) <= MEMBERS_MAX
+        roles = {name: role for role, name in enumerate((*_TEXTS, "time"))}
+        self._names = _joined(list(kinds))
+        self._kinds = np.array([_KINDS[kind] for kind in kinds.values()], np.int64)
+        self._roles = np.array([roles.get(name, -1) for name in kinds], np.int64)
+        # Ids that are the mark of a mistake, and the event type that is stored as something else: neither may be the other.
+        self._words = _joined([*{word.lower() for word in glance.FORBIDDEN_IDS}, event.EXPOSURE])
+        self._rules = np.zeros(_RULES, np.int64)
+        # Told each time: compiled code would keep the constants of other files as they were when it was compiled.
+        self._rules[_NEEDED] = sum(1 << at for at, name in enumerate(kinds) if name in needed)
+        self._rules[_STRING_BYTES_MAX] = STRING_CHARS_MAX
+        self._rules[_TYPE_BYTES_MAX] = STRING_CHARS_MAX // 4
+        self._rules[_ID_BYTES_MAX] = hashes.TOGETHER  # longer ones are hashed in another way
+        self._rules[_ID_LENGTH_MIN] = id_length_min
+        self._rules[_DEPTH_MAX] = min(DEPTH_MAX, _LEVELS_MAX)
+        self._rules[_TIME_MS_MAX] = TIME_MS_MAX
+
+    def look(self, data: memoryview, ends: Ints) -> Found:
+        """Look at rows. data: UTF-8. ends: of each row."""
+        good = np.zeros(len(ends), np.bool_)
+        found = np.zeros((len(ends), _COLUMNS), np.int64)
+        members = (*self._names, self._kinds, self._roles)
+        _look(np.frombuffer(data, np.uint8), ends, *members, *self._words, self._rules, good, found)
+        columns = found.T if good.all() else found[good].T
+        made = {
+            name: texts.pieces(data, columns[_START + at], columns[_SIZE + at])
+            for at, name in enumerate(_TEXTS)
+        }
+        time_ms, *hashed = np.ascontiguousarray(columns[_TIME : _HASH + 3])
+        return Found(good, time_ms, made, *hashed)
+
+
+def _joined(words: Sequence[str]) -> tuple[Bytes, Ints]:
+    """Return the bytes of some words, and where each ends."""
+    encoded = [word.encode() for word in words]
+    ends = np.cumsum([len(word) for word in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+# Compiled. A place is -1 where something is odd. Each row ends in a brace and a newline, and whatever is read stops at a byte
+# of another kind, so that nothing is read beyond its row.
+
+_TEXT, _WHOLE = range(2)  # kinds, less objects
+_QUOTE, _BACKSLASH, _COMMA, _COLON, _NEWLINE, _POINT, _MINUS = b'"\\,:\n.-'
+_OPEN, _CLOSE, _OPEN_ARRAY, _CLOSE_ARRAY = b"{}[]"
+_SPACE, _TAB, _RETURN, _ZERO, _NINE, _LARGE_A, _LARGE_Z = b" \t\r09AZ"
+_A, _B, _E, _F, _L, _N, _R, _S, _T, _U, _LARGE_E = b"abeflnrstuE"
+_TO_SMALL = 32  # from a large letter
+
+_Function = Callable[..., Any]
+
+
+def _compiled(function: _Function) -> _Function:
+    """Compile a function when it is first called, and keep it where there is room to keep anything."""
+    try:
+        made: _Function = numba.njit(cache=True)(function)
+    except RuntimeError:  # no folder can be written to
+        made = numba.njit(function)
+    return made
+
+
+@_compiled
+def _blank(data: Bytes, at: int) -> int:
+    """Return the place behind white space."""
+    while data[at] == _SPACE or data[at] == _TAB or data[at] == _RETURN:
+        at += 1
+    return at
+
+
+@_compiled
+def _simple(byte: int) -> bool:
+    """Say whether a letter behind a backslash is one that every writer of JSON writes."""
+    return byte == _N or byte == _T or byte == _R or byte == _B or byte == _F
+
+
+@_compiled
+def _string(data: Bytes, at: int, size_max: int) -> int:
+    """Return the place behind a string that has only escapes which every writer of JSON writes so. at: behind its first quote."""
+    start = at
+    while True:
+        byte = data[at]
+        if byte == _QUOTE:
+            return at + 1 if at - start <= size_max else -1
+        if byte < _SPACE:
+            return -1
+        if byte == _BACKSLASH:
+            at += 1
+            byte = data[at]
+            if not (byte == _QUOTE or byte == _BACKSLASH or _simple(byte)):
+                return -1
+        at += 1
+
+
+@_compiled
+def _digits(data: Bytes, at: int) -> int:
+    """Return the place behind digits that surely fit into 64 bits."""
+    first = at
+    while _ZERO <= data[at] <= _NINE:
+        at += 1
+    return at if 0 < at - first <= _DIGITS_MAX else -1
+
+
+@_compiled
+def _whole(data: Bytes, at: int) -> int:
+    """Return the place behind a whole number, whatever follows."""
+    if data[at] == _MINUS:
+        at += 1
+    if data[at] == _ZERO:
+        return at + 1
+    return _digits(data, at)
+
+
+@_compiled
+def _number(data: Bytes, at: int) -> int:
+    """Return the place behind a number without an exponent."""
+    at = _whole(data, at)
+    if at > 0 and data[at] == _POINT:
+        at = _digits(data, at + 1)
+    return at
+
+
+@_compiled
+def _word(data: Bytes, at: int) -> int:
+    """Return the place behind true, false or null."""
+    if data[at] == _T and data[at + 1] == _R and data[at + 2] == _U and data[at + 3] == _E:
+        return at + 4
+    if data[at] == _N and data[at + 1] == _U and data[at + 2] == _L and data[at + 3] == _L:
+        return at + 4
+    if data[at] == _F and data[at + 1] == _A and data[at + 2] == _L and data[at + 3] == _S:
+        return at + 5 if data[at + 4] == _E else -1
+    return -1
+
+
+@_compiled
+def _object(data: Bytes, at: int, size_max: int, depth_max: int) -> int:
+    """Return the place behind an object that holds something. at: of its opening brace."""
+    if data[at + 1] == _CLOSE or data[at + 1] <= _SPACE:
+        return -1
+    inside = np.uint64(
+        1
+    )  # a bit for each level, set where it is an object; the lowest is the innermost
+    levels, opened = 1, 1
+    key, empty = True, False  # whether a key comes next, and whether it may close at once
+    at += 1
+    while True:
+        at = _blank(data, at)
+        if key and data[at] == _QUOTE:
+            at = _string(data, at + 1, size_max)
+            if at < 0:
+                return -1
+            at = _blank(data, at)
+            if data[at] != _COLON:
+                return -1
+            at = _blank(data, at + 1)
+            key = empty = False
+        if key or (empty and data[at] == _CLOSE_ARRAY):
+            if not empty:
+                return -1
+        elif data[at] == _OPEN or data[at] == _OPEN_ARRAY:
+            levels += 1
+            opened += 1
+            if opened > depth_max or levels > _LEVELS_MAX:
+                return -1
+            key, empty = data[at] == _OPEN, True
+            inside = (inside << np.uint64(1)) | np.uint64(key)
+            at += 1
+            continue
+        elif data[at] == _QUOTE:
+            at = _string(data, at + 1, size_max)
+        elif data[at] == _MINUS or _ZERO <= data[at] <= _NINE:
+            at = _number(data, at)
+        else:
+            at = _word(data, at)
+        if at < 0:
+            return -1
+        at = _blank(data, at)
+        while data[at] == (_CLOSE if inside & np.uint64(1) else _CLOSE_ARRAY):
+            levels -= 1
+            if levels == 0:
+                return at + 1
+            inside >>= np.uint64(1)
+            key = False
+            at = _blank(data, at + 1)
+        if key or data[at] != _COMMA:
+            return -1
+        key, empty = bool(inside & np.uint64(1)), False
+        at += 1
+
+
+@_compiled
+def _name(data: Bytes, at: int, end: int, names: Bytes, ends: Ints, likely: int) -> int:
+    """Return which name a key has, -1 for none. at: behind its opening quote. end: of the row. likely: looked at first."""
+    for look in range(-1, len(ends)):
+        name = likely if look < 0 else look
+        start = ends[name - 1] if name else 0
+        size = ends[name] - start
+        if at + size < end and data[at + size] == _QUOTE:
+            place = 0
+            while place < size and data[at + place] == names[start + place]:
+                place += 1
+            if place == size:
+                return name
+    return -1
+
+
+@_compiled
+def _value(data: Bytes, at: int, end: int) -> int:
+    """Return a whole number."""
+    value = 0
+    for place in range(at + (data[at] == _MINUS), end):
+        value = value * 10 + data[place] - _ZERO
+    return -value if data[at] == _MINUS else value
+
+
+@_compiled
+def _behind(data: Bytes, at: int, kind: int, rules: Ints) -> int:
+    """Return the place behind a member's value."""
+    if kind == _TEXT:
+        return _string(data, at + 1, rules[_STRING_BYTES_MAX]) if data[at] == _QUOTE else -1
+    if kind == _WHOLE:
+        return _whole(data, at)
+    if data[at] != _OPEN:
+        return -1
+    return _object(data, at, rules[_STRING_BYTES_MAX], rules[_DEPTH_MAX])
+
+
+@_compiled
+def _row(  # noqa: PLR0917  # Numba takes no keywords
+    data: Bytes,
+    at: int,
+    end: int,
+    names: Bytes,
+    name_ends: Ints,
+    kinds: Ints,
+    roles: Ints,
+    usual: Ints,
+    rules: Ints,
+    found: Ints,
+    row: int,
+) -> bool:
+    """Say whether a row's members are as they must be. at: of its opening brace. end: of the row. usual, found: see `_look`."""
+    seen, count = 0, 0
+    while True:
+        at = _blank(data, at + 1)
+        if data[at] != _QUOTE:
+            return False
+        name = _name(data, at + 1, end, names, name_ends, usual[count])
+        if name < 0 or (seen >> name) & 1:
+            return False
+        usual[count] = name
+        count += 1
+        seen |= 1 << name
+        at = _blank(data, at + name_ends[name] - (name_ends[name - 1] if name else 0) + 2)
+        if data[at] != _COLON:
+            return False
+        first = _blank(data, at + 1)
+        at = _behind(data, first, kinds[name], rules)
+        if at < 0:
+            return False
+        role = roles[name]
+        if role == _MOMENT:
+            found[row, _TIME] = _value(data, first, at)
+        elif role >= 0:
+            found[row, _START + role] = first + 1
+            found[row, _SIZE + role] = at - first - 2
+        at = _blank(data, at)
+        if data[at] != _COMMA:
+            return at == end - 2 and seen & rules[_NEEDED] == rules[_NEEDED]
+
+
+@_compiled
+def _among(data: Bytes, at: int, size: int, words: Bytes, ends: Ints) -> bool:
+    """Say whether a text is one of the words, which are in small letters, in whatever letters."""
+    start = 0
+    for end in ends:
+        if end - start == size:
+            place = 0
+            while place < size:
+                byte = data[at + place]
+                if _LARGE_A <= byte <= _LARGE_Z:
+                    byte += _TO_SMALL
+                if byte != words[start + place]:
+                    break
+                place += 1
+            if place == size:
+                return True
+        start = end
+    return False
+
+
+@_compiled
+def _plain(data: Bytes, at: int, size: int) -> int:
+    """Return how many characters a text has, -1 if one is escaped."""
+    count = 0
+    for place in range(at, at + size):
+        if data[place] == _BACKSLASH:
+            return -1
+        count += (data[place] & 0xC0) != 0x80  # not a character's second byte
+    return count
+
+
+@_compiled
+def _mixed(word: Any) -> Any:
+    word = (word ^ (word >> np.uint64(32))) * np.uint64(0xFF51AFD7ED558CCD)
+    word = (word ^ (word >> np.uint64(29))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return word ^ (word >> np.uint64(32))
+
+
+@_compiled
+def _hash(data: Bytes, start: int, size: int, seed: int) -> int:
+    """Return the hash of an id, as `hashes` makes it."""
+    found = np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed * 128 + size)
+    for at in range(start, start + size, 8):
+        word = np.uint64(0)
+        for place in range(min(8, start + size - at)):
+            word |= np.uint64(data[at + place]) << np.uint64(8 * place)
+        found = _mixed(found ^ word)
+    return max(np.int64(found >> np.uint64(1)), np.int64(found != np.uint64(0)))  # type: ignore[return-value]  # an int64
+
+
+@_compiled
+def _good(data: Bytes, role: int, at: int, size: int, rules: Ints) -> bool:
+    """Say whether a text is good in its role, if it is none of the words."""
+    characters = _plain(data, at, size)
+    if role == _TYPE:
+        return characters > 0 and size <= rules[_TYPE_BYTES_MAX]
+    if characters <= 0 or size > rules[_ID_BYTES_MAX]:
+        return False
+    return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and data[at] > _SPACE)
+
+
+@_compiled
+def _look(  # noqa: PLR0917  # Numba takes no keywords
+    data: Bytes,
+    ends: Ints,
+    names: Bytes,
+    name_ends: Ints,
+    kinds: Ints,
+    roles: Ints,
+    words: Bytes,
+    word_ends: Ints,
+    rules: Ints,
+    good: Bools,
+    found: Ints,
+) -> None:
+    """Look at rows. ends: of each. good, found: get a row each."""
+    usual = np.zeros(len(roles) + 1, np.int64)  # which member stood at each place in the row before
+    end = 0
+    for row in range(len(ends)):
+        start, end = end, ends[row]
+        if end - start < 3 or data[start] != _OPEN:
+            continue
+        if data[end - 2] != _CLOSE or data[end - 1] != _NEWLINE:
+            continue
+        if not _row(data, start, end, names, name_ends, kinds, roles, usual, rules, found, row):
+            continue
+        fine = 0 <= found[row, _TIME] <= rules[_TIME_MS_MAX]
+        for role in range(_MOMENT):
+            at, size = found[row, _START + role], found[row, _SIZE + role]
+            if not at:
+                continue
+            known = role != _INSERT and _among(data, at, size, words, word_ends)
+            if known or not _good(data, role, at, size, rules):
+                fine = False
+            elif role != _TYPE:
+                found[row, _HASH + role] = _hash(data, at, size, role + 1)
+        someone = found[row, _HASH + _DEVICE] | found[row, _HASH + _USER]
+        good[row] = fine and someone != 0
