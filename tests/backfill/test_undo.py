@@ -96,6 +96,13 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
 
     again = call("undo", "old", *to)
     assert (again.exit_code, "undone already" in again.stderr) == (0, True)
+    told = map(json.loads, call("undo", "old", *to, "--json").stdout.splitlines())
+    assert [(one["event"], one["state"]) for one in told] == [
+        ("import", "undone"),
+        ("undone", "undone"),
+    ]
+    with pytest.raises(InputError, match="--restore brings back and --cancel calls off"):
+        call("undo", "old", *to, "--restore", "--cancel", "--yes")
     back = call("undo", "old", *to, "--restore", "--yes", "--json")
     shown, restored = map(json.loads, back.stdout.splitlines())
     assert (shown["event"], shown["state"], shown["events"]) == ("import", "undone", 0)

@@ -73,7 +73,7 @@ def test_why_says_what_made_a_value_in_a_table_and_as_json(tmp_path: Path) -> No
         assert run("other", "--user", "ann-111", *to).stdout.endswith("no event ever said it\n")
 
         errors: list[tuple[list[str], type[Error], str, str]] = [
-            (["plan"], FinalError, "0 ids are given", "Give one of user_id"),
+            (["plan"], InputError, "0 ids are given", "Give one of user_id"),
             (["plan", "--user", "nobody"], FinalError, "There is no such person", ""),
             (["plan", "--event", "none"], FinalError, "There is no such event", ""),
             (["--merge", "5"], FinalError, "5 was not merged into anybody", ""),

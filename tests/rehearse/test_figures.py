@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from retrofill.backfill import rehearsed
+from retrofill.cli import rehearse as verb
 from retrofill.core import likeness
 from retrofill.core.block import COLUMNS
 from retrofill.core.person import Person
@@ -200,6 +202,21 @@ def test_a_rehearsal_that_is_cut_off_while_it_is_kept_leaves_none(
     with pytest.raises(OSError):  # noqa: PT011 - this very one
         outcome.store(tmp_path, first, people(one(1, "ann", properties={"a": 2})))
     assert outcome.read(tmp_path) is None
+
+
+def test_a_setting_that_was_not_rehearsed_has_no_figures() -> None:
+    values = {name: kind() for name, kind in _EMPTY.items()}
+    values["synced"] = {"people": 2, "names": {"plan": 2, "email": 1}}
+    made = msgspec.convert(values, outcome.Outcome)
+    assert verb._names(made) == (("property", "people, synced"), [("plan", 2), ("email", 1)])
+    assert ">skipped<" not in rehearsed._properties(
+        values | {"synced": dict(listed=[], **values["synced"])}
+    )
+    values["skipped"] = {"people": 1, "names": {"size": 1}}
+    made = msgspec.convert(values, outcome.Outcome)
+    names, rows = verb._names(made)
+    assert names == ("property", "people, synced", "people, skipped")
+    assert rows == [("plan", 2, 0), ("email", 1, 0), ("size", 0, 1)]
 
 
 _BY_DAY = {"before": {}, "after": {}}

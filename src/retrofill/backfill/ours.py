@@ -43,7 +43,7 @@ def ask(
     body: bytes | None = None,
     may_miss: bool = True,
 ) -> T | None:
-    """Return what our server answers, None if a GET finds nothing. Raises FinalError, RetryError.
+    """Return what our server answers, None if a GET finds nothing. Raises InputError for a 400, FinalError, RetryError.
 
     seconds: how long it may take. body: JSON. may_miss: false if a GET that finds nothing is an error.
     """
@@ -70,9 +70,8 @@ def ask(
                 mend="Check the keys; both are needed",
             ) from refused
         if refused.code in {400, 404, 405, 409, 413}:
-            raise FinalError(
-                said or f"Refused with {refused.code}", where=url, mend=mend
-            ) from refused
+            kind_of = InputError if refused.code == 400 else FinalError  # asked wrongly: exit 2
+            raise kind_of(said or f"Refused with {refused.code}", where=url, mend=mend) from refused
         problem: object = f"{refused.code} {said}"
     except (OSError, http.client.HTTPException, ValueError) as failed:
         problem = failed

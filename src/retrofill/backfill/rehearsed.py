@@ -131,15 +131,17 @@ def _first_seen(seen: Json) -> str:
 
 
 def _properties(made: Json) -> str:
-    sides: list[Mapping[str, int]] = [
-        made[side]["names"] if made[side] else {} for side in ("synced", "skipped")
-    ]
-    names = sorted({*sides[0], *sides[1]}, key=lambda one: (-sides[0].get(one, 0), one))[:_NAMES]
+    sides: dict[str, Mapping[str, int]] = {
+        side: made[side]["names"] for side in ("synced", "skipped") if made[side]
+    }
+    first = next(iter(sides.values()), {})
+    every = {name for names in sides.values() for name in names}
+    names = sorted(every, key=lambda one: (-first.get(one, 0), one))[:_NAMES]
     if not names:
         return ""
     chart = pygal.HorizontalBar(**options(show_legend=True, height=100 + 32 * len(names)))
     chart.x_labels = [name[:60] for name in reversed(names)]
-    for label, side in zip(("synced", "skipped"), sides, strict=True):
+    for label, side in sides.items():
         chart.add(label, [side.get(name, 0) for name in reversed(names)])
     own = made["skipped" if made["skip_user_properties_sync"] else "synced"] or {"listed": []}
     rows = [(one["name"], one["old"], one["new"], one["people"]) for one in own["listed"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,7 +149,7 @@ def show(made: Outcome, console: Console, *, work: Path) -> None:
     for warning in _warnings(made):
         console.print(f"[yellow]![/] {escape(warning)}")
     console.print(
-        f"Nothing was sent. The rehearsal is kept in {work}; `retrofill report` shows it."
+        f"Nothing was sent. The rehearsal is kept in {escape(str(work))}; `retrofill report` shows it."
     )
 
 
@@ -202,8 +202,7 @@ def _tables(made: Outcome) -> Iterator[tuple[str, Sequence[str], Sequence[Sequen
         yield f"{title} by day (UTC){most}", days, shown
     spread = list(made.first_seen.spread.items())
     yield "First seen earlier or later by", ("", "people"), spread
-    names = ("property", "people, synced", "people, skipped")
-    yield "Properties of live people that would change", names, _names(made)
+    yield "Properties of live people that would change", *_names(made)
     changes = made.properties.listed[:_SHOWN]
     yield (
         "Most frequent changes",
@@ -264,12 +263,15 @@ def _profiles(made: Outcome) -> str:
     return f"synced: {said(made.synced)}; skipped: {said(made.skipped)}. As staged: {own}"
 
 
-def _names(made: Outcome) -> list[tuple[str, int, int]]:
-    sides: list[Mapping[str, int]] = [
-        one.names if one else {} for one in (made.synced, made.skipped)
-    ]
-    names = sorted({*sides[0], *sides[1]}, key=lambda one: (-sides[0].get(one, 0), one))
-    return [(one, sides[0].get(one, 0), sides[1].get(one, 0)) for one in names[: 2 * _SHOWN]]
+def _names(made: Outcome) -> tuple[Sequence[str], list[tuple[object, ...]]]:
+    """Return columns and rows: people by property, for each setting that was rehearsed."""
+    both = (("people, synced", made.synced), ("people, skipped", made.skipped))
+    sides = [(label, one.names) for label, one in both if one is not None]
+    first = sides[0][1] if sides else {}
+    every = {name for _, names in sides for name in names}
+    most = sorted(every, key=lambda one: (-first.get(one, 0), one))[: 2 * _SHOWN]
+    rows = [(one, *(names.get(one, 0) for _, names in sides)) for one in most]
+    return ("property", *(label for label, _ in sides)), rows
 
 
 def _days(found: ByDay) -> tuple[int, list[tuple[str, int, int, str]]]:

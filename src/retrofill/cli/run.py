@@ -184,7 +184,7 @@ def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, nam
     """Tell our own server how far an import is. A run does not depend on that."""
     try:
         tell(to, keys, name)
-    except SendError as problem:
+    except (SendError, InputError) as problem:
         say(f"! the state of import {name} at {to.name} is not up to date: {problem.what}")
 
 

@@ -34,6 +34,8 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     from retrofill.backfill import keys as key_ring
     from retrofill.backfill import profile as profiles
 
+    if restore and cancel:
+        raise InputError("--restore brings back and --cancel calls off", mend="Give one of them")
     keys = key_ring.find(api_key, secret_key, key_file)
     key_ring.need_both(keys)
     where = profiles.target(to)
@@ -50,7 +52,9 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
         _called_off(imports.cancel(where, keys, import_), as_json=as_json)
         return
     if before.undone and not restore:
-        if not as_json:
+        if as_json:
+            _tell("undone", before, as_json=True, seconds=0.0)
+        else:
             say("it is undone already: nothing is left to do")
         return
     if not restore:
