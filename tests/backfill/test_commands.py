@@ -221,6 +221,8 @@ def test_wrong_lines_are_refused_before_anything_is_sent(tmp_path: Path) -> None
         assert "no time span" in str(refused(*base, *to, f"--give-up-after={span}"))
     assert "is no part" in str(refused(*base, *to, "--sample", "200%"))
     assert "is no time" in str(refused(*base, *to, "--until", "later"))
+    none = ("--since", "2024-02-01", "--until", "2024-02-01")
+    assert "No time lies between --since and --until" in str(refused(*base, *to, *none))
     assert "is no import name" in str(refused(*base, *to, "--import", "a b"))
     assert "Nobody is here to be asked" in str(refused(*base, *to))
     assert "out of range" in str(refused(*base, *to, "--events-per-request", "5000", "--yes"))

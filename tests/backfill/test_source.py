@@ -114,6 +114,26 @@ def test_files_of_a_folder_come_in_natural_order_and_others_are_passed_over(tmp_
     ] == [1, 2, 10, 99]
 
 
+def test_what_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.ndjson", "b.ndjson"):
+        (tmp_path / name).write_bytes(lines(ROWS[:1]))
+    (tmp_path / "link.ndjson").symlink_to(tmp_path / "b.ndjson")
+    monkeypatch.chdir(tmp_path)
+    found = source.locate(["b.ndjson", str(tmp_path), "./*.ndjson", f"../{tmp_path.name}/a.ndjson"])
+    assert [Path(one.name).name for one in found] == ["b.ndjson", "a.ndjson"]
+    data = tmp_path / "x.db"
+    sqlite3.connect(data).close()
+    data.touch()
+    queries = [f"sqlite:///{data}?query=SELECT+{n}" for n in (1, 2, 1)]
+    assert len(source.locate(queries)) == 2
+
+
+def test_a_folder_without_history_is_told(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(InputError, match=r"No file of history is in .*Files end in \.ndjson"):
+        source.locate([str(tmp_path)])
+
+
 def test_a_glob_names_files_and_a_missing_one_is_told(tmp_path: Path) -> None:
     for at in range(3):
         ndjson(tmp_path / f"a{at}.ndjson", [{**ROWS[0], "n": at}])
@@ -511,6 +531,28 @@ def test_a_query_on_sqlite_and_duckdb(tmp_path: Path) -> None:
         assert numbers(tmp_path / kind) == list(range(10))
         run(tmp_path / f"{kind}-inside", f"{place}?query={QUERY}", MAPPING)
         assert numbers(tmp_path / f"{kind}-inside") == list(range(10))
+
+
+def test_moments_of_duckdb_with_a_zone_are_given_in_utc(tmp_path: Path) -> None:
+    place = f"duckdb:{tmp_path / 'history.duckdb'}"
+    with duckdb.connect(str(tmp_path / "history.duckdb")) as duck:
+        duck.execute(
+            """CREATE TABLE seen AS SELECT 'ann' AS who, TIMESTAMPTZ '2024-01-01 10:00:00.25+01' AS "a ""b" """
+        )
+    for query in ("FROM seen; ", "SELECT * FROM seen ORDER BY who -- all"):
+        (line,) = b"".join(database.lines(place, query)).splitlines()
+        assert line == b'{"who":"ann","a \\"b":"2024-01-01T09:00:00.250000Z"}'
+    with pytest.raises(InputError, match="inside of lists and structs to text"):
+        list(database.lines(place, """SELECT ["a ""b"] AS at FROM seen"""))
+
+
+def test_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    for kind in ("sqlite", "duckdb"):
+        path = tmp_path / f"some.{kind}"
+        (sqlite3 if kind == "sqlite" else duckdb).connect(path).close()
+        path.touch()
+        with pytest.raises(InputError, match="Two columns of the query are named 'id'"):
+            list(database.lines(f"{kind}:{path}", "SELECT 1 AS id, 2 AS n, 3 AS id"))
 
 
 def test_a_database_file_of_any_name_is_found(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -40,6 +41,17 @@ def _encoded(batches: Iterator[tuple[list[str], Sequence[Sequence[Any]]]]) -> It
         )
 
 
+def _different(names: list[str]) -> list[str]:
+    """Return the columns of a query. Raises InputError if two have one name: the mapping could mean either."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"Two columns of the query are named {twice[0]!r}",
+            mend="Name the columns in it one by one, with AS",
+        )
+    return names
+
+
 def _plain(value: object) -> object:
     if isinstance(value, float) and value != value:  # noqa: PLR0124  # NaN, which JSON has not
         return None
@@ -52,7 +64,7 @@ def _sqlite(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequenc
     try:
         with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as connection:
             cursor = connection.execute(query)
-            names = [column[0] for column in cursor.description or ()]
+            names = _different([column[0] for column in cursor.description or ()])
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except sqlite3.Error as error:
@@ -65,11 +77,25 @@ def _duckdb(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequenc
     try:
         with closing(duckdb.connect(path, read_only=True)) as connection:
             cursor = connection.execute(query)
-            names = [column[0] for column in cursor.description or ()]
+            columns = [(column[0], str(column[1])) for column in cursor.description or ()]
+            names = _different([name for name, _ in columns])
+            zoned = [name for name, kind in columns if kind == "TIMESTAMP WITH TIME ZONE"]
+            if zoned:
+                cursor = connection.execute(_without_zones(query, zoned))
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except duckdb.Error as error:
-        raise InputError(f"DuckDB said: {error}", where=path) from error
+        mend = "Cast moments inside of lists and structs to text" if "pytz" in str(error) else ""
+        raise InputError(f"DuckDB said: {error}", where=path, mend=mend) from error
+
+
+def _without_zones(query: str, zoned: list[str]) -> str:
+    """Return a query that gives these moments as text: as values DuckDB gives them only where pytz is installed."""
+    moments = ", ".join(
+        f"strftime(timezone('UTC', {name}), '%Y-%m-%dT%H:%M:%S.%fZ') AS {name}"
+        for name in ('"' + name.replace('"', '""') + '"' for name in zoned)
+    )
+    return f"SELECT * REPLACE ({moments}) FROM (\n{query.rstrip().removesuffix(';')}\n)"
 
 
 def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
@@ -80,7 +106,7 @@ def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequ
         with psycopg.connect(url) as connection, connection.cursor("retrofill") as cursor:
             cursor.itersize = _ROWS
             cursor.execute(query.encode())
-            names = [column.name for column in cursor.description or ()]
+            names = _different([column.name for column in cursor.description or ()])
             while rows := cursor.fetchmany(_ROWS):
                 yield names, rows
     except psycopg.Error as error:

@@ -88,17 +88,21 @@ def fingerprint(origins: Sequence[Origin]) -> str:
 def locate(
     named: Sequence[str], *, query: str | None = None, endpoint: str | None = None
 ) -> list[Origin]:
-    """Say what the named sources are, in order.
+    """Say what the named sources are, in order. What is named twice, as by a folder and a file in it, is read once.
 
     query: the SQL for database addresses that carry none. endpoint: of S3, where it is not AWS.
     Raises InputError: nothing named, nothing found, a database without a query.
     """
     if not named:
         raise InputError("No source was named", mend="Name a file, a folder, s3://… or a database")
-    found = [origin for name in named for origin in _locate(name, query, endpoint)]
-    if query is not None and not any(origin.query for origin in found):
+    every = [origin for name in named for origin in _locate(name, query, endpoint)]
+    if query is not None and not any(origin.query for origin in every):
         raise InputError("A query was given, but no database", mend="Name sqlite:///file or so")
-    return found
+    once: dict[tuple[str, str | None], Origin] = {}
+    for origin in every:
+        place = origin.place if "://" in origin.place else str(Path(origin.place).resolve())
+        once.setdefault((place, origin.query), origin)
+    return list(once.values())
 
 
 def _locate(name: str, query: str | None, endpoint: str | None) -> list[Origin]:
@@ -148,9 +152,8 @@ def _paths(name: str) -> list[Path]:
         inside = [Path(one) for one in glob.glob(str(path), recursive=True)]  # noqa: PTH207  # Path.glob takes no absolute pattern
         inside = [one for one in inside if one.is_file()]
     if not inside:
-        raise InputError(
-            f"There is no source {name}", mend=f"Files end in {', '.join(_FORMATS)}, also .gz, .zst"
-        )
+        what = f"No file of history is in {name}" if path.is_dir() else f"There is no source {name}"
+        raise InputError(what, mend=f"Files end in {', '.join(_FORMATS)}, also .gz, .zst")
     return sorted(inside, key=lambda one: natural(str(one)))
 
 

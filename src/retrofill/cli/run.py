@@ -221,6 +221,12 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
 
     memory.loaded()
     before = manifests.read(work / "stage")
+    since_ms = None if since is None else parse_time(since)
+    until_ms = None if until is None else parse_time(until)
+    if since_ms is not None and until_ms is not None and until_ms <= since_ms:
+        raise InputError(
+            "No time lies between --since and --until", mend="Give --since before --until"
+        )
     if before is not None and skip is None and import_id in {None, before.import_id}:
         skip = before.options.skip_user_properties_sync
     wanted = Options(
@@ -228,8 +234,8 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
         kiosk_limit=kiosk_limit,
         id_length_min=min_id_length,
         bad_rows=part(bad_rows, "--bad-rows"),
-        since_ms=None if since is None else parse_time(since),
-        until_ms=None if until is None else parse_time(until),
+        since_ms=since_ms,
+        until_ms=until_ms,
         until_types=until_types,
         sample=1.0 if sample is None else part(sample, "--sample", some=True),
         skip_user_properties_sync=not sync_is_safe() if skip is None else skip,
