@@ -155,6 +155,7 @@ UNCOMPILED = [
     ({"event_properties": {"a": "random()"}}, r"event_properties.a cannot be.*volatile"),
     ({"event_properties": {"a": "props.b"}}, r"no column 'props.b'.*props.a"),
     ({"time": "at > 5"}, r"A truth value is no time"),
+    ({"platform": "?"}, r"does not say yet what platform is.*question mark"),
 ]
 
 

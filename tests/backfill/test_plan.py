@@ -116,6 +116,15 @@ def test_a_plan_says_aloud_that_profiles_will_change(tmp_path: Path) -> None:
     assert not planned(tmp_path, rows(10), AMPLITUDE).warnings
 
 
+def test_a_plan_says_aloud_that_identify_calls_change_profiles_all_the_same(tmp_path: Path) -> None:
+    (said,) = planned(tmp_path, rows(10, hot=3), AMPLITUDE).warnings
+    assert said.startswith("3 of these events are identify calls")
+    assert "replace live ones" in said
+    by_time = msgspec.structs.replace(AMPLITUDE, by_event_time=True)
+    (said,) = planned(tmp_path, rows(10, hot=3), by_time).warnings
+    assert said.endswith("no newer value changes")
+
+
 def test_seconds_taken_for_milliseconds_are_suspected(tmp_path: Path) -> None:
     made = planned(tmp_path, [{"user": "user-1", "event": "Open", "at": 1700000000}], AMPLITUDE)
     assert any("is `time` in seconds?" in warning for warning in made.warnings)

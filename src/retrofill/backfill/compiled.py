@@ -352,6 +352,12 @@ class _Compiler:
         return [str(row[1]) for row in rows]
 
     def _wrong(self, name: str, expression: str, error: InputError) -> InputError:
+        if expression.strip() == "?":  # as `retrofill map` writes it
+            return InputError(
+                f"The mapping does not say yet what {name} is",
+                where=f"{name}: {expression}",
+                mend="Name a column or an expression in place of the question mark, or remove the line",
+            )
         return InputError(
             f"The mapping's {name} cannot be: {error.what}",
             where=f"{name}: {expression}",

@@ -247,6 +247,16 @@ def _warnings(
             if profile.by_event_time
             else "Property values of these events will change the user profiles of the destination"
         )
+    elif identifies := found.types.get("$identify", 0):
+        yield (
+            f"{identifies:,} of these events are identify calls, which set user properties whatever "
+            "$skip_user_properties_sync says"
+            + (
+                ", by event time: no newer value changes"
+                if profile.by_event_time
+                else ": old values of theirs replace live ones. `where` in the mapping leaves them out"
+            )
+        )
     allowed = profile.rates.updates_per_h
     if allowed and updates > allowed:
         yield (

@@ -147,9 +147,11 @@ def _figures(made: Plan, sentence: Callable[[float], str]) -> Sequence[tuple[str
 
     first, last = (_date(moment_ms) for moment_ms in (made.first_ms, made.last_ms))
     sync = (
-        "left as they are ($skip_user_properties_sync)"
-        if made.skip_user_properties_sync
-        else "[bold yellow]changed by these events[/]"
+        "[bold yellow]changed by these events[/]"
+        if not made.skip_user_properties_sync
+        else "[bold yellow]changed by the identify calls alone[/] ($skip_user_properties_sync)"
+        if "$identify" in made.types
+        else "left as they are ($skip_user_properties_sync)"
     )
     return (
         ("Import", escape(f"{made.import_id} to {made.destination}, limits of {made.profile}")),

@@ -403,7 +403,7 @@ def tell_plan(
             f"{made.requests:,} requests, profile {made.profile}; about"
             f" {sentence(made.duration_s)} ({made.because}); the limits alone take {sentence(made.least_s)}"
         ),
-        "user properties: live values stay as they are, $skip_user_properties_sync is set"
+        "user properties: events leave live values as they are, $skip_user_properties_sync is set"
         if made.skip_user_properties_sync
         else "user properties are synced, by event time: no newer value changes"
         if profile.by_event_time
