@@ -32,8 +32,8 @@ MEMBERS_MAX: Final = 62  # each has a bit
 _KINDS: Final = {"text": 0, "millis": 1, "integer": 1, "object": 2}
 _TEXTS: Final = ("device_id", "user_id", "insert_id", "event_type")  # which are taken out
 _DEVICE, _USER, _INSERT, _TYPE, _MOMENT = range(5)  # roles: theirs, and that of the time
-# What is found of a row: where its texts start, how many bytes they have, the time, hashes of its three ids.
-_START, _SIZE, _TIME, _HASH, _COLUMNS = 0, 4, 8, 9, 12
+# What is found of a row: where its texts start, how many bytes and characters they have, the time, hashes of its three ids.
+_START, _SIZE, _CHARACTERS, _TIME, _HASH, _COLUMNS = 0, 4, 8, 12, 13, 16
 _DIGITS_MAX: Final = 18  # of a number that surely fits into 64 bits
 _RULES: Final = 7
 (
@@ -121,9 +121,9 @@ _Function = Callable[..., Any]
 def _compiled(function: _Function) -> _Function:
     """Compile a function when it is first called, and keep it where there is room to keep anything."""
     try:
-        made: _Function = numba.njit(cache=True)(function)
+        made: _Function = numba.njit(cache=True, forceinline=True)(function)
     except RuntimeError:  # no folder can be written to
-        made = numba.njit(function)
+        made = numba.njit(forceinline=True)(function)
     return made
 
 
@@ -157,6 +157,18 @@ def _string(data: Bytes, at: int, size_max: int) -> int:
             if not (byte == _QUOTE or byte == _BACKSLASH or _simple(byte)):
                 return -1
         at += 1
+
+
+@_compiled
+def _plain(data: Bytes, at: int) -> tuple[int, int]:
+    """Return the place behind a string that has no escapes, and how many characters it has. at: behind its first quote."""
+    characters = 0
+    while data[at] != _QUOTE:
+        if data[at] < _SPACE or data[at] == _BACKSLASH:
+            return -1, 0
+        characters += (data[at] & 0xC0) != 0x80  # not a character's second byte
+        at += 1
+    return at + 1, characters
 
 
 @_compiled
@@ -322,15 +334,17 @@ def _row(  # noqa: PLR0917  # Numba takes no keywords
         if data[at] != _COLON:
             return False
         first = _blank(data, at + 1)
-        at = _behind(data, first, kinds[name], rules)
-        if at < 0:
-            return False
         role = roles[name]
-        if role == _MOMENT:
-            found[row, _TIME] = _value(data, first, at)
-        elif role >= 0:
+        if 0 <= role < _MOMENT and data[first] == _QUOTE:
+            at, found[row, _CHARACTERS + role] = _plain(data, first + 1)
             found[row, _START + role] = first + 1
             found[row, _SIZE + role] = at - first - 2
+        else:
+            at = _behind(data, first, kinds[name], rules)
+        if at < 0:
+            return False
+        if role == _MOMENT:
+            found[row, _TIME] = _value(data, first, at)
         at = _blank(data, at)
         if data[at] != _COMMA:
             return at == end - 2 and seen & rules[_NEEDED] == rules[_NEEDED]
@@ -357,17 +371,6 @@ def _among(data: Bytes, at: int, size: int, words: Bytes, ends: Ints) -> bool:
 
 
 @_compiled
-def _plain(data: Bytes, at: int, size: int) -> int:
-    """Return how many characters a text has, -1 if one is escaped."""
-    count = 0
-    for place in range(at, at + size):
-        if data[place] == _BACKSLASH:
-            return -1
-        count += (data[place] & 0xC0) != 0x80  # not a character's second byte
-    return count
-
-
-@_compiled
 def _mixed(word: Any) -> Any:
     word = (word ^ (word >> np.uint64(32))) * np.uint64(0xFF51AFD7ED558CCD)
     word = (word ^ (word >> np.uint64(29))) * np.uint64(0xC4CEB9FE1A85EC53)
@@ -387,14 +390,13 @@ def _hash(data: Bytes, start: int, size: int, seed: int) -> int:
 
 
 @_compiled
-def _good(data: Bytes, role: int, at: int, size: int, rules: Ints) -> bool:
-    """Say whether a text is good in its role, if it is none of the words."""
-    characters = _plain(data, at, size)
+def _good(role: int, first: int, size: int, characters: int, rules: Ints) -> bool:
+    """Say whether a text is good in its role, if it is none of the words. first: its first byte."""
     if role == _TYPE:
-        return characters > 0 and size <= rules[_TYPE_BYTES_MAX]
-    if characters <= 0 or size > rules[_ID_BYTES_MAX]:
+        return size > 0 and size <= rules[_TYPE_BYTES_MAX]
+    if size == 0 or size > rules[_ID_BYTES_MAX]:
         return False
-    return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and data[at] > _SPACE)
+    return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and first > _SPACE)
 
 
 @_compiled
@@ -428,7 +430,8 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
             if not at:
                 continue
             known = role != _INSERT and _among(data, at, size, words, word_ends)
-            if known or not _good(data, role, at, size, rules):
+            characters = found[row, _CHARACTERS + role]
+            if known or not _good(role, data[at], size, characters, rules):
                 fine = False
             elif role != _TYPE:
                 found[row, _HASH + role] = _hash(data, at, size, role + 1)
