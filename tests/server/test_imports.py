@@ -8,6 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from starlette.requests import Request
@@ -75,6 +76,19 @@ def test_an_import_is_opened_shown_closed_and_opened_again(tmp_path: Path) -> No
         assert (status, closed) == (200, {**second, "state": "closed"})
         assert call(live, "GET", "/api/1/imports/old") == (200, closed)
         assert call(live, "POST", "/api/1/imports", {"name": "old"}) == (200, second)
+
+
+def test_an_import_whose_name_nobody_would_open_is_shown_and_undone_all_the_same(
+    tmp_path: Path,
+) -> None:
+    with Live(tmp_path) as live:
+        for name in ("a/b", "ü ?#%", "close"):
+            assert send(live, of(name, insert_id=name)) == 200
+            path = f"/api/1/imports/{quote(name, safe='')}"
+            assert call(live, "GET", f"{path}/effects")[0] == 200
+            assert call(live, "DELETE", path)[0] == 200
+            status, shown = call(live, "GET", path)
+            assert (status, shown["name"], shown["state"]) == (200, name, "undone")
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:

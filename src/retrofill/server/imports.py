@@ -51,17 +51,18 @@ class ImportRoutes:
         self._clock = clock
 
     def routes(self) -> list[Route]:
-        """Return every route."""
+        """Return every route. The name that events carry may hold a slash, whatever those have that are opened."""
+        one = "/api/1/imports/{id:path}"
         return [
             Route("/api/1/imports", self.list, methods=["GET"]),
             Route("/api/1/imports", self.open, methods=["POST"]),
-            Route("/api/1/imports/{id}", self.show, methods=["GET"]),
-            Route("/api/1/imports/{id}", self.undo, methods=["DELETE"]),
-            Route("/api/1/imports/{id}/effects", self.effects, methods=["GET"]),
-            Route("/api/1/imports/{id}/restore", self.restore, methods=["POST"]),
-            Route("/api/1/imports/{id}/cancel", self.cancel, methods=["POST"]),
-            Route("/api/1/imports/{id}/close", self.close, methods=["POST"]),
-            Route("/api/1/imports/{id}/export", self.export, methods=["GET"]),
+            Route(f"{one}/effects", self.effects, methods=["GET"]),
+            Route(f"{one}/restore", self.restore, methods=["POST"]),
+            Route(f"{one}/cancel", self.cancel, methods=["POST"]),
+            Route(f"{one}/close", self.close, methods=["POST"]),
+            Route(f"{one}/export", self.export, methods=["GET"]),
+            Route(one, self.show, methods=["GET"]),
+            Route(one, self.undo, methods=["DELETE"]),
         ]
 
     async def list(self, request: Request) -> Response:
