@@ -154,7 +154,9 @@ def test_a_source_that_cannot_be_read_again_keeps_the_event(tmp_path: Path) -> N
     work = tmp_path / "work"
     run(work, path, MAPPING, bad_rows=0.1)
     before = (work / stage.DEAD_LETTERS).read_bytes()
-    original.staged(work / stage.DEAD_LETTERS, [], {str(path): {21}}, None)
+    original.staged(
+        work / stage.DEAD_LETTERS, work / stage.DEAD_LETTERS, [], {str(path): {21}}, None
+    )
     assert (work / stage.DEAD_LETTERS).read_bytes() == before
     original.sent(work, ["s3://bucket/key"], None, None)
     assert not (work / "journal.db").exists()

@@ -9,15 +9,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.backfill.staging import COLUMNS, events, letters, ndjson, rows, run
 from tests.backfill.staging import table as whole
 
-from retrofill.backfill import manifest, order, people
-from retrofill.backfill.spill import Spill
+from retrofill.backfill import manifest, order, people, stage
 from retrofill.errors import CorruptError, InputError
 
 MAPPING = {
@@ -301,13 +299,13 @@ def test_a_crash_while_staging_leaves_no_stage_and_the_next_run_makes_it(
             run(tmp_path / "work", source, MAPPING)
     assert manifest.read(tmp_path / "work" / "stage") is None
     # What a killed process leaves behind is in nobody's way.
-    (tmp_path / "work" / "stage.new").mkdir()
     (tmp_path / "work" / "stage.new" / "set-0.arrow").write_bytes(b"half")
-    (tmp_path / "work" / "scratch").mkdir()
+    (tmp_path / "work" / "scratch" / "checkpoint.json").write_bytes(b"half")
     (tmp_path / "work" / "scratch" / "spill.arrow").write_bytes(b"half")
     assert run(tmp_path / "work", source, MAPPING).events == 5
     assert sorted(one.name for one in (tmp_path / "work").iterdir()) == [
         "dead-letters.ndjson",
+        "lock",
         "stage",
     ]
 
@@ -352,7 +350,7 @@ def test_many_small_buckets_give_the_same_stage_as_one(
     ndjson(tmp_path / "s.ndjson", source)
     run(tmp_path / "one", tmp_path / "s.ndjson", MAPPING, sets=5)
     monkeypatch.setattr(order, "BUCKET_BYTES", 20_000)
-    monkeypatch.setattr(Spill, "plain", False)  # as if it were too large to stay in one piece
+    monkeypatch.setattr(stage, "PLAIN_BYTES", 0)
     run(tmp_path / "many", tmp_path / "s.ndjson", MAPPING, sets=5)
     check_order(tmp_path / "many")
     assert rows(tmp_path / "many") == rows(tmp_path / "one")
@@ -400,29 +398,3 @@ def walked(device: list[int], user: list[int], limit: int) -> list[int]:
         return min(users) if users else node
 
     return [component(u or d) for d, u in zip(device, user, strict=True)]
-
-
-def test_a_spill_gives_back_what_it_took_from_memory_or_from_its_file(tmp_path: Path) -> None:
-    schema = pa.schema([("n", pa.int64()), ("text", pa.string())])
-    batches = [
-        pa.record_batch(
-            [[-1, at, at + 1], ["left", f"{{é{at}\n", f"{{{'x' * at}\n"]], schema=schema
-        ).slice(1)
-        for at in range(0, 20, 2)
-    ]
-    for bound, plain in ((0, 0), (0, 1 << 20), (50, 100), (1 << 20, 1 << 20)):
-        whole, parts = (
-            Spill(tmp_path / name, schema, memory_bytes=bound, plain_bytes=plain, large="text")
-            for name in ("a", "b")
-        )
-        for batch in batches:
-            whole.add(batch)
-            parts.add(batch)
-        assert whole.in_memory == (bound == 1 << 20)
-        assert whole.plain == (plain == 1 << 20)
-        found = whole.whole(b"<a>").take(np.arange(20)[::-1].copy())
-        assert found["n"].to_pylist() == list(range(20))[::-1]
-        texts = [text for at in range(0, 20, 2) for text in (f"<a>é{at}", f"<a>{'x' * at}")]
-        assert found["text"].to_pylist() == texts[::-1]
-        assert sorted(n for part in parts.parts() for n in part["n"].to_pylist()) == list(range(20))
-        assert not list(tmp_path.iterdir())

@@ -129,13 +129,15 @@ _TOKEN: Final = re.compile(
 class Compiled(Struct, frozen=True):
     """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in.
 
-    bare: for each field the number of the column that is all of its expression. plain: nothing leaves rows out.
+    bare: for each field the number of the column that is all of its expression. plain: nothing leaves rows out. windowed:
+    what a row becomes may depend on others.
     """
 
     sql: str
     fields: tuple[Field, ...]
     bare: tuple[int | None, ...] = ()
     plain: bool = False
+    windowed: bool = False
 
 
 def named(told: Mapping, columns: Columns) -> Compiled | None:
@@ -205,6 +207,7 @@ class _Compiler:
             tuple(value.field for value in values),
             tuple(value.bare for value in values),
             self.told.where is None,
+            any(value.windowed for value in values),
         )
 
     # Parsing: expressions to SQL over the frame's columns.

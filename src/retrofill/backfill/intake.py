@@ -2,13 +2,18 @@
 
 One pass over the source, streaming. Events go to a spill as they come; who is one person is known only at the end,
 so that sorting comes after (`order`). What stays in memory: the distinct (device, user) pairs, and a thin sample of rows
-from which the sorting takes its borders.
+from which the sorting takes its borders. Texts that are events as they stand in a file stay there.
+
+After every so many bytes it is noted how far the source is read, so that reading can be left at any moment and gone on
+with. What memory holds is made again from the spill. A query is asked about so many rows at a time for that, but for one
+with a window, which sees all of them; it is begun anew, and so is what DuckDB reads by itself (Parquet) and the rest of a
+database's answer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +26,13 @@ from msgspec import Raw, Struct
 
 from retrofill.backfill import columns, compiled, hashes, records, texts
 from retrofill.backfill.check import Checker
+from retrofill.backfill.checkpoint import Reading
 from retrofill.backfill.columns import Columns
 from retrofill.backfill.compiled import Compiled
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
-from retrofill.backfill.records import JSON_SCHEMA
+from retrofill.backfill.records import JSON_SCHEMA, Place
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill
 from retrofill.backfill.straight import SCANNED_BYTES, Straight, straight
@@ -37,14 +43,21 @@ from retrofill.errors import FullError, InputError
 if TYPE_CHECKING:
     import duckdb
 
+SPILL = "spill.arrow"
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
 _ROWS = 20_000  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
 _BORDERS_MAX = 200_000  # rows of the thin sample
+# Of the source's text from one checkpoint to the next, ours. A kill costs up to one step: 90,000 rows of 500 bytes are less than
+# half a percent of 20 M. Small sources have smaller steps, each costs a millisecond; a query asked anew costs up to 30.
+STEP_BYTES = 48 * 1024 * 1024
+STEP_BYTES_MIN = 2 * 1024 * 1024
+_STEPS = 200
 
 # An event on its way. key: known by device and given insert_id, 0 where that is made. event: a line of JSON, less a made
-# insert_id, which gets its last form when equal events stand together.
+# insert_id, which gets its last form when equal events stand together; nothing where it stands in the source, at byte `at` of
+# the file and `size` long. Else `at` is -1.
 SPILLED = pa.schema(
     [
         ("file", pa.int32()),
@@ -58,8 +71,11 @@ SPILLED = pa.schema(
         ("key", pa.int64()),
         ("insert_id", pa.string()),
         ("event", pa.string()),
+        ("at", pa.int64()),
+        ("size", pa.int32()),
     ]
 )
+_NOTED = ("device_node", "user_node", "key", "time_ms")
 _TROUBLES = {
     "user_id too short": compiled.USER_SHORT,
     "user_id too long": compiled.USER_LONG,
@@ -116,6 +132,12 @@ class Taken(Struct, kw_only=True):
     keys: list[Ints] = []
     borders: Thin = msgspec.field(default_factory=Thin)
 
+    def note(self, device: Ints, user: Ints, key: Ints, time_ms: Ints) -> None:
+        """Remember of spilled rows what is asked of all of them."""
+        self.pairs.add(device, user)
+        self.borders.add(device, user, time_ms)
+        self.keys.append(key[key != 0])
+
 
 def connect(scratch: Path) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB with bounded memory and the functions that mappings may use."""
@@ -158,7 +180,9 @@ class Intake:
         self._connect, self.letters = connect, letters
         self.taken = Taken()
         self._failed: BaseException | None = None
+        self._piece, self._place = 0, Place()  # where reading is
         self._odd: Spill | None = None  # rows that are not for the straight way
+        self._step = STEP_BYTES
         self._unreadable = 0  # rows that only the query found to be no JSON
         self._checker = Checker(self._refused, id_length_min=options.id_length_min)
         self.source = look(pieces, mapping)
@@ -181,30 +205,122 @@ class Intake:
         )
 
     def run(
-        self, spill: Spill, scratch: Path, *, seen: Callable[[int], None] = lambda _rows: None
+        self,
+        scratch: Path,
+        reading: Reading,
+        *,
+        save: Callable[[], None],
+        seen: Callable[[int], None] = lambda _rows: None,
     ) -> Taken:
-        """Read all rows, put the events among them into the spill. Raises InputError when too many are bad."""
-        way = self._way
-        odd = self._odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, large="text")
-        records = self._records()
-        if way is not None:
-            for batch, good in way.events(records):
+        """Read all rows, put the events among them into the spill. Raises InputError when too many are bad.
+
+        reading: where to begin, and moved on; `save` makes it the checkpoint.
+        """
+        spill = Spill(scratch / SPILL, SPILLED, length=reading.spill)
+        odd = self._odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, length=reading.odd)
+        spill.cut()
+        odd.cut()
+        self._remember(reading, spill)
+
+        def checkpoint() -> None:
+            self._note(reading, spill, odd)
+            save()
+
+        if self._way is not None:
+            self._straight_on(self._way, spill, checkpoint, seen)
+        if self._way is None or odd.bytes:
+            self._ask(reading, odd, spill, checkpoint, seen)
+        self._judge()
+        checkpoint()
+        return self.taken
+
+    def _remember(self, reading: Reading, spill: Spill) -> None:
+        taken = self.taken
+        taken.rows, taken.events, taken.bytes = reading.rows, reading.events, reading.bytes
+        taken.ids, taken.left_out = Counter(reading.ids), Counter(reading.left_out)
+        self._unreadable = reading.unreadable
+        self._piece, self._place = reading.piece, msgspec.structs.replace(reading.place)
+        for batch, _end in spill.batches():
+            taken.note(*(_numbers(batch, name).copy() for name in _NOTED))
+        size = sum(piece.size for piece in self.pieces)
+        self._step = min(STEP_BYTES, max(STEP_BYTES_MIN, size // _STEPS))
+
+    def _note(self, reading: Reading, spill: Spill, odd: Spill) -> None:
+        taken = self.taken
+        reading.rows, reading.events, reading.bytes = taken.rows, taken.events, taken.bytes
+        reading.ids, reading.left_out = dict(taken.ids), dict(taken.left_out)
+        reading.unreadable = self._unreadable
+        reading.piece, reading.place = self._piece, msgspec.structs.replace(self._place)
+        reading.spill, reading.odd = spill.bytes, odd.bytes
+
+    def _straight_on(
+        self,
+        way: Straight,
+        spill: Spill,
+        checkpoint: Callable[[], None],
+        seen: Callable[[int], None],
+    ) -> None:
+        size = 0
+        for records_ in self._records():
+            for batch, good in way.events((records_,)):
                 self.taken.rows += batch.num_rows
                 found = batch if good else finished(self._checker.mended(batch))
                 self._keep(self._in_bounds(found), spill)
                 seen(self.taken.rows)
-            records = (batch for part in odd.parts() for batch in part.to_batches())
-        if way is None or odd.bytes:
-            query = self.compiled.sql  # before the rows are registered: it is asked of none
-            self._register(records)
-            for batch in self._answers(query):
+            size += records_.nbytes
+            if size >= self._step and not self._place.last:
+                checkpoint()
+                size = 0
+
+    def _ask(
+        self,
+        reading: Reading,
+        odd: Spill,
+        spill: Spill,
+        checkpoint: Callable[[], None],
+        seen: Callable[[int], None],
+    ) -> None:
+        """Ask the query about the rows, or about those that were put aside."""
+        query = self.compiled.sql  # before the rows are registered: it is asked of none
+        for rows in self._together(reading, odd):
+            self._register(iter(rows))
+            answers = self._answers(query)
+            for batch in answers if self._at_once else _in_order(answers):
                 self.taken.rows += batch.num_rows
                 found = self._in_bounds(self._checker.mended(self._without_bad(batch)))
                 self._count_troubles(found)
                 self._keep(finished(found), spill)
                 seen(self.taken.rows)
-        self._judge()
-        return self.taken
+            if not self._place.last and not self._at_once:
+                checkpoint()
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether one query has to see all rows."""
+        return self.source.style == "native" or self.compiled.windowed
+
+    def _together(self, reading: Reading, odd: Spill) -> Iterator[Iterable[pa.RecordBatch]]:
+        """Yield the rows that are asked about together."""
+        if self._at_once:
+            if self._piece < len(self.pieces):
+                yield self._records()
+                self._piece = len(self.pieces)  # also where DuckDB read them by itself
+            return
+        waiting: list[pa.RecordBatch] = []
+        size = 0
+        for batch in self._records() if self._way is None else self._set_aside_from(reading, odd):
+            waiting.append(batch)
+            size += batch.nbytes
+            if size >= STEP_BYTES:
+                yield waiting
+                waiting, size = [], 0
+        if waiting:
+            yield waiting
+
+    def _set_aside_from(self, reading: Reading, odd: Spill) -> Iterator[pa.RecordBatch]:
+        for batch, end in odd.batches(reading.odd_read):
+            reading.odd_read = end
+            yield batch
 
     def _straight(self, found: Compiled) -> Straight | None:
         large = sum(piece.size for piece in self.pieces) >= SCANNED_BYTES
@@ -243,8 +359,10 @@ class Intake:
     def _records(self) -> Iterator[pa.RecordBatch]:
         """Yield all records. DuckDB pulls from here; its own words about an error are worth little, so keep ours."""
         try:
-            for piece in self.pieces:
-                yield from read(piece, self.source, self.mapping, self.letters)
+            while self._piece < len(self.pieces):
+                piece = self.pieces[self._piece]
+                yield from read(piece, self.source, self.mapping, self.letters, self._place)
+                self._piece, self._place = self._piece + 1, Place()
         except BaseException as error:
             self._failed = error
             raise
@@ -286,16 +404,23 @@ class Intake:
             return
         device, user, key = _hashes(batch)
         key = hashes.both(np.where(device == 0, user, device), key)
-        self.taken.pairs.add(device, user)
-        self.taken.borders.add(device, user, _numbers(batch, "time_ms"))
-        self.taken.keys.append(key[key != 0])
+        size = pc.binary_length(batch.column("event"))
         self.taken.events += batch.num_rows
-        self.taken.bytes += batch.column("event").nbytes
-        made = {"device_node": device, "user_node": user, "key": key}
-        columns = [
-            pa.array(made[name]) if name in made else batch.column(name) for name in SPILLED.names
-        ]
-        spill.add(pa.RecordBatch.from_arrays(columns, schema=SPILLED))
+        self.taken.bytes += pc.sum(size).as_py()
+        made = {
+            "device_node": pa.array(device),
+            "user_node": pa.array(user),
+            "key": pa.array(key),
+            "size": size,
+        }
+        if "at" in batch.schema.names:  # it stays there
+            made["event"] = _empty(batch.num_rows)
+        else:
+            made["at"] = pa.array(np.full(batch.num_rows, -1, np.int64))
+        columns = [made[name] if name in made else batch.column(name) for name in SPILLED.names]
+        rows = pa.RecordBatch.from_arrays(columns, schema=SPILLED)
+        self.taken.note(device, user, key, _numbers(batch, "time_ms"))
+        spill.add(rows)
 
     def _without_bad(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         bad = batch.column("bad")
@@ -382,8 +507,27 @@ class Intake:
         raise InputError(
             f"{refused:,} of {rows:,} rows were refused ({worst}), the first: {first.reason}",
             where=f"{first.file}, row {first.line}: {first.row[:300]}",
-            mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.path}",
+            mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.shown}",
         )
+
+
+def _in_order(answers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows as the source has them: DuckDB's threads give them as they come, each time in another order."""
+    batches = list(answers)
+    if not batches:
+        return
+    table = pa.Table.from_batches(batches)
+    file, line = (table.column(name).to_numpy() for name in ("file", "line"))
+    rows = np.lexsort((line, file))
+    for start in range(0, len(rows), _ROWS):
+        some = table.take(pa.array(rows[start : start + _ROWS])).combine_chunks()
+        yield from some.to_batches()
+
+
+def _empty(count: int) -> pa.StringArray:
+    return pa.StringArray.from_buffers(
+        count, pa.py_buffer(np.zeros(count + 1, np.int32)), pa.py_buffer(b"")
+    )
 
 
 def finished(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -530,9 +674,11 @@ def _spread(pieces: Sequence[Piece]) -> Sequence[Piece]:
 
 
 def read(
-    piece: Piece, source: Source, mapping: Mapping, letters: DeadLetters
+    piece: Piece, source: Source, mapping: Mapping, letters: DeadLetters, place: Place
 ) -> Iterator[pa.RecordBatch]:
-    """Yield one piece's records, with the schema that `look` found."""
+    """Yield one piece's records, with the schema that `look` found. place: where to begin, and moved on."""
     if source.style == "cells":
-        return records.csv_records(piece, source.names, letters, told=mapping.delimiter)
-    return records.json_records(piece, letters)
+        return records.csv_records(
+            piece, source.names, letters, told=mapping.delimiter, place=place
+        )
+    return records.json_records(piece, letters, place=place)

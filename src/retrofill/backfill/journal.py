@@ -173,7 +173,7 @@ class Journal:
     def __init__(self, work: Path, *, threaded: bool = True) -> None:
         """Open for writing. Raises BusyError while another run holds the directory."""
         self._work = work
-        self._lock = _lock(work)
+        self._lock = locked(work)
         path = work / "journal.db"
         try:
             if not path.exists():
@@ -598,7 +598,7 @@ def set_aside(work: Path, generation: int) -> Path:
     generation: of the import whose rows it speaks of, at its destination. Raises BusyError while anybody uses it.
     """
     path = work / "journal.db"
-    with _lock(work):
+    with locked(work):
         db = connect(path)
         try:
             db.execute("PRAGMA busy_timeout=1000")
@@ -645,7 +645,8 @@ def _make(path: Path) -> None:
         os.close(folder)
 
 
-def _lock(work: Path) -> IO[str]:
+def locked(work: Path) -> IO[str]:
+    """Lock a work directory until the file is closed, or the process ends. Raises BusyError."""
     work.mkdir(parents=True, exist_ok=True)
     file = (work / "lock").open("w")
     try:

@@ -7,12 +7,14 @@ buckets one after another give set after set, each with one open file.
 
 What needs neighbours is done there: made insert_ids get their place among equal events (those share person and time),
 and rows whose insert_id an earlier row of the device has are left out.
+
+Both steps can be left at any moment and gone on with. After every so many bytes of sets, what was counted since is added to a
+log beside; a checkpoint says how long the log is, and up to which row of which bucket it goes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,32 @@ import xxhash
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill import spill as spills
 from retrofill.backfill import texts
+from retrofill.backfill.checkpoint import Dealing, Sorting
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
-from retrofill.backfill.sets import COMMA, SCHEMA, SetWriter
-from retrofill.backfill.spill import PLAIN_BYTES, Spill, Whole
+from retrofill.backfill.sets import COMMA, SCHEMA, SetWriter, gone_on
+from retrofill.backfill.spill import AT, SIZE, Originals, Spill, Whole
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
+# Of texts that are dealt out at once, ours: they go to hundreds of buckets, and so few rows that each gets fifty took longer to
+# write than anything else.
+DEALT_BYTES = 48 * 1024 * 1024
+STEP_BYTES = 32 * 1024 * 1024  # of sets from one checkpoint to the next, ours: 50,000 rows
 GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
 _PART_ROWS = GROUP_ROWS  # taken, finished and written at once: what was gathered is still near
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 _BITS = 63  # of a number that is sorted
+_LENGTH_BYTES = 8  # before each entry of the log
 
 Refused = Callable[[int, int, str, str, str], None]
+
+DEALT = pa.schema([field for field in SPILLED if field.name not in {AT, SIZE}])
 
 
 class Borders(Struct, frozen=True):
@@ -91,12 +102,25 @@ class Sorted(Struct, kw_only=True):
     people: int = 0
     first_ms: int | None = None
     last_ms: int | None = None
-    days: Counter[tuple[int, str]] = msgspec.field(default_factory=Counter)
+    days: dict[tuple[int, str], int] = {}
     same: int = 0
     different: int = 0
     hot: list[HotPerson] = []
     names: dict[int, str] = {}  # of the nodes that were asked for
     left_out: int = 0  # rows outside of the sample
+
+
+class _Step(Struct, kw_only=True):
+    """What the sorting has seen, of days and doubles only what came since the step before."""
+
+    found: Sorted
+    set: int
+    seq: int
+    set_bytes: int
+    set_people: int
+    person: HotPerson | None
+    slots: list[int]  # of doubles seen
+    contents: list[int]
 
 
 def _content(event: memoryview) -> int:
@@ -108,13 +132,12 @@ def _content(event: memoryview) -> int:
 class Doubles:
     """The insert_ids that several rows of a device share: who came first, and with what content."""
 
-    def __init__(self, keys: Sequence[Ints]) -> None:
-        together = np.concatenate(keys) if keys else np.zeros(0, np.int64)
-        together.sort()
-        again = together[1:][together[1:] == together[:-1]]
-        self.keys = np.unique(again)
+    def __init__(self, keys: Ints) -> None:
+        """keys: those that several rows have, ascending."""
+        self.keys = keys
         self.seen = np.zeros(len(self.keys), np.bool_)
         self.content = np.zeros(len(self.keys), np.uint64)
+        self.fresh: list[int] = []  # seen since the last step
 
     def later(self, key: Ints, event: pa.StringArray) -> tuple[Ints, list[int]]:
         """Return the rows that are not the first of their key, and which of them differ from it in content."""
@@ -128,11 +151,67 @@ class Doubles:
             content = _content(memoryview(event[row].as_buffer())[len(COMMA) :])
             if not self.seen[slot]:
                 self.seen[slot], self.content[slot] = True, content
+                self.fresh.append(int(slot))
                 continue
             later.append(row)
             if self.content[slot] != content:
                 different.append(row)
         return np.asarray(later, np.int64), different
+
+
+def repeated(keys: Sequence[Ints]) -> Ints:
+    """Return the keys that several rows have, ascending."""
+    together = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+    together.sort()
+    return np.unique(together[1:][together[1:] == together[:-1]])
+
+
+def deal(
+    spill: Spill,
+    edges: Borders,
+    people: People,
+    originals: Originals,
+    buckets: Sequence[Spill],
+    *,
+    dealing: Dealing,
+    save: Callable[[], None],
+) -> None:
+    """Put each row into its bucket, in the order of the spill. dealing: where to begin, and moved on; `save` keeps it."""
+    for bucket in buckets:
+        bucket.cut()
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for batch, end in spill.batches(dealing.spill):
+        waiting.append(batch)
+        size += pc.sum(batch.column(SIZE)).as_py() or 0
+        if size >= DEALT_BYTES or end == spill.bytes:
+            _dealt(waiting, spill.schema, edges, people, originals, buckets)
+            waiting, size = [], 0
+            dealing.spill, dealing.buckets = end, [bucket.bytes for bucket in buckets]
+            save()
+
+
+def _dealt(  # one step's parts
+    batches: Sequence[pa.RecordBatch],
+    schema: pa.Schema,
+    edges: Borders,
+    people: People,
+    originals: Originals,
+    buckets: Sequence[Spill],
+) -> None:
+    lying, _kept = originals.reader()
+    found = spills.whole(batches, schema, lying, before=None)
+    rows = found.rows
+    person = people.of(_ints(rows, "device_node"), _ints(rows, "user_node"))
+    bucket = edges.bucket(person, _ints(rows, "time_ms"))
+    if len(buckets) < np.iinfo(np.uint16).max:
+        bucket = bucket.astype(np.uint16)  # of which a sort is a count
+    order = np.argsort(bucket, kind="stable")
+    dealt = found.take(order, led=False).select(DEALT.names)
+    at = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
+    for number, (start, end) in enumerate(pairwise(at.tolist())):
+        if end > start:
+            buckets[number].add(dealt.slice(start, end - start))
 
 
 class Sorter:
@@ -144,12 +223,20 @@ class Sorter:
         people: People,
         options: Options,
         *,
-        keys: Sequence[Ints],
+        keys: Ints,
         wanted: Ints,
         refused: Refused,
+        packed: bool,
+        log: Path,
+        sorting: Sorting,
+        save: Callable[[], None],
     ) -> None:
+        """sorting: where to begin, and moved on; `save` makes it the checkpoint. log: the file of what was counted."""
         self.folder, self.people, self.options = folder, people, options
         self.doubles = Doubles(keys)
+        self._log, self._sorting, self._save = log, sorting, save
+        self._days: dict[tuple[int, str], int] = {}  # since the last step
+        self._step_bytes = 0
         self._wanted = np.unique(wanted)
         self.refused = refused
         self.found = Sorted()
@@ -159,16 +246,19 @@ class Sorter:
         self._set_bytes = self._set_people = 0
         self._person: HotPerson | None = None  # whose rows are being written
         self._lead = _lead(options)
-        self._packed = False
+        self._packed = packed
 
-    def run(self, spill: Spill, edges: Borders, scratch: Path) -> Sorted:
-        """Sort the spill into set files. Without borders it is one bucket."""
-        self._packed = spill.bytes > PLAIN_BYTES
-        if len(edges.persons) == 0:
-            self._bucket(spill.whole(self._lead))
-        else:
-            for bucket in self._scatter(spill, edges, scratch):
-                self._bucket(bucket.whole(self._lead))
+    def run(self, buckets: Sequence[Spill], lying: spills.Lying) -> Sorted:
+        """Sort buckets, one after another, into set files, and remove each. lying: where texts are that they have not."""
+        self._go_on()
+        sorting = self._sorting
+        while sorting.bucket < len(buckets):
+            bucket = buckets[sorting.bucket]
+            held = list(bucket.mapped())
+            self._bucket(spills.whole(held, bucket.schema, lying, before=self._lead))
+            sorting.bucket, sorting.row = sorting.bucket + 1, 0
+            self._checkpoint()
+            bucket.remove()
         self._close_person()
         while self._set < self.options.sets - 1:
             self._next_set()
@@ -177,28 +267,51 @@ class Sorter:
         self.found.hot = self.found.hot[:_HOT]
         return self.found
 
-    def _scatter(self, spill: Spill, edges: Borders, scratch: Path) -> list[Spill]:
-        count = len(edges.persons) + 1
-        buckets = [
-            Spill(
-                scratch / f"bucket-{at}.arrow",
-                SPILLED,
-                large="event",
-                memory_bytes=0,
-                plain_bytes=PLAIN_BYTES // count,
-            )
-            for at in range(count)
-        ]
-        for part in spill.parts():
-            person = self.people.of(_ints(part, "device_node"), _ints(part, "user_node"))
-            bucket = edges.bucket(person, _ints(part, "time_ms"))
-            order = np.argsort(bucket, kind="stable")
-            (rows,) = part.take(pa.array(order)).combine_chunks().to_batches()
-            at = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
-            for number, one in enumerate(buckets):
-                if at[number + 1] > at[number]:
-                    one.add(rows.slice(at[number], at[number + 1] - at[number]))
-        return buckets
+    def _checkpoint(self) -> None:
+        """Add to the log what was seen since the last time, and say how long it is."""
+        found, doubles = self.found, self.doubles
+        step = _Step(
+            found=msgspec.structs.replace(found, days=self._days),
+            set=self._set,
+            seq=self._seq,
+            set_bytes=self._set_bytes,
+            set_people=self._set_people,
+            person=self._person,
+            slots=doubles.fresh,
+            contents=doubles.content[doubles.fresh].tolist(),
+        )
+        data = msgspec.msgpack.encode(step)
+        with self._log.open("ab") as file:
+            file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+        self._sorting.log += _LENGTH_BYTES + len(data)
+        self._add_days()
+        doubles.fresh, self._step_bytes = [], 0
+        self._save()
+
+    def _add_days(self) -> None:
+        days = self.found.days
+        for key, events in self._days.items():
+            days[key] = days.get(key, 0) + events
+        self._days = {}
+
+    def _go_on(self) -> None:
+        """Be where the checkpoint was."""
+        with self._log.open("ab") as file:
+            file.truncate(self._sorting.log)
+        step = None
+        for step in _steps(self._log):
+            self.doubles.seen[step.slots] = True
+            self.doubles.content[step.slots] = step.contents
+            self._days = step.found.days
+            self._add_days()
+        if step is None:
+            return
+        self.found = msgspec.structs.replace(step.found, days=self.found.days)
+        self._set, self._seq, self._person = step.set, step.seq, step.person
+        self._set_bytes, self._set_people = step.set_bytes, step.set_people
+        if self._set >= 0:
+            path = self.folder / _name(self._set)
+            self._writer = gone_on(path, self._seq, packed=self._packed)
 
     def _bucket(self, whole: Whole) -> None:
         rows = whole.rows
@@ -210,7 +323,8 @@ class Sorter:
             order = np.lexsort((*place, time_ms, person))
         if self.options.sample < 1:
             kept = sampled(person[order], self.options.sample)
-            self.found.left_out += int(np.count_nonzero(~kept))
+            if not self._sorting.row:  # else they were counted
+                self.found.left_out += int(np.count_nonzero(~kept))
             order = order[kept]
         person, time_ms = person[order], time_ms[order]
         # What shares person and time stays together, so that equal events are seen side by side.
@@ -222,8 +336,11 @@ class Sorter:
             else apart
         )
         for start, end in pairwise([0, *cuts.tolist(), len(order)]):
-            if end > start:
+            if end > start >= self._sorting.row:
                 self._part(whole.take(order[start:end]), person[start:end])
+                if self._step_bytes >= STEP_BYTES:
+                    self._sorting.row = end
+                    self._checkpoint()
 
     def _part(self, batch: pa.RecordBatch, person: Ints) -> None:
         """Finish and write sorted rows."""
@@ -324,6 +441,7 @@ class Sorter:
         found.events += len(times)
         found.bytes += size
         self._set_bytes += size
+        self._step_bytes += size
         low, high = int(times.min()), int(times.max())
         found.first_ms = low if found.first_ms is None else min(found.first_ms, low)
         found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
@@ -333,7 +451,8 @@ class Sorter:
             times // _DAY_MS * len(names) + kinds.indices.to_numpy(), return_counts=True
         )
         for number, count in zip(each.tolist(), counts.tolist(), strict=True):
-            found.days[number // len(names), names[number % len(names)]] += count
+            key = (number // len(names), names[number % len(names)])
+            self._days[key] = self._days.get(key, 0) + count
 
     def _runs(self, person: Ints) -> None:
         """Follow people through the sorted rows, to count them and to find the largest."""
@@ -386,6 +505,14 @@ class Sorter:
         )
         self.found.people += self._set_people
         self._seq = self._set_bytes = self._set_people = 0
+
+
+def _steps(log: Path) -> Iterator[_Step]:
+    """Yield what was logged, in order."""
+    decoder = msgspec.msgpack.Decoder(_Step)
+    with log.open("rb") as file:
+        while size := file.read(_LENGTH_BYTES):
+            yield decoder.decode(file.read(int.from_bytes(size, "little")))
 
 
 def _name(number: int) -> str:

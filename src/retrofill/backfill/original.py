@@ -7,6 +7,7 @@ database, or storage far away) keeps the event in its place.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -72,12 +73,14 @@ def _native(piece: Piece, lines: set[int]) -> Iterator[tuple[int, str]]:
             start = stop
 
 
-def staged(path: Path, pieces: Sequence[Piece], wanted: Places, told: str | None) -> None:
-    """Put the rows into the letters of a stage that hold events."""
+def staged(path: Path, to: Path, pieces: Sequence[Piece], wanted: Places, told: str | None) -> None:
+    """Copy the letters of a stage, those that hold events with their rows."""
     found = texts(pieces, wanted, told)
+    fresh = to.with_suffix(".new")
     if not found:
+        shutil.copyfile(path, fresh)
+        fresh.replace(to)
         return
-    fresh = path.with_suffix(".new")
     with path.open("rb") as letters, fresh.open("wb") as file:
         for line in letters:
             letter = _letter(line)
@@ -85,7 +88,7 @@ def staged(path: Path, pieces: Sequence[Piece], wanted: Places, told: str | None
             if text is not None:
                 letter = msgspec.structs.replace(letter, row=text)
             file.write(msgspec.json.encode(letter) + b"\n")
-    fresh.replace(path)
+    fresh.replace(to)
 
 
 def sent(work: Path, named: Sequence[str], told: str | None, format_name: str | None) -> None:

@@ -5,19 +5,23 @@ read (broken UTF-8, a record too long, a row with the wrong number of cells, a f
 dead letters with its place, and the rest is read on.
 
 Lines count from 1. In a JSON array and in the answer of a query, rows have no lines: there the row's number counts.
+
+Reading can be left between two batches and gone on with at the place where it was. What is packed is unpacked again up to
+there, which costs a twentieth of what was done with it.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Generator, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from retrofill.backfill import database, unpack
@@ -34,51 +38,103 @@ _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _QUOTE, _BACKSLASH = 10, 34, 92
 _MARKS = b",;\t|"  # that may stand between cells where nobody says which
 
-JSON_SCHEMA: Final = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())])
+_PLACE: Final = [("file", pa.int32()), ("line", pa.int64()), ("text", pa.string())]
+# at: the byte of the file at which the text stands as it is, -1 where it does not.
+JSON_SCHEMA: Final = pa.schema([*_PLACE, ("at", pa.int64())])
+
+
+class Place(Struct):
+    """Where the next record of a piece begins: its byte, unpacked, and its line or number. Reading moves it on.
+
+    last: what comes now are the last records, and reading cannot be gone on with in between.
+    """
+
+    offset: int = 0
+    line: int = 1
+    last: bool = False
 
 
 def cells_schema(names: list[str]) -> pa.Schema:
     """Return the schema of CSV records: place, text as it was, and one text column a name."""
-    return pa.schema([*JSON_SCHEMA, *((f"cell_{at}", pa.string()) for at in range(len(names)))])
+    return pa.schema([*_PLACE, *((f"cell_{at}", pa.string()) for at in range(len(names)))])
 
 
 def json_records(
-    piece: Piece, letters: DeadLetters, *, chunk: int = CHUNK_BYTES
+    piece: Piece, letters: DeadLetters, *, chunk: int = CHUNK_BYTES, place: Place | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the records of NDJSON, a JSON array or a query, in order, with JSON_SCHEMA."""
-    for texts, lines in _cut_json(piece, letters, chunk):
-        texts, lines = _readable(piece, texts, lines, letters)  # noqa: PLW2901  # the same, less what is broken
+    """Yield the records of NDJSON, a JSON array or a query, in order, with JSON_SCHEMA. place: where to begin."""
+    place = place or Place()
+    lies = lies_there(piece)
+    for cut, numbers in _cut_json(piece, letters, chunk, place):
+        starts = _starts(cut, place) if lies else np.full(len(cut), -1, np.int64)
+        texts, lines = _readable(piece, cut, numbers, letters)
         if len(texts):
             file = pa.array(np.full(len(texts), piece.number, np.int32))
-            yield pa.RecordBatch.from_arrays([file, pa.array(lines), texts], schema=JSON_SCHEMA)
+            at = pa.array(starts if len(texts) == len(cut) else starts[lines - numbers[0]])
+            yield pa.RecordBatch.from_arrays([file, pa.array(lines), texts, at], schema=JSON_SCHEMA)
+
+
+def lies_there(piece: Piece) -> bool:
+    """Say whether the texts of the records stand in the file as they are."""
+    return piece.format == "ndjson" and not piece.packing and piece.member is None
+
+
+def _starts(texts: pa.StringArray, place: Place) -> NDArray[np.int64]:
+    """Return where in the file each text begins. place: where the last one ends."""
+    edges = np.frombuffer(texts.buffers()[1], np.int32)[: len(texts) + 1]
+    return place.offset - int(edges[-1]) + edges[:-1].astype(np.int64)
 
 
 def _cut_json(
-    piece: Piece, letters: DeadLetters, chunk: int
+    piece: Piece, letters: DeadLetters, chunk: int, place: Place
 ) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
     if piece.query is not None:
-        yield from _lines(iter(database.lines(piece.place, piece.query)), piece, letters)
+        yield from _lines(_answer(piece.place, piece.query, place), piece, letters, place)
         return
     cut = _elements if piece.format == "json" else _lines
-    yield from cut(_blocks(piece, letters, chunk), piece, letters)
+    yield from cut(_blocks(piece, letters, chunk, place), piece, letters, place)
 
 
-def _blocks(piece: Piece, letters: DeadLetters, chunk: int) -> Iterator[bytes]:
-    """Yield the file's bytes; a file that cannot be read on ends there, with a dead letter."""
+def _answer(place: str, query: str, at: Place) -> Iterator[tuple[int, bytes]]:
+    """Yield a database's rows, each block with where it ends. Asked again it may give them in another order."""
+    at.last, end = True, 0
+    for block in database.lines(place, query):
+        end += len(block)
+        yield end, block
+
+
+def _blocks(
+    piece: Piece, letters: DeadLetters, chunk: int, place: Place
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the file's bytes from the place on, each block with where it ends: the same blocks wherever that is.
+
+    A file that cannot be read on ends there, with a dead letter.
+    """
+    start, end = place.offset, 0
+    if not piece.packing and piece.member is None:
+        end = start - start % unpack.PLAIN_BYTES
     waiting: list[bytes] = []
-    size, first = 0, True
-    parts = unpack.chunks(piece.place, piece.packing, piece.member)
+    size = 0
+    parts = unpack.chunks(piece.place, piece.packing, piece.member, start=end)
     while part := _next(parts, piece, letters):
-        for start in range(0, len(part), chunk):
-            waiting.append(part[start : start + chunk] if len(part) > chunk else part)
+        for at in range(0, len(part), chunk):
+            waiting.append(part[at : at + chunk] if len(part) > chunk else part)
             size += len(waiting[-1])
             if size >= max(chunk, len(_BOM)):
-                block, waiting, size = b"".join(waiting), [], 0
-                yield block.removeprefix(_BOM) if first else block
-                first = False
-    if waiting:
-        block = b"".join(waiting)
-        yield block.removeprefix(_BOM) if first else block
+                end += size
+                if end > start:
+                    yield end, _from(start, end - size, b"".join(waiting))
+                waiting, size = [], 0
+    place.last = True
+    if waiting and end + size > start:
+        yield end + size, _from(start, end, b"".join(waiting))
+
+
+def _from(start: int, begin: int, block: bytes) -> bytes:
+    """Return a block from a byte of the file on; the first one without the mark that may stand there."""
+    return (
+        block[start - begin :] if start > begin else block.removeprefix(_BOM if not begin else b"")
+    )
 
 
 def _next(parts: Iterator[bytes], piece: Piece, letters: DeadLetters) -> bytes:
@@ -91,19 +147,22 @@ def _next(parts: Iterator[bytes], piece: Piece, letters: DeadLetters) -> bytes:
 
 
 def _lines(
-    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+    blocks: Iterator[tuple[int, bytes]], piece: Piece, letters: DeadLetters, place: Place
 ) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
-    line, rest = 1, b""
-    for block in blocks:
+    line, rest, end = place.line, b"", 0
+    for end, block in blocks:
         buffer = rest + block if rest else block
         ends = np.flatnonzero(np.frombuffer(buffer, np.uint8) == _NEWLINE) + 1
         if len(ends) == 0:
             rest = _bounded(buffer, piece, line, letters)
             continue
-        yield _texts(buffer, ends), np.arange(line, line + len(ends), dtype=np.int64)
+        numbers = np.arange(line, line + len(ends), dtype=np.int64)
         line += len(ends)
+        place.offset, place.line = end - len(buffer) + int(ends[-1]), line
+        yield _texts(buffer, ends), numbers
         rest = _bounded(buffer[ends[-1] :], piece, line, letters)
     if rest:
+        place.offset = end
         yield _texts(rest, np.array([len(rest)])), np.array([line], np.int64)
 
 
@@ -126,24 +185,34 @@ def _texts(buffer: bytes, ends: NDArray[np.int64]) -> pa.StringArray:
 
 
 def _elements(
-    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+    blocks: Iterator[tuple[int, bytes]], piece: Piece, letters: DeadLetters, place: Place
 ) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
     """Cut a JSON array into its elements, and tell if that was not all of the file."""
     cut_off = letters.counts[CUT_OFF]
-    row, opened, behind = yield from _array(blocks, piece, letters)
-    others = (part for part in chain((behind,), blocks) if part.strip())
+    if place.offset:
+        blocks = _behind_comma(blocks)
+    row, opened, behind = yield from _array(blocks, piece, letters, place)
+    following = (block for _end, block in blocks)
+    others = (part for part in chain((behind,), following) if part.strip())
     shown = next(others, b"").strip()[:1000].decode(errors="replace")
     if (opened or shown) and letters.counts[CUT_OFF] == cut_off:  # else it was told why
         reason = "the array has no end" if opened else "it stands in no array, or behind one"
         letters.add(piece.name, row, CUT_OFF, reason, shown)
 
 
+def _behind_comma(blocks: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Yield the blocks, less the comma with which they begin where reading goes on."""
+    for end, block in islice(blocks, 1):
+        yield end, b" " + block[1:]
+    yield from blocks
+
+
 def _array(
-    blocks: Iterator[bytes], piece: Piece, letters: DeadLetters
+    blocks: Iterator[tuple[int, bytes]], piece: Piece, letters: DeadLetters, place: Place
 ) -> Generator[tuple[pa.StringArray, NDArray[np.int64]], None, tuple[int, bool, bytes]]:
     """Cut at the commas that stand in nothing but the array. Returns the last row, whether it is open still, and what follows."""
-    row, rest, opened, behind = 1, b"", False, b""
-    for block in blocks:
+    row, rest, opened, behind = place.line, b"", place.offset > 0, b""
+    for block_end, block in blocks:
         buffer = bytearray(rest + block)
         if not opened:
             start = buffer.find(b"[")
@@ -156,8 +225,10 @@ def _array(
         for at in commas:
             buffer[at] = 32  # what is left between the commas is an element and white space
         if len(commas):
-            yield _texts(bytes(buffer), commas), np.arange(row, row + len(commas), dtype=np.int64)
+            numbers = np.arange(row, row + len(commas), dtype=np.int64)
             row += len(commas)
+            place.offset, place.line = block_end - len(buffer) + int(commas[-1]), row
+            yield _texts(bytes(buffer), commas), numbers
         rest = bytes(buffer[commas[-1] if len(commas) else 0 :])
         if end is not None:
             rest = rest[: end - (int(commas[-1]) if len(commas) else 0)]
@@ -169,6 +240,7 @@ def _array(
             if len(rest) > _NESTED_MAX:
                 letters.add(piece.name, row, CUT_OFF, "this element is too deep", "")
                 return row, opened, b""
+    place.last = True
     if rest.strip():
         yield _texts(rest, np.array([len(rest)])), np.array([row], np.int64)
     return row, opened, behind
@@ -298,35 +370,43 @@ def csv_records(  # what a cell is takes this many words
     *,
     told: str | None = None,
     chunk: int = CHUNK_BYTES,
+    place: Place | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the records of a CSV or TSV file, in order, with `cells_schema(names)`.
+    """Yield the records of a CSV or TSV file, in order, with `cells_schema(names)`. place: where to begin.
 
     names: the columns of all files of the source; those that this one lacks are null. An empty cell is null, too.
     """
+    place = place or Place()
     own, mark = header(piece, told), delimiter(piece, told)
     if not own:
-        for _ in _blocks(piece, letters, chunk):
+        for _ in _blocks(piece, letters, chunk, place):
             pass  # nothing is in it, and if it cannot be read, that is told
         return
-    blocks = _blocks(piece, letters, chunk)
-    for buffer, ends, lines in _csv_cut(blocks, piece, mark.encode(), letters):
+    blocks = _blocks(piece, letters, chunk, place)
+    for buffer, ends, lines in _csv_cut(blocks, piece, mark.encode(), letters, place):
         texts, lines = _readable(piece, _texts(buffer, ends), lines, letters)  # noqa: PLW2901  # less what is broken
-        if len(texts):
-            yield from _cells(piece, own, names, texts, lines, mark, letters)
+        cells = list(_cells(piece, own, names, texts, lines, mark, letters)) if len(texts) else []
+        if cells:  # together: the place is behind all of them
+            yield cells[0] if len(cells) == 1 else pa.concat_batches(cells)
 
 
 def _csv_cut(
-    blocks: Iterator[bytes], piece: Piece, mark: bytes, letters: DeadLetters
+    blocks: Iterator[tuple[int, bytes]],
+    piece: Piece,
+    mark: bytes,
+    letters: DeadLetters,
+    place: Place,
 ) -> Iterator[tuple[bytes, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield buffers with the ends of their records and the lines on which those begin, without the header."""
-    line, rest, headed = 1, b"", False
-    for block in chain(blocks, (b"",)):  # the last line may have no end
+    line, rest, headed = place.line, b"", place.offset > 0
+    for end, block in chain(blocks, ((0, b""),)):  # the last line may have no end
         rest += block or b"\n"
         while rest:
             ends = _record_ends(rest, mark)
             if len(ends):
                 starts = line + _newlines_before(rest, ends)
                 line = int(starts[-1])
+                place.offset, place.line = end - len(rest) + int(ends[-1]), line
                 yield _without_header(rest, ends, starts[:-1], headed=headed)
                 rest, headed = rest[int(ends[-1]) :], True
             newline = rest.find(b"\n") + 1

@@ -26,6 +26,8 @@ COMMA: Final = b","
 JSON: Final = "json"  # the event alone, made of TEXT when it is asked for
 TEXT: Final = "text"
 
+_MAGIC_BYTES = 8  # before what is otherwise a stream of Arrow
+
 SCHEMA: Final = pa.schema(
     [
         ("person", pa.int64()),
@@ -57,6 +59,26 @@ class SetWriter:
     def close(self) -> None:
         """Finish the file."""
         self._writer.close()
+
+
+def gone_on(path: Path, rows: int, *, packed: bool) -> SetWriter:
+    """Return a writer of a set that has so many whole groups, which may be cut off behind them.
+
+    A file of Arrow cannot be added to, so the groups are written again, beside, and take the place of the old ones.
+    """
+    fresh = path.with_suffix(".new")
+    writer = SetWriter(fresh, packed=packed)
+    with pa.OSFile(str(path)) as file:
+        file.seek(_MAGIC_BYTES)
+        reader = pa.ipc.open_stream(file)
+        left = rows
+        while left > 0:
+            group = reader.read_next_batch()
+            writer.write(group)
+            left -= group.num_rows
+    assert left == 0, f"{path} has no group that ends at row {rows}"
+    fresh.replace(path)
+    return writer
 
 
 class Set:

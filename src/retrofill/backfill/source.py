@@ -177,6 +177,16 @@ def _file(path: Path) -> Origin:
     return Origin(str(path), str(path.absolute()), there.st_size, str(there.st_mtime_ns))
 
 
+def same(origin: Origin) -> bool:
+    """Say whether a file is as it was when it was found."""
+    path = Path(origin.place)
+    there = path.stat() if path.is_file() else None
+    return there is not None and (there.st_size, str(there.st_mtime_ns)) == (
+        origin.size,
+        origin.changed,
+    )
+
+
 def few(origins: Sequence[Origin]) -> list[Origin]:
     """Return what is enough to look at: of objects that must be fetched first, a few."""
     far = [origin for origin in origins if origin.place.startswith("s3://")]
@@ -199,7 +209,12 @@ def pieces(
         place = origin.place
         if place.startswith("s3://"):
             ending = PurePosixPath(place).name
-            place = str(remote.download(place, scratch / f"{number}-{ending}", endpoint=endpoint))
+            copy = (
+                scratch / f"{number}-{ending}"
+            )  # whole where it is there: whoever went before was killed
+            if not copy.exists():
+                remote.download(place, copy, endpoint=endpoint)
+            place = str(copy)
         found += _open(origin, place, format_name, scratch / f"{number}-unpacked.parquet")
     return [msgspec.structs.replace(piece, number=at) for at, piece in enumerate(found)]
 

@@ -1,204 +1,230 @@
-"""Rows on their way between two steps: in memory while they are few, in a file when they are many."""
+"""Rows on their way between two steps: batches in a file that is added to, and may be cut back to where it once ended.
+
+A row's text may be left where the source has it: then the row says where that is. Most histories are files of events as
+they shall be, and what is not written need not be read again either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill.texts import flat
+from retrofill.backfill.people import Ints
+from retrofill.backfill.source import Piece
+from retrofill.errors import InputError
 
-MEMORY_BYTES = 64 * 1024 * 1024  # of rows held; fresh memory costs more than a file does
-# Written as it is. Packing takes about 1 CPU s for a million events each time; beyond this the room on disk is dearer.
-PLAIN_BYTES = 1024 * 1024 * 1024
-_PAGE = 4096
+TEXT: Final = "event"  # the large column: texts in braces with an end of line
+AT, SIZE, FILE = "at", "size", "file"  # where the text stands in which file of the source, instead
 _TEXT_BYTES_MAX = 2**31 - 1  # of a column of texts, by its offsets
-# ours: of the file read as one. Sorting deals them out to hundreds of buckets: of 4 MB each got some fifty rows at a time,
-# and packing so few took longer than anything else.
-TOGETHER_BYTES = 24 * 1024 * 1024  # less than malloc keeps in one piece: see `memory`
+_FILES_OPEN = 16  # ours: of the source, while stretches of it are read in order
+
+Lying = Callable[[int, int, int], int]
+"""Says at which address the first byte of a file would be if bytes begin … end are wanted of it: file, begin, end."""
+
+
+class Spill:
+    """Batches of one schema in a file. length: of what is there already, and counts."""
+
+    def __init__(self, path: Path, schema: pa.Schema, *, length: int = 0) -> None:
+        self.path, self.schema, self.bytes = path, schema, length
+
+    def cut(self) -> None:
+        """Cut off what does not count, or make the file. To be called before rows are added."""
+        with self.path.open("ab") as file:
+            file.truncate(self.bytes)
+
+    def add(self, batch: pa.RecordBatch, *, packed: bool = False) -> None:
+        """Add rows. packed: with LZ4."""
+        data = _packed(batch) if packed else batch.serialize()
+        with self.path.open("ab") as file:
+            file.write(data)
+        self.bytes += len(data)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Yield the batches from a byte on, each with the byte behind it."""
+        with pa.OSFile(str(self.path)) as file:
+            file.seek(start)
+            for batch, end in _batches(file, self.schema):
+                if end > self.bytes:
+                    return
+                yield batch, end
+
+    def mapped(self) -> Iterator[pa.RecordBatch]:
+        """Yield all batches from where the system keeps the file: nothing is copied."""
+        if self.bytes:
+            data = _mapped(self.path).slice(0, self.bytes)
+            for batch, _end in _batches(pa.BufferReader(data), self.schema):
+                yield batch
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _batches(file: pa.NativeFile, schema: pa.Schema) -> Iterator[tuple[pa.RecordBatch, int]]:
+    reader = pa.ipc.MessageReader.open_stream(file)
+    for message in reader:
+        if message.type == "record batch":
+            yield pa.ipc.read_record_batch(message, schema), file.tell()
+
+
+def _packed(batch: pa.RecordBatch) -> pa.Buffer:
+    """Return the batch with LZ4. It begins with its schema, which reading passes over."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    writer = pa.ipc.new_stream(sink, batch.schema, options=options)
+    writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    """Return a file as memory. All of it is mapped at once: by and by costs three times as much."""
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with path.open("rb") as file:
+        return pa.py_buffer(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
+
+
+class Originals:
+    """The files of a source in which texts were left. They must be as they were when these were read."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        self._maps: dict[int, pa.Buffer] = {}
+        self._open: dict[int, int] = {}
+
+    def mapped(self, file: int, _begin: int, _end: int) -> int:
+        """Map a file, for texts in any order. A file that is made shorter meanwhile ends the process (SIGBUS)."""
+        if file not in self._maps:
+            self._maps[file] = _mapped(Path(self._pieces[file].place))
+        return int(self._maps[file].address)
+
+    def reader(self) -> tuple[Lying, list[pa.Buffer]]:
+        """Return what reads stretches, for texts in the order of the source, and the list that keeps them."""
+        kept: list[pa.Buffer] = []
+
+        def lying(file: int, begin: int, end: int) -> int:
+            data = os.pread(self._opened(file), end - begin, begin)
+            if len(data) < end - begin:
+                raise changed(self._pieces[file].name)
+            kept.append(pa.py_buffer(data))
+            return int(kept[-1].address) - begin
+
+        return lying, kept
+
+    def _opened(self, file: int) -> int:
+        if file not in self._open:
+            if len(self._open) >= _FILES_OPEN:
+                self.close()
+            self._open[file] = os.open(self._pieces[file].place, os.O_RDONLY)
+        return self._open[file]
+
+    def close(self) -> None:
+        """Close the files that are open."""
+        for handle in self._open.values():
+            os.close(handle)
+        self._open = {}
+
+
+def changed(name: str) -> InputError:
+    """Return the error of a source that did not stay as it was."""
+    return InputError(
+        "The source was changed while it was staged",
+        where=name,
+        mend="Stage it again once nobody writes to it, or stage a copy",
+    )
 
 
 class Whole(Struct, frozen=True):
-    """All rows of a spill. texts: of the large column, a gap behind each, and last what stands before every one of them."""
+    """Rows with their texts wherever those lie. texts: a gap behind each; last what stands before every one of them.
+
+    held: the memory in which they lie.
+    """
 
     rows: pa.RecordBatch
-    name: str
     texts: pa.LargeStringArray
+    held: Sequence[object]
 
-    def take(self, rows: NDArray[np.int64]) -> pa.RecordBatch:
-        """Return some rows, in this order, the large column last and with the beginning that was asked for.
+    def take(self, rows: NDArray[np.int64], *, led: bool = True) -> pa.RecordBatch:
+        """Return some rows, in this order, their text last. led: with the beginning that was asked for, else as it was.
 
         One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost. One column
         is gathered after the other: all at once took Arrow almost twice as long.
         """
-        both = np.full(2 * len(rows), len(self.texts) - 1, np.int64)
-        both[1::2] = 2 * rows
+        if led:
+            both = np.full(2 * len(rows), len(self.texts) - 2, np.int64)
+            both[1::2] = 2 * rows
+        else:
+            both = 2 * rows
         pieces = self.texts.take(pa.array(both))
         _valid, offsets, data = pieces.buffers()
-        ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2]
+        ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2 if led else 1]
         assert ends[-1] <= _TEXT_BYTES_MAX, f"{len(rows)} rows have {ends[-1]:,} bytes"
         joined = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends.astype(np.int32)), data)
         made = [_gathered(column, rows) for column in self.rows.columns]
-        names = [*self.rows.schema.names, self.name]
-        return pa.RecordBatch.from_arrays([*made, joined], names=names)
+        return pa.RecordBatch.from_arrays([*made, joined], names=[*self.rows.schema.names, TEXT])
 
 
-class Spill:
-    """A list of batches with a bound. First all `add`s, then one reading.
+def whole(
+    batches: Sequence[pa.RecordBatch], schema: pa.Schema, lying: Lying, *, before: bytes | None
+) -> Whole:
+    """Return all rows of some batches. before: put before each text, in place of its brace; None: texts as they are."""
+    places = [_places(batch, lying) for batch in batches]
+    begins, sizes = (
+        np.concatenate([place[at] for place in places]) if places else np.zeros(0, np.int64)
+        for at in (0, 1)
+    )
+    if before is not None:  # less the brace and the end of line
+        begins, sizes = begins + 1, sizes - 2
+    lead = pa.py_buffer(before or b"{")
+    table = pa.Table.from_batches(batches, schema)
+    table = table.drop_columns([name for name in (TEXT, AT, SIZE) if name in schema.names])
+    (rows,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    return Whole(rows, _spanned(begins, sizes, lead), (lead, *batches))
 
-    large: the column with most of the bytes, texts in braces with an end of line, which stays in the file where it can.
-    memory_bytes: held in memory at most. plain_bytes: of a file before the rest is packed.
+
+def _places(batch: pa.RecordBatch, lying: Lying) -> tuple[Ints, Ints]:
+    """Return the address and the size of each row's text."""
+    texts = batch.column(TEXT)
+    _valid, offsets, own = texts.buffers()
+    edges = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    begins = edges[:-1].astype(np.int64) + (own.address if own is not None else 0)
+    sizes = np.diff(edges).astype(np.int64)
+    if AT not in batch.schema.names:
+        return begins, sizes
+    at = batch.column(AT).to_numpy()
+    left = at >= 0
+    if left.any():
+        file, long = batch.column(FILE).to_numpy(), batch.column(SIZE).to_numpy().astype(np.int64)
+        for number in np.unique(file[left]).tolist():
+            rows = np.flatnonzero(left & (file == number))
+            low, high = int(at[rows].min()), int((at[rows] + long[rows]).max())
+            begins[rows], sizes[rows] = lying(number, low, high) + at[rows], long[rows]
+    return begins, sizes
+
+
+def _spanned(begins: Ints, sizes: Ints, lead: pa.Buffer) -> pa.LargeStringArray:
+    """Return texts at these addresses, the lead behind them, as if all memory between were one run of bytes.
+
+    Nothing but the texts is ever looked at. The last entry stands for none: by the sum Arrow guesses how much room to take.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        schema: pa.Schema,
-        *,
-        large: str,
-        memory_bytes: int = MEMORY_BYTES,
-        plain_bytes: int = PLAIN_BYTES,
-    ) -> None:
-        self.path, self.schema = path, schema
-        self._large = large
-        self.bytes = 0
-        self._memory_bytes, self._plain_bytes = memory_bytes, plain_bytes
-        self._held: list[pa.RecordBatch] = []
-        self._files: list[Path] = []
-        self._packed = False  # the file being written is
-        self._writer: pa.ipc.RecordBatchFileWriter | None = None
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether no file was needed."""
-        return not self._files
-
-    @property
-    def plain(self) -> bool:
-        """Whether all rows can be taken from where they are, in any order."""
-        return self.in_memory or not self._packed
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Take rows. The batch is not to be changed any more."""
-        self.bytes += batch.nbytes
-        if self.in_memory:
-            self._held.append(batch)
-            if self.bytes > self._memory_bytes:
-                self._open()
-                for one in self._taken_held():
-                    self._write(one)
-            return
-        if not self._packed and self.bytes > self._plain_bytes:
-            self._open()
-        self._write(batch)
-
-    def whole(self, before: bytes) -> Whole:
-        """Return all rows, and forget them. before: put before each text of the large column, in place of its brace."""
-        if self._files and self.plain:
-            return self._mapped(before)
-        batches = self._taken()
-        parts, edges, size = [], [], 0
-        for batch in batches:
-            text, ends = flat(batch.column(self._large))
-            parts.append(text)
-            edges.append(_edges(ends, size))
-            size += len(text)
-        edges.append(np.array([size, size + len(before)]))
-        return self._whole(batches, np.concatenate(edges), pa.py_buffer(b"".join((*parts, before))))
-
-    def _mapped(self, before: bytes) -> Whole:
-        """Return the rows with the large column left in its file, mapped into memory."""
-        assert self._writer is not None
-        self._writer.close()
-        (path,) = self._files
-        size = path.stat().st_size
-        with path.open("ab") as file:
-            file.write(before)
-        with pa.memory_map(str(path)) as mapped:
-            data = mapped.read_buffer(mapped.size())
-        path.unlink()
-        # Mapped in order: a third of what it costs by and by.
-        np.frombuffer(data, np.uint8)[::_PAGE].max()
-        reader = pa.ipc.open_file(pa.BufferReader(data.slice(0, size)))
-        batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
-        edges = []
-        for batch in batches:
-            texts = batch.column(self._large)
-            _valid, offsets, own = texts.buffers()
-            ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-            edges.append(_edges(ends[1:].astype(np.int64), own.address - data.address))
-        edges.append(np.array([size, size + len(before)]))
-        return self._whole(batches, np.concatenate(edges), data)
-
-    def _whole(
-        self, batches: list[pa.RecordBatch], edges: NDArray[np.int64], data: pa.Buffer
-    ) -> Whole:
-        texts = pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), data)
-        table = pa.Table.from_batches(batches, self.schema).drop_columns([self._large])
-        (rows,) = table.combine_chunks().to_batches() or [_none(table.schema)]
-        return Whole(rows, self._large, texts)
-
-    def parts(self) -> Iterator[pa.Table]:
-        """Yield all rows, some ten thousands at a time, and forget them."""
-        held = self._taken_held()
-        while held:
-            yield pa.Table.from_batches([held.pop()], self.schema)
-        if self._writer is not None:
-            self._writer.close()
-        for path in self._files:
-            with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-                batches: list[pa.RecordBatch] = []
-                for at in range(reader.num_record_batches):
-                    batches.append(reader.get_batch(at))
-                    if sum(one.nbytes for one in batches) >= TOGETHER_BYTES:
-                        yield pa.Table.from_batches(batches, self.schema).combine_chunks()
-                        batches = []
-                if batches:
-                    yield pa.Table.from_batches(batches, self.schema).combine_chunks()
-            path.unlink()
-
-    def _open(self) -> None:
-        """Begin a file, the next one where there is one already."""
-        if self._writer is not None:
-            self._writer.close()
-        self._packed = self.bytes > self._plain_bytes
-        path = self.path.with_name(f"{self.path.name}.{len(self._files)}")
-        options = pa.ipc.IpcWriteOptions(compression="lz4" if self._packed else None)
-        self._writer = pa.ipc.new_file(path, self.schema, options=options)
-        self._files.append(path)
-
-    def _write(self, batch: pa.RecordBatch) -> None:
-        assert self._writer is not None
-        self._writer.write_batch(batch)
-
-    def _taken_held(self) -> list[pa.RecordBatch]:
-        held, self._held = self._held, []
-        return held
-
-    def _taken(self) -> list[pa.RecordBatch]:
-        if self.in_memory:
-            return self._taken_held()
-        return [batch for part in self.parts() for batch in part.to_batches()]
-
-
-def _none(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([], schema)
+    edges = np.empty(2 * len(begins) + 3, np.int64)
+    edges[0:-3:2], edges[1:-3:2] = begins, begins + sizes
+    edges[-3], edges[-2] = lead.address, lead.address + lead.size
+    edges[-1] = edges[0] + int(sizes.sum()) + len(begins) * (lead.size + 1)
+    low, high = int(edges.min()), int(edges.max())
+    data = pa.foreign_buffer(low, high - low)
+    return pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges - low), data)
 
 
 def _gathered(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     if pa.types.is_integer(column.type) and not column.null_count:
         return pa.array(column.to_numpy()[rows])
     return column.take(pa.array(rows))
-
-
-def _edges(ends: NDArray[np.int64], start: int) -> NDArray[np.int64]:
-    """Return where each text begins and ends, less its opening brace and its end of line."""
-    edges = np.empty(2 * len(ends), np.int64)
-    edges[1::2] = ends - 1
-    edges[2::2] = ends[:-1] + 1
-    edges[:1] = 1
-    return edges + start

@@ -1,8 +1,9 @@
 """The stage: a source turned into finished events, in one file for each sender, once.
 
-Steps: look at the source, compile the mapping, take the rows in (`intake`), find out who is one person (`people`), sort
-(`order`), publish. All of it happens in a folder beside the stage, which takes the stage's name at the very end: a crash
-leaves no stage or a whole one. A stage knows what it was made from; asked for the same again, it is simply there.
+Steps: look at the source, compile the mapping, take the rows in (`intake`), find out who is one person (`people`), deal
+them out to buckets where they are many, sort (`order`), publish. All of it happens in folders beside the stage, of which one
+takes the stage's name at the very end: a crash leaves no stage or a whole one, and what is begun is gone on with from its
+last checkpoint (`checkpoint`). A stage knows what it was made from; asked for the same again, it is simply there.
 """
 
 from __future__ import annotations
@@ -23,18 +24,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
 
-from retrofill.backfill import manifest, order, original, people, source
+from retrofill.backfill import checkpoint, manifest, order, original, people, records, source
+from retrofill.backfill import spill as spills
+from retrofill.backfill.checkpoint import Checkpoint
 from retrofill.backfill.deadletter import DeadLetters
-from retrofill.backfill.intake import SPILLED, Intake, Taken, connect
+from retrofill.backfill.intake import SPILL, SPILLED, Intake, Taken, connect
+from retrofill.backfill.journal import locked
 from retrofill.backfill.manifest import Duplicates, File, Hot, Kiosk, Manifest, Options
-from retrofill.backfill.order import Sorted, Sorter
+from retrofill.backfill.order import Sorted
 from retrofill.backfill.people import Ints, People
-from retrofill.backfill.source import Origin
-from retrofill.backfill.spill import Spill
+from retrofill.backfill.source import Origin, Piece
+from retrofill.backfill.spill import Originals, Spill
 from retrofill.core.mapping import Mapping
 from retrofill.errors import InputError
 
 DEAD_LETTERS = "dead-letters.ndjson"
+# Rows are sorted where they are, in any order, up to so much text; what is more is dealt out to buckets first, read in order, so
+# that no more need be in memory. Sets of larger stages are packed: see `sets`.
+PLAIN_BYTES = 1024 * 1024 * 1024
+_SCRATCH, _MADE = "scratch", "stage.new"
+_READ = "read.npz"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOT = 100
 _KIOSKS_MAX = 1_000  # listed by name
@@ -63,7 +72,7 @@ def import_name(work: Path, given: str | None, *, now_ms: int) -> str:
                 f"{given!r} is no import name", mend="Take 1 to 64 of A-Z a-z 0-9 . _ -"
             )
         return given
-    there = manifest.read(work / "stage")
+    there = manifest.read(work / "stage") or checkpoint.read(work / _SCRATCH)
     if there is not None:
         return there.import_id
     day = dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC).strftime("%Y%m%d")
@@ -82,6 +91,7 @@ def stage(
     mark = _fingerprint(origins, asked.mapping, options)
     there = manifest.read(work / "stage")
     if there is not None and there.fingerprint == mark:
+        _remove(work / _SCRATCH, work / _MADE)  # of a process that was killed when all was done
         return there
     if there is not None and (work / "journal.db").exists():
         raise InputError(
@@ -89,18 +99,30 @@ def stage(
             where=str(work),
             mend="Give the same line and source as before, or another --work directory",
         )
-    scratch = work / "scratch"
-    made = work / "stage.new"
-    for folder in (scratch, made):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    try:
-        found = _make(work, made, scratch, origins, asked, options, mark, progress)
-        manifest.publish(made, work / "stage", found)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(made, ignore_errors=True)
+    scratch, made = work / _SCRATCH, work / _MADE
+    with contextlib.closing(locked(work)):
+        begun = checkpoint.read(scratch)
+        if begun is None or begun.mark != mark:
+            _remove(scratch, made)
+            for folder in (scratch, made):
+                folder.mkdir(parents=True)
+            begun = checkpoint.begin(mark, options.import_id)
+        elif begun.reading.rows:
+            progress("go on", begun.reading.rows)
+        kept = Checkpoint(scratch, begun)
+        try:
+            found = _Staging(work, origins, asked, options, kept, progress).make()
+            manifest.publish(made, work / "stage", found)
+        except InputError:  # whoever mends it begins anew
+            _remove(scratch, made)
+            raise
+        _remove(scratch, made)
     return found
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fingerprint(origins: Sequence[Origin], mapping: Mapping, options: Options) -> str:
@@ -108,93 +130,200 @@ def _fingerprint(origins: Sequence[Origin], mapping: Mapping, options: Options) 
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 
 
-def _make(  # noqa: PLR0917  # one call's state, passed on
-    work: Path,
-    made: Path,
-    scratch: Path,
-    origins: Sequence[Origin],
-    asked: Asked,
-    options: Options,
-    mark: str,
-    progress: Progress,
-) -> Manifest:
-    # Batches come and go: Arrow's own pool asks the machine for fresh memory each time, malloc keeps some.
-    pa.set_memory_pool(pa.system_memory_pool())
-    told = asked.mapping.format
-    pieces = source.pieces(origins, scratch=scratch, format_name=told, endpoint=asked.endpoint)
-    letters = DeadLetters(work / DEAD_LETTERS)
-    spill = Spill(scratch / "spill.arrow", SPILLED, large="event")
-    with letters:
+class _Read(Struct, frozen=True):
+    """What is asked of all events together. device, user, count: each pair once. keys: those that several rows have."""
+
+    device: Ints
+    user: Ints
+    count: Ints
+    keys: Ints
+    persons: Ints
+    times: Ints
+
+    @property
+    def borders(self) -> order.Borders:
+        """Of the buckets."""
+        return order.Borders(self.persons, self.times)
+
+    def write(self, path: Path) -> None:
+        """Keep it for whoever goes on."""
+        np.savez(path, **msgspec.structs.asdict(self))
+
+
+def _read(path: Path) -> _Read:
+    with np.load(path) as found:
+        return _Read(**found)
+
+
+class _Staging:
+    """One stage on its way."""
+
+    def __init__(  # one call's state
+        self,
+        work: Path,
+        origins: Sequence[Origin],
+        asked: Asked,
+        options: Options,
+        kept: Checkpoint,
+        progress: Progress,
+    ) -> None:
+        self.work, self.scratch, self.made = work, work / _SCRATCH, work / _MADE
+        self.origins, self.asked, self.options = origins, asked, options
+        self.kept, self.state, self.progress = kept, kept.state, progress
+        # Batches come and go: Arrow's own pool asks the machine for fresh memory each time, malloc keeps some.
+        pa.set_memory_pool(pa.system_memory_pool())
+        self.pieces: list[Piece] = source.pieces(
+            origins,
+            scratch=self.scratch,
+            format_name=asked.mapping.format,
+            endpoint=asked.endpoint,
+        )
+        letters = self.scratch / DEAD_LETTERS
+        self.letters = DeadLetters(letters, self.state.letters, shown=work / DEAD_LETTERS)
+
+    def save(self) -> None:
+        """Make what is done so far the checkpoint."""
+        self.state.letters = self.letters.written()
+        self.kept.save()
+
+    def make(self) -> Manifest:
+        """Do what is left to do. Raises InputError."""
+        with self.letters, contextlib.closing(Originals(self.pieces)) as originals:
+            try:
+                read = self._read()
+            except InputError:  # the letters say why: they show the rows, too
+                self._show_letters()
+                raise
+            self._unchanged()
+            reading = self.state.reading
+            self.progress("sort", reading.rows)
+            joined = people.join(read.device, read.user, kiosk_limit=self.options.kiosk_limit)
+            hot_devices, hot_users = (
+                _hottest(read.device, read.count),
+                _hottest(read.user, read.count),
+            )
+            crowded = _crowded(joined, read.device, read.user, read.count)
+            shared = np.array([node for _kind, node, _events in crowded], np.int64)
+            sorter = order.Sorter(
+                self.made,
+                joined,
+                self.options,
+                keys=read.keys,
+                wanted=np.concatenate((hot_devices[0], hot_users[0], shared)),
+                refused=lambda file, *rest: self.letters.add_event(self.pieces[file].name, *rest),
+                packed=reading.bytes > PLAIN_BYTES,
+                log=self.scratch / "sorted.log",
+                sorting=self.state.sorting,
+                save=self.save,
+            )
+            found = sorter.run(self._buckets(read, joined, originals), originals.mapped)
+            self._unchanged()
+        self._show_letters()
+        _days(self.made, found)
+        names = found.names
+        return Manifest(
+            fingerprint=self.state.mark,
+            import_id=self.options.import_id,
+            options=self.options,
+            mapping=self.asked.mapping.digest,
+            files=[File(piece.name, piece.size) for piece in self.pieces],
+            sets=found.sets,
+            rows=reading.looked_at,
+            events=found.events,
+            bytes=found.bytes,
+            people=found.people,
+            devices=_distinct(read.device),
+            users=_distinct(read.user),
+            first_ms=found.first_ms,
+            last_ms=found.last_ms,
+            days=_by_day(found),
+            types=_by_type(found),
+            refused=dict(self.letters.counts.most_common()),
+            duplicates=Duplicates(found.same, found.different),
+            ids=dict(reading.ids),
+            left_out={
+                **reading.left_out,
+                **({"sample": found.left_out} if found.left_out else {}),
+            },
+            hot_devices=_named(hot_devices, names),
+            hot_users=_named(hot_users, names),
+            hot_people=found.hot,
+            kiosks=[
+                Kiosk(kind, names[node], events) for kind, node, events in crowded if node in names
+            ],
+        )
+
+    def _read(self) -> _Read:
+        """Read the source, or what was left by whoever did."""
+        reading, path = self.state.reading, self.scratch / _READ
+        if reading.whole:
+            return _read(path)
         with contextlib.ExitStack() as opened:
             intake = Intake(
-                pieces,
-                asked.mapping,
-                options,
-                lambda: opened.enter_context(connect(scratch)),
-                letters,
+                self.pieces,
+                self.asked.mapping,
+                self.options,
+                lambda: opened.enter_context(connect(self.scratch)),
+                self.letters,
             )
-            try:
-                taken = intake.run(spill, scratch, seen=lambda rows: progress("read", rows))
-            except InputError:  # the letters say why: they show the rows, too
-                letters.close()
-                original.staged(letters.path, pieces, letters.events, asked.mapping.delimiter)
-                raise
-        progress("sort", taken.rows)
+            taken = intake.run(
+                self.scratch,
+                reading,
+                save=self.save,
+                seen=lambda rows: self.progress("read", rows),
+            )
+        reading.looked_at = taken.rows + intake.unread
         device, user, count = taken.pairs.compact()
-        joined = people.join(device, user, kiosk_limit=options.kiosk_limit)
-        hot_devices, hot_users = _hottest(device, count), _hottest(user, count)
-        crowded = _crowded(joined, device, user, count)
-        shared = np.array([node for _kind, node, _events in crowded], np.int64)
-        wanted = np.concatenate((hot_devices[0], hot_users[0], shared))
-        sorter = Sorter(
-            made,
-            joined,
-            options,
-            keys=taken.keys,
-            wanted=wanted,
-            refused=lambda file, *rest: letters.add_event(pieces[file].name, *rest),
+        borders = self._borders(taken, device, user)
+        found = _Read(
+            device, user, count, order.repeated(taken.keys), borders.persons, borders.times
         )
-        taken.keys = []
-        found = sorter.run(spill, _borders(taken, joined, spill), scratch)
-    original.staged(letters.path, pieces, letters.events, asked.mapping.delimiter)
-    _days(made, found)
-    names = found.names
-    return Manifest(
-        fingerprint=mark,
-        import_id=options.import_id,
-        options=options,
-        mapping=asked.mapping.digest,
-        files=[File(piece.name, piece.size) for piece in pieces],
-        sets=found.sets,
-        rows=taken.rows + intake.unread,
-        events=found.events,
-        bytes=found.bytes,
-        people=found.people,
-        devices=_distinct(device),
-        users=_distinct(user),
-        first_ms=found.first_ms,
-        last_ms=found.last_ms,
-        days=_by_day(found),
-        types=_by_type(found),
-        refused=dict(letters.counts.most_common()),
-        duplicates=Duplicates(found.same, found.different),
-        ids=dict(taken.ids),
-        left_out={**taken.left_out, **({"sample": found.left_out} if found.left_out else {})},
-        hot_devices=_named(hot_devices, names),
-        hot_users=_named(hot_users, names),
-        hot_people=found.hot,
-        kiosks=[
-            Kiosk(kind, names[node], events) for kind, node, events in crowded if node in names
-        ],
-    )
+        found.write(path)
+        reading.whole = True
+        self.save()
+        return found
 
+    def _borders(self, taken: Taken, device: Ints, user: Ints) -> order.Borders:
+        thin_device, thin_user, time_ms = taken.borders.rows()
+        if taken.bytes <= PLAIN_BYTES:
+            return order.borders(thin_device, time_ms, buckets=1)
+        joined = people.join(device, user, kiosk_limit=self.options.kiosk_limit)
+        buckets = -(-taken.bytes // order.BUCKET_BYTES)
+        return order.borders(joined.of(thin_device, thin_user), time_ms, buckets=buckets)
 
-def _borders(taken: Taken, joined: People, spill: Spill) -> order.Borders:
-    if spill.plain:
-        return order.borders(*taken.borders.rows()[1:], buckets=1)
-    device, user, time_ms = taken.borders.rows()
-    buckets = -(-taken.bytes // order.BUCKET_BYTES)
-    return order.borders(joined.of(device, user), time_ms, buckets=buckets)
+    def _buckets(self, read: _Read, joined: People, originals: Originals) -> list[Spill]:
+        """Return what is sorted one after another, each in memory at once."""
+        dealing = self.state.dealing
+        lengths = dealing.buckets or [0] * (len(read.persons) + 1)
+        if len(lengths) == 1:
+            return [Spill(self.scratch / SPILL, SPILLED, length=self.state.reading.spill)]
+        buckets = [
+            Spill(self.scratch / f"bucket-{at}.arrow", order.DEALT, length=length)
+            for at, length in enumerate(lengths)
+        ]
+        if not dealing.whole:
+            spill = Spill(self.scratch / SPILL, SPILLED, length=self.state.reading.spill)
+            order.deal(
+                spill, read.borders, joined, originals, buckets, dealing=dealing, save=self.save
+            )
+            self._unchanged()
+            dealing.whole = True
+            self.save()
+        (self.scratch / SPILL).unlink(missing_ok=True)
+        return buckets
+
+    def _unchanged(self) -> None:
+        """Raise InputError if a file is another one than it was in which texts were left."""
+        left = {piece.place for piece in self.pieces if records.lies_there(piece)}
+        for origin in self.origins:
+            if origin.place in left and not source.same(origin):
+                raise spills.changed(origin.name)
+
+    def _show_letters(self) -> None:
+        """Put the letters beside the stage, with the rows of those that hold events."""
+        letters, told = self.letters, self.asked.mapping.delimiter
+        letters.close()
+        original.staged(letters.path, letters.shown, self.pieces, letters.events, told)
 
 
 def _hottest(node: Ints, count: Ints) -> tuple[Ints, Ints]:

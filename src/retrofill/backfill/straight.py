@@ -158,7 +158,7 @@ class Straight:
         """Yield events, and whether they are finished: the core would take them as they are.
 
         Finished ones have SPILLED's columns but for hashes, which some have, others those of the query's answer that an
-        event has.
+        event has. Those that pass as they stand have `at`, if the source has their texts as they are: see `records`.
         """
         for batch in records:
             left: pa.RecordBatch | None = batch
@@ -334,7 +334,7 @@ def _as_they_stand(
 
 
 def _standing(rows: pa.RecordBatch, found: Found) -> pa.RecordBatch:
-    insert_id = found.texts["insert_id"]
+    insert_id, at = found.texts["insert_id"], rows.column("at")
     return pa.RecordBatch.from_pydict(
         {
             "file": rows.column("file"),
@@ -347,6 +347,7 @@ def _standing(rows: pa.RecordBatch, found: Found) -> pa.RecordBatch:
             "device_node": pa.array(found.device),
             "user_node": pa.array(found.user),
             "insert_hash": pa.array(found.insert),
+            **({"at": at} if at[0].as_py() >= 0 else {}),
         }
     )
 

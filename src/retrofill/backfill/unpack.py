@@ -31,17 +31,23 @@ BROKEN: tuple[type[Exception], ...] = (
 )
 
 _READ = 256 * 1024  # read from the file at once
-_PLAIN = 1024 * 1024  # the same of a file that is not packed: as much as is looked at together
+PLAIN_BYTES = 1024 * 1024  # the same of a file that is not packed: as much as is looked at together
 # Given to Zstandard at once. It cannot be told how much to give back: of a block that repeats one byte, 32,000 times
 # as much.
 _PACKED = 4 * 1024
 _GZIP = 31  # zlib's word for: with a gzip header, the largest window
 
 
-def chunks(place: str, packing: Packing, member: str | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file, or of a member of a zip archive. Raises one of BROKEN."""
+def chunks(
+    place: str, packing: Packing, member: str | None = None, *, start: int = 0
+) -> Iterator[bytes]:
+    """Yield the bytes of a file, or of a member of a zip archive. Raises one of BROKEN.
+
+    start: the byte to begin with; only of a file that is not packed.
+    """
     if member is None:
         with Path(place).open("rb") as file:
+            file.seek(start)
             yield from _unpacked(file, packing)
         return
     archive = _archive(place, Path(place).stat().st_mtime_ns)
@@ -64,7 +70,7 @@ def _unpacked(file: IO[bytes], packing: Packing) -> Iterator[bytes]:
         return _members(file, _gzip)
     if packing == "zst":
         return _members(file, _zstandard)
-    return iter(lambda: file.read(_PLAIN), b"")
+    return iter(lambda: file.read(PLAIN_BYTES), b"")
 
 
 def _gzip(packed: Iterator[bytes]) -> Generator[bytes, None, bytes]:

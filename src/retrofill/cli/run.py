@@ -250,7 +250,7 @@ def stage_of(  # noqa: PLR0913 - one call's options, passed on
         try:
             return stage(work, asked, wanted, progress=staging.show)
         except KeyboardInterrupt:
-            say(f"stopped, nothing is staged; again: {resume_line()}")
+            say(f"stopped; staging goes on from here: {resume_line()}")
             raise
 
 
@@ -449,6 +449,9 @@ class Staging:
 
     def show(self, step: str, rows: int) -> None:
         """Show a step and how many rows it has seen."""
+        if step == "go on":
+            say(f"going on with a stage that was stopped: {rows:,} rows are read")
+            return
         doing = {"read": "reading the source", "sort": f"sorting {rows:,} rows"}.get(step, step)
         if self._status is not None:
             self._status.update(f"{doing}: {rows:,} rows" if step == "read" else doing)

@@ -1,0 +1,308 @@
+"""A stage is killed at any moment and gone on with: it becomes the same, byte for byte, and little is done twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tests.backfill import killing
+from tests.backfill.staging import letters, ndjson, rows, run
+from tests.faults.process import PATIENCE_S
+
+from retrofill.backfill import checkpoint, intake, order, records, spill, stage
+from retrofill.backfill.checkpoint import Checkpoint
+from retrofill.backfill.deadletter import DeadLetters
+from retrofill.backfill.journal import locked
+from retrofill.backfill.records import Place
+from retrofill.backfill.source import Piece
+from retrofill.errors import BusyError, InputError
+
+MAPPING = {"event": {**killing.PLAIN, "event_properties": "event_properties"}}
+
+
+def killed(folder: Path, seed: int, kills: int, *what: str) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    line = [sys.executable, "-m", "tests.backfill.killing", str(folder), str(seed), str(kills)]
+    done = subprocess.run(
+        [*line, *what],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        timeout=PATIENCE_S * max(1, kills // 10),
+        check=True,
+    )
+    found: dict[str, Any] = msgspec.json.decode(done.stdout)
+    assert len(found["killed"]) == kills
+    assert found["same"], found
+    assert found["left"] == ["dead-letters.ndjson", "lock", "stage"]
+    return found
+
+
+def twice(found: dict[str, Any], what: str) -> int:
+    """How many rows were done again, all rounds together."""
+    return int(found["done"].get(what, 0) - found["rounds"] * found["once"].get(what, 0))
+
+
+# What a checkpoint of this test goes by: a megabyte that is read at once, and a part that is sorted at once.
+BLOCK_ROWS, PART_ROWS = 2400, 4096
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "what"),
+    [
+        (3, "lines"),
+        (5, "lines dealt"),
+        (2, "packed"),
+        (2, "array"),
+        (3, "folder dealt"),
+        (2, "asked"),
+        (2, "cells"),
+        (3, "lines dealt timed"),
+    ],
+)
+def test_a_stage_killed_at_any_step_goes_on_and_becomes_the_same(
+    tmp_path: Path, kills: int, what: str
+) -> None:
+    found = killed(tmp_path, 1, kills, *what.split())
+    # A kill costs what was done since the last checkpoint.
+    assert twice(found, "spill.arrow rows") <= kills * 2 * BLOCK_ROWS
+    assert twice(found, "bucket rows") <= kills * 2 * BLOCK_ROWS
+    assert twice(found, "sorted rows") <= kills * 2 * PART_ROWS
+
+
+@pytest.mark.slow
+def test_a_query_with_a_window_begins_anew_and_becomes_the_same(tmp_path: Path) -> None:
+    killed(tmp_path, 2, 1, "windowed")
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "timed"])
+@pytest.mark.parametrize("what", ["lines dealt", "packed", "array dealt", "folder", "cells dealt"])
+def test_a_stage_killed_a_hundred_times_becomes_the_same(
+    tmp_path: Path, what: str, how: str
+) -> None:
+    for seed in range(4):
+        killed(tmp_path / str(seed), seed, 25, *what.split(), *how.split())
+
+
+class Killed(BaseException):
+    """Stands for a kill, in this process."""
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint after every block, and texts that stay in the source."""
+    monkeypatch.setattr(intake, "SCANNED_BYTES", 0)
+    monkeypatch.setattr(intake, "STEP_BYTES", 1024 * 1024)
+    monkeypatch.setattr(intake, "STEP_BYTES_MIN", 1)
+
+
+def source(path: Path, seed: int = 3) -> Path:
+    path.write_bytes(b"".join(line + b"\n" for line in killing.rows(seed)))
+    return path
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """End staging behind a checkpoint."""
+    save, left = Checkpoint.save, [count]
+
+    def saved(self: Checkpoint) -> None:
+        save(self)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "save", saved)
+
+
+def read_again(
+    monkeypatch: pytest.MonkeyPatch, work: Path, path: Path, **options: Any
+) -> list[int]:
+    """Stage and return the line at which each file was begun."""
+    lines: list[int] = []
+    read = intake.read
+
+    def noted(*given: Any) -> Iterator[pa.RecordBatch]:
+        lines.append(given[-1].line)
+        return read(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(intake, "read", noted)
+        run(work, path, MAPPING, bad_rows=0.5, **options)
+    return lines
+
+
+def begun(monkeypatch: pytest.MonkeyPatch, work: Path, path: Path, **options: Any) -> None:
+    """Leave a stage of which two steps are read."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2)
+        with pytest.raises(Killed):
+            run(work, path, MAPPING, bad_rows=0.5, **options)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = source(tmp_path / "s.ndjson")
+    begun(monkeypatch, tmp_path / "w", path)
+    state = checkpoint.read(tmp_path / "w" / "scratch")
+    assert state is not None
+    assert state.reading.place.line > 2000
+    assert read_again(monkeypatch, tmp_path / "w", path) == [state.reading.place.line]
+    run(tmp_path / "other", path, MAPPING, bad_rows=0.5)
+    assert rows(tmp_path / "w") == rows(tmp_path / "other")
+    assert letters(tmp_path / "w") == letters(tmp_path / "other")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "other", ["version", "boot", "format", "source", "options", "mapping", "torn", "no boot"]
+)
+def test_a_checkpoint_of_anything_else_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    path, work = source(tmp_path / "s.ndjson"), tmp_path / "w"
+    begun(monkeypatch, work, path)
+    file = work / "scratch" / "checkpoint.json"
+    state = msgspec.json.decode(file.read_bytes())
+    options = {}
+    if other in state:
+        file.write_bytes(msgspec.json.encode({**state, other: 99 if other == "format" else "x"}))
+    elif other == "source":
+        source(path, seed=4)
+    elif other == "options":
+        options["kiosk_limit"] = 3
+    elif other == "mapping":
+        monkeypatch.setitem(MAPPING["event"], "platform", "event_type")
+    elif other == "torn":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        monkeypatch.setattr(checkpoint, "_BOOT", tmp_path / "none")
+    assert read_again(monkeypatch, work, path, **options) == [1]
+    run(tmp_path / "other", path, MAPPING, bad_rows=0.5, **options)
+    assert rows(work) == rows(tmp_path / "other")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_name_that_was_made_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = stage.import_name(tmp_path / "w", None, now_ms=0)
+    begun(monkeypatch, tmp_path / "w", source(tmp_path / "s.ndjson"), import_id=name)
+    assert stage.import_name(tmp_path / "w", None, now_ms=0) == name
+
+
+def test_two_processes_do_not_stage_in_one_directory(tmp_path: Path) -> None:
+    path = ndjson(tmp_path / "s.ndjson", [msgspec.Raw(line) for line in killing.rows(1)[:1]])  # type: ignore[list-item]
+    with locked(tmp_path / "w"), pytest.raises(BusyError, match="works in"):
+        run(tmp_path / "w", path, MAPPING)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dealt", [False, True], ids=["in one", "dealt out"])
+@pytest.mark.parametrize("how", ["longer", "shorter"])
+def test_a_source_that_changes_while_it_is_staged_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, *, dealt: bool
+) -> None:
+    path = source(tmp_path / "s.ndjson")
+    if dealt:
+        monkeypatch.setattr(stage, "PLAIN_BYTES", 0)
+        monkeypatch.setattr(order, "BUCKET_BYTES", 700_000)
+    write = stage._Read.write
+
+    def changed(*given: Any) -> None:
+        write(*given)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size + (9 if how == "longer" else -(10**6)))
+
+    monkeypatch.setattr(stage._Read, "write", changed)
+    with pytest.raises(InputError, match="was changed while"):
+        run(tmp_path / "w", path, MAPPING, bad_rows=0.5)
+    assert not (tmp_path / "w" / "scratch").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_refused_stage_leaves_its_letters_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"all are in .*w/dead-letters.ndjson"):
+        run(tmp_path / "w", source(tmp_path / "s.ndjson"), MAPPING, bad_rows=0.0)
+    assert sorted(one.name for one in (tmp_path / "w").iterdir()) == ["dead-letters.ndjson", "lock"]
+    assert len(letters(tmp_path / "w")) > 100
+
+
+TEXTS = st.text(alphabet='{}[],"\\\n\r x1', max_size=60)
+
+
+@given(TEXTS, st.sampled_from(["ndjson", "json", "csv"]), st.integers(3, 9))
+@example("[1,2,3,\n4]", "json", 3)
+@example("[1,2,3]x", "json", 3)
+@example('a,b\n"1\n2",3\n4,5\n6,"7', "csv", 3)
+@example("a\n\n\nb\nc", "ndjson", 3)
+def test_records_are_the_same_wherever_reading_is_gone_on_with(
+    tmp_path_factory: pytest.TempPathFactory, text: str, kind: Any, chunk: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"going-on.{kind}"
+    path.write_text(text if kind != "csv" else f"a,b\n{text}", newline="")
+    piece = Piece(0, "it", str(path), kind)
+
+    def read(place: Place, file: DeadLetters) -> Iterator[pa.RecordBatch]:
+        if kind == "csv":
+            names = ["a", "b"]
+            return records.csv_records(piece, names, file, told=",", chunk=chunk, place=place)
+        return records.json_records(piece, file, chunk=chunk, place=place)
+
+    place, parts, places = Place(), [], []
+    with DeadLetters(path.with_suffix(".letters")) as file:
+        for batch in read(place, file):
+            parts.append(batch.to_pylist())
+            places.append((msgspec.structs.replace(place), file.written().bytes))
+    told = path.with_suffix(".letters").read_bytes()
+    for at, (there, written) in enumerate(places):
+        if there.last:
+            break
+        with DeadLetters(path.with_suffix(".more")) as file:
+            rest = [row for batch in read(there, file) for row in batch.to_pylist()]
+        assert rest == [row for part in parts[at + 1 :] for row in part]
+        assert path.with_suffix(".more").read_bytes() == told[written:]
+
+
+def test_a_spill_gives_back_what_it_took_and_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    schema = pa.schema([("n", pa.int64()), (spill.TEXT, pa.string())])
+    batches = [
+        pa.record_batch(
+            [[-1, at, at + 1], ["left", f"{{é{at}\n", f"{{{'x' * at}\n"]], schema=schema
+        ).slice(1)
+        for at in range(0, 20, 2)
+    ]
+    found = spill.Spill(tmp_path / "a", schema)
+    found.cut()
+    for number, batch in enumerate(batches):
+        found.add(batch, packed=number % 3 == 1)
+        if number == 6:
+            length = found.bytes
+    assert [end for _batch, end in found.batches()][-1] == found.bytes
+    assert [batch for batch, _end in found.batches()] == batches
+    assert list(found.mapped()) == batches
+    found = spill.Spill(tmp_path / "a", schema, length=length)
+    assert list(found.mapped()) == batches[:7]  # what follows does not count
+    found.cut()
+    for batch in batches[7:]:
+        found.add(batch)
+    (behind, end), *rest = found.batches()
+    assert behind == batches[0]
+    assert list(found.batches(end)) == rest
+    whole = spill.whole(list(found.mapped()), schema, lambda *_: 0, before=b"<a>")
+    taken = whole.take(np.arange(20)[::-1].copy())
+    assert taken["n"].to_pylist() == list(range(20))[::-1]
+    texts = [text for at in range(0, 20, 2) for text in (f"<a>é{at}", f"<a>{'x' * at}")]
+    assert taken[spill.TEXT].to_pylist() == texts[::-1]
+    as_it_was = spill.whole(batches, schema, lambda *_: 0, before=None)
+    assert as_it_was.take(np.array([2, 1]), led=False)[spill.TEXT].to_pylist() == ["{é2\n", "{\n"]
