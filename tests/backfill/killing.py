@@ -47,7 +47,7 @@ SOURCES = {
     "windowed": ("s.ndjson", "windowed"),
 }
 MAPPINGS["windowed"] = {
-    "event": {**PLAIN, "event_type": "lag(event_type, 1, 'first') OVER (PARTITION BY user_id ORDER BY time)"}
+    "event": {**PLAIN, "event_type": "lag(event_type, 1, 'first') OVER (PARTITION BY user_id ORDER BY time, insert_id, event_type)"}
 }  # fmt: skip
 
 
