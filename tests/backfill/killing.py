@@ -47,8 +47,8 @@ SOURCES = {
     "windowed": ("s.ndjson", "windowed"),
 }
 MAPPINGS["windowed"] = {
-    "event": {**PLAIN, "event_type": "lag(event_type, 1, 'first') OVER (PARTITION BY user_id ORDER BY time, insert_id, event_type)"}
-}  # fmt: skip
+    "event": {**PLAIN, "event_type": "'of ' || count(*) OVER (PARTITION BY user_id)"}
+}
 
 
 def rows(seed: int) -> list[bytes]:
