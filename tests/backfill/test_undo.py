@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -239,3 +240,11 @@ def test_a_run_of_an_undone_import_sends_all_of_it_anew(tmp_path: Path, server: 
     late = call(*line)
     assert "as generation 4" in late.stderr
     assert len(server.export()) == 30
+
+    # A stage that was removed is made anew, and the journal beside it is none of the next generation.
+    call("undo", "old", *to, "--yes")
+    shutil.rmtree(work / "stage")
+    bare = call(*line, "--import", "old")
+    assert "as generation 5" in bare.stderr
+    assert len(server.export()) == 30
+    assert json.loads(server.ask("GET", "/api/1/imports/old")[1])["state"] == "closed"

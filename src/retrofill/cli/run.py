@@ -82,6 +82,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     where = profiles.target(to)
     chosen = profile_of(where, profile, keys, work)
     pause = None if give_up_after is None else seconds(give_up_after)
+    staged = (work / "stage").exists()
     generation = generation_of(work, import_, where, keys, as_json=as_json)
     seams = seam_of(until, live, work, where, keys, tell=(lambda _: None) if as_json else say)
     found = stage_of(
@@ -114,7 +115,8 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         skip_sync=found.options.skip_user_properties_sync,
     )
     warn_of_updates(found, chosen, keys)
-    if generation is None and not (work / "journal.db").exists():
+    # With a journal it was asked before, unless somebody has removed the stage.
+    if generation is None and not (staged and (work / "journal.db").exists()):
         generation = generation_of(work, import_, where, keys, as_json=as_json)
     resuming = (work / "journal.db").exists()
     tell_plan(found, where, chosen, work=work, as_json=as_json, resuming=resuming)

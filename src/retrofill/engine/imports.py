@@ -100,10 +100,11 @@ def stored(view: View, name: str | None = None) -> dict[str, Stored]:
         kinds=_HISTORY,
     )
     seen = f"FILTER (kind = {int(Kind.EVENT)})"
+    nobodys = f"({int(Kind.GROUP_IDENTIFY)}, {int(Kind.DISPLACED)})"
     rows = view.ask(
         f"""
         SELECT import_id, count(*) {seen}, count(*) FILTER (kind IN {_IDENTIFIES}),
-               count(DISTINCT coalesce(now, amplitude_id)) FILTER (kind <> {int(Kind.GROUP_IDENTIFY)}),
+               count(DISTINCT coalesce(now, amplitude_id)) FILTER (kind NOT IN {nobodys}),
                min(event_time) {seen}, max(event_time) {seen},
                min(server_upload_time), max(server_upload_time),
                count(*) FILTER (kind = {int(Kind.DISPLACED)})
