@@ -121,6 +121,7 @@ REFOLD_ASIDE_ROWS = 80_000  # changed rows that are set aside on disk at once
 REFOLD_GROUP_ROWS = 4_000  # of these read back at a time
 REFOLD_OUT_ROWS = 500_000  # rows, of one file at least, that one statement takes out of the lake
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
+REFOLD_PASS_ROWS = 80_000  # fewer that were sealed meanwhile, too: a seal and a pass take longer than tails of so few
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest
 REFOLD_TAIL_MAX = 40_000  # rows of such blocks at a time
 REFOLD_TAIL_BYTES = 64 * 1024 * 1024  # or bodies and rows' snapshots of this size
@@ -131,9 +132,10 @@ REFOLD_TRIES_MAX = (
     3  # times that a change of history is begun, until it is asked for anew or called off
 )
 REFOLD_LOOK_S = 0.2  # how often it is looked whether more has come, while the lake changes its rows
+REFOLD_SHARE = 0.6  # of its time that the commit loop works while history is changed
 REFOLD_PACE = 0.6  # of the speed at which history is folded again, for what may come meanwhile
 REFOLD_PACE_ROWS = 20_000  # rows by which that speed is measured
-REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for it, at most
+REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for either, at most
 REFOLD_ROOM_ROWS = (
     750_000  # with less room than this until SEAL_LAG_EVENTS_MAX, blocks come slower meanwhile
 )

@@ -101,6 +101,22 @@ def test_a_second_view_takes_what_the_first_one_built(
     assert built == [5, 6]
 
 
+def test_what_was_built_of_sealed_blocks_is_let_go_though_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Stored(tmp_path, _history(), sealed=1)
+    built: list[int] = []
+    make = query.arrow.batch
+    monkeypatch.setattr(query.arrow, "batch", lambda one: built.append(one.number) or make(one))
+    with stored.reader.view(PROJECT) as early:
+        assert _positions(early) == _positions(early) == EVERY
+        assert built == [2, 3, 4, 5, 6]
+        stored.seal(6)
+        stored.reader.sealed(6)
+        assert _positions(early) == EVERY  # whoever reads still builds them again
+    assert built == [2, 3, 4, 5, 6] * 2
+
+
 def test_views_of_different_moments_share_what_is_built(tmp_path: Path) -> None:
     stored = Stored(tmp_path, _history(), sealed=1)
     stored.last = 4

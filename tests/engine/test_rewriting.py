@@ -126,8 +126,10 @@ class Waiting(Pace):
         super().__init__()
         self.rooms: list[int] = []
 
-    def wait_s(self, rows: int, *, now_s: float, room: int = 0) -> float:
-        assert super().wait_s(rows, now_s=now_s, room=room) == 0  # much room, little has come
+    def wait_s(self, rows: int, *, now_s: float, took_s: float, room: int = 0) -> float:
+        del took_s
+        # Much room, little has come.
+        assert super().wait_s(rows, now_s=now_s, took_s=0.0, room=room) == 0
         self.rooms.append(room)
         return 3600 * self.catching_up
 

@@ -289,6 +289,7 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
 
 def with_small_tails(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Have a change of history fold what comes meanwhile a few rows at a time, by seed."""
+    monkeypatch.setattr(change, "REFOLD_PASS_ROWS", seed % 4)
     monkeypatch.setattr(change, "REFOLD_TAIL_ROWS", seed % 4)
     monkeypatch.setattr(change, "REFOLD_TAIL_MAX", 1 + seed % 5)
     monkeypatch.setattr(change, "REFOLD_TAILS_MAX", seed % 3)

@@ -25,7 +25,7 @@ IMPORT = "old-shop"
 ANSWER_S = 600
 # So few rows may be left for the pause that on a busy machine more come each time around: ten times, not 200.
 SETTINGS = (
-    "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_ROWS=200 "
+    "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_ROWS=200 REFOLD_PASS_ROWS=20 "
     "REFOLD_TAIL_ROWS=20 REFOLD_TAIL_MAX=50 REFOLD_TAILS_MAX=10 REFOLD_PACE_ROWS=50"
 )
 

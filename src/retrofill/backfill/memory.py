@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import sys
-from collections.abc import Callable
 from typing import Final
+
+from retrofill import glibc
 
 # Objects made before circles among them are looked for, then how many such looks before older ones are looked at too.
 # Rows make no circles: looking as often as usual took a seventh of loading and a twentieth of staging.
 COLLECT_AFTER: Final = (50_000, 20, 20)
-# glibc's names and numbers. By itself it gives memory back to the system after every few megabytes and asks for it again,
-# cleared, for the next piece: a third of cutting a source into rows, 6 % of staging.
-_TRIM, _MMAP = -1, -3
+# By itself glibc gives memory back to the system after every few megabytes and asks for it again, cleared, for the next
+# piece: a third of cutting a source into rows, 6 % of staging.
 # ours: free memory kept at the end of the heap, more than sorting has in use at once: with a quarter of it, two of three pages
 # that were asked for were fresh ones, half a CPU second for a million events.
 KEPT_BYTES: Final = 64 * 1024 * 1024
@@ -30,7 +28,7 @@ def settle() -> None:
     gc.set_threshold(*COLLECT_AFTER)
     # Nothing here multiplies matrices; a thread that waits for some takes 0.03 CPU seconds of every start.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    _keep(KEPT_BYTES, PIECE_BYTES)
+    glibc.keep(KEPT_BYTES, PIECE_BYTES)
 
 
 def loaded() -> None:
@@ -41,19 +39,5 @@ def loaded() -> None:
 def give_back() -> None:
     """Give back what staging took, and keep little from now on. Call before sending."""
     gc.collect()
-    _keep(SENT_KEPT_BYTES, SENT_PIECE_BYTES)
-    trim = _of_glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _keep(kept: int, piece: int) -> None:
-    option = _of_glibc("mallopt")
-    if option is not None:
-        option(_TRIM, kept)
-        option(_MMAP, piece)
-
-
-def _of_glibc(name: str) -> Callable[..., int] | None:
-    """Return a function of the C library; not every one has it."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    glibc.keep(SENT_KEPT_BYTES, SENT_PIECE_BYTES)
+    glibc.trim()

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from msgspec import Struct
 
+from retrofill import glibc
 from retrofill.core.fold import Changes, together
 from retrofill.core.sql import literal
 from retrofill.engine.duplicates import Duplicates
@@ -45,6 +46,7 @@ from retrofill.limits import (
     MS_PER_DAY,
     MS_PER_HOUR,
     REFOLD_LOOK_S,
+    REFOLD_PASS_ROWS,
     REFOLD_PASSES_MAX,
     REFOLD_TAIL_MAX,
     REFOLD_TAIL_ROWS,
@@ -178,6 +180,8 @@ class Change:
             # While commits wait, nobody starts another child.
             async with host.compaction_rests(for_long=not self.paused):
                 await host.seal()
+                # Whoever asked has read the import's rows, and more is needed soon.
+                await asyncio.to_thread(self._trim)
                 self._arrived = host.arrived_rows - host.unsealed_rows
                 began = time.perf_counter()
                 sources = await self._begin(seed, rule)
@@ -185,7 +189,7 @@ class Change:
                 rows = sum(file.rows for file in sources.files)
                 host.pace.follow(rows, time.perf_counter() - began)
                 for _ in range(REFOLD_PASSES_MAX):
-                    if self._behind <= REFOLD_TAIL_ROWS:
+                    if self._behind <= REFOLD_PASS_ROWS:
                         break
                     began, arrived = time.perf_counter(), self._arrived
                     await host.seal()
@@ -206,6 +210,11 @@ class Change:
     def _behind(self) -> int:
         """How many rows have come since the last pass."""
         return self._host.arrived_rows - self._arrived
+
+    def _trim(self) -> None:
+        """Give memory back that was freed, unless commits wait."""
+        if not self.paused:
+            glibc.trim()
 
     async def stop(self) -> None:
         """Let it end where it stands, with a ConflictError. Raises one if it is too late for that."""
@@ -369,6 +378,7 @@ class Change:
         swap.put_in(self._files)
         swap.merge(self.intent.project, without=exported.people, add=exported.merges)
         swap.sync()
+        self._trim()  # to take rows out needed much, and the transaction may be open for long
 
     async def _catch_up(self, swap: Swap) -> None:
         """Fold the blocks that came since, until few are left and the transaction has what was handed to it."""

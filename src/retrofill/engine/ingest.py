@@ -155,6 +155,7 @@ class Engine:
         )
         self.imports = Imports(directory.imports)
         self.counting = Counting(self.imports)
+        self._reader: Reader | None = None
         self._figures = Figures()
         self._told_held = Told()
         self.unsealed: deque[Unsealed] = deque()
@@ -468,16 +469,17 @@ class Engine:
                     done.set_result(None)
             while self._queue:
                 async with self.committing:
+                    began_s = time.monotonic()
                     rows = await self._commit(self._take())
-                await self._put_off(rows)
+                await self._put_off(rows, took_s=time.monotonic() - began_s)
             if self._closing:
                 return
 
-    async def _put_off(self, rows: int) -> None:
+    async def _put_off(self, rows: int, *, took_s: float) -> None:
         """After a block of so many rows, wait for whoever has to catch up with them, as long as somebody does."""
         now_s = time.monotonic()
         room = SEAL_LAG_EVENTS_MAX - self._unsealed_events
-        end_s = now_s + self.pace.wait_s(rows, now_s=now_s, room=room)
+        end_s = now_s + self.pace.wait_s(rows, now_s=now_s, took_s=took_s, room=room)
         while now_s < end_s and self.pace.catching_up and not self._closing:
             await asyncio.sleep(min(end_s - now_s, REFOLD_PACE_WAIT_S))
             now_s = time.monotonic()
@@ -785,6 +787,8 @@ class Engine:
         while self.unsealed and self.unsealed[0].number <= last:
             sealed_events += self.unsealed.popleft().rows
         self._unsealed_events -= sealed_events
+        if self._reader is not None:  # whoever read last may have been the last one for long
+            await asyncio.to_thread(self._reader.sealed, last)
         self._figures.seals += 1
         self._figures.sealed_events += sealed_events
         self._figures.last_seal_ms = self._clock.now_ms()
@@ -833,9 +837,11 @@ class Engine:
                 del self._pins[sealed]
 
     def reader(self) -> Reader:
-        """Make what opens views of everything acknowledged; one is enough for any number of threads."""
+        """Return what opens views of everything acknowledged, for any number of threads."""
+        if self._reader is not None:
+            return self._reader
         late = self.event_time
-        return Reader(
+        self._reader = Reader(
             self.lake,
             self.blocks,
             last_block=self.last_block,
@@ -847,6 +853,7 @@ class Engine:
             settles=late.settles,
             settled_person=late.settled_person,
         )
+        return self._reader
 
     def last_block(self) -> int:
         """Return the number of the last block that was acknowledged."""

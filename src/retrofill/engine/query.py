@@ -171,6 +171,10 @@ class Reader:
                 return found
         return self._settled_person(project, amplitude_id)
 
+    def sealed(self, block: int) -> None:
+        """Let go of rows that were built of blocks up to one: new views find them in the lake. Any thread."""
+        self._unsealed.forget(block)
+
     def _is_late(self, project: int, last: int) -> bool:
         """Say whether blocks up to one hold late events that would show."""
         return 0 < self._late_since(project) <= last

@@ -35,6 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from msgspec import Struct
 
+from retrofill import glibc
 from retrofill.core import dedupe, order, person
 from retrofill.core.block import Block, Kind
 from retrofill.core.fold import Changes, Group
@@ -276,7 +277,16 @@ class ThreadRefolder:
 def main() -> None:
     """Do the tasks of one change until standard input ends."""
     session = Session()
-    serve(lambda line: _encode(_tried(session, _task(line))))
+
+    def answer(line: bytes) -> bytes:
+        task = _task(line)
+        done = _tried(session, task)
+        if not isinstance(task, Tail):  # of these the next one wants as much at once
+            pa.default_memory_pool().release_unused()
+            glibc.trim()
+        return _encode(done)
+
+    serve(answer)
 
 
 def _tried(session: Session, task: Task) -> Done | Failed:

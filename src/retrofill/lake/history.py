@@ -37,6 +37,8 @@ class History:
                 "autoinstall_known_extensions": False,
                 "autoload_known_extensions": False,
                 "preserve_insertion_order": False,
+                # Each file is read once or twice, and the next pass reads others.
+                "enable_external_file_cache": False,
             }
         )
         self._db.execute("SET enable_progress_bar = false")
