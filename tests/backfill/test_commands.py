@@ -266,6 +266,7 @@ def test_keys_come_from_the_line_a_file_or_the_environment(
     assert key_ring.find(None, None, None).api_key == "from-environment"
     assert key_ring.find(None, None, file) == key_ring.Keys("from-file", "hush")
     assert key_ring.find("given", None, file).api_key == "given"
+    assert key_ring.find(" given\n", "\thush ", None) == key_ring.Keys("given", "hush")
     assert "hush" not in repr(key_ring.find(None, None, file))
     file.write_text("nothing")
     with pytest.raises(InputError, match="names no key"):

@@ -21,6 +21,7 @@ from tests.backfill.virtual import START_S, VirtualClock, run
 
 from retrofill.backfill import feed as feeds
 from retrofill.backfill import manifest as manifests
+from retrofill.backfill import send as sending
 from retrofill.backfill import unsure
 from retrofill.backfill.feed import Feed
 from retrofill.backfill.journal import Journal, Ledger
@@ -535,3 +536,8 @@ def test_the_options_of_a_request_allow_short_ids(tmp_path: Path) -> None:
     body = msgspec.json.decode(bodies[0])
     assert body["options"] == {"min_id_length": 1}
     assert body["api_key"] == "key"
+
+
+@pytest.mark.parametrize("key", ["plain", 'a"b\\c', "two\nlines", "ключ"])
+def test_a_key_of_any_letters_stands_in_the_body(key: str) -> None:
+    assert msgspec.json.decode(b'{"api_key":"' + sending._text(key) + b'"}') == {"api_key": key}

@@ -33,13 +33,13 @@ class Keys(Struct, frozen=True):
 def find(api_key: str | None, secret_key: str | None, file: Path | None) -> Keys:
     """Return the keys: as given, else of the file, else of the environment.
 
-    The file has lines `api_key=…` and `secret_key=…`, or `RETROFILL_API_KEY=…`. Raises InputError if it cannot be read.
+    The file has lines `api_key=…` and `secret_key=…`, or `RETROFILL_API_KEY=…`. White space around a key, as a file that
+    was read into the environment leaves it, is none of it. Raises InputError if the file cannot be read.
     """
     known = _file(file) if file is not None else {}
-    return Keys(
-        api_key or known.get("api_key") or os.environ.get(API_KEY, ""),
-        secret_key or known.get("secret_key") or os.environ.get(SECRET_KEY, ""),
-    )
+    api = api_key or known.get("api_key") or os.environ.get(API_KEY, "")
+    secret = secret_key or known.get("secret_key") or os.environ.get(SECRET_KEY, "")
+    return Keys(api.strip(), secret.strip())
 
 
 def need_api_key(keys: Keys) -> None:

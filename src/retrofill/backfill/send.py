@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import msgspec
 from isal import igzip
 from msgspec import Struct
 
@@ -760,7 +761,7 @@ def _ids(stretch: Stretch) -> list[tuple[Kind, str]]:
 
 def _text(key: str) -> bytes:
     """An API key as it stands inside a JSON string."""
-    return key.replace("\\", "\\\\").replace('"', '\\"').encode()
+    return msgspec.json.encode(key)[1:-1]
 
 
 def _without(
