@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.backfill.staging import events, letters, ndjson, run
 from tests.backfill.staging import rows as staged_rows
 
-from retrofill.backfill import compiled
+from retrofill.backfill import columns, compiled
 from retrofill.errors import InputError
 
 ROW = {
@@ -430,3 +430,16 @@ def test_any_json_values_arrive_as_they_were(
     found = mapped(folder, rows, {"event_properties": {"a": "a", "b": "b", "c": "c"}})
     expected = [{key: one for key, one in value.items() if one is not None} for value in values]
     assert [event.get("event_properties", {}) for event in found] == expected
+
+
+def test_of_objects_with_made_up_keys_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_PATHS_MAX", 6)
+    row = '{"a":{"k1":1,"k2":"x","k3":null},"b":null,"c":[1]}'
+    assert columns.json_types([row, "{", "[]", '{"a":7,"b":1.5,"d":true}']) == {
+        ("a",): "JSON",
+        ("b",): "DOUBLE",
+        ("c",): "JSON",
+        ("d",): "BOOLEAN",
+        ("a", "k1"): "BIGINT",
+        ("a", "k2"): "VARCHAR",
+    }

@@ -15,6 +15,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -33,6 +34,12 @@ WHOLE: Final[Path] = (
     "source_row",
 )  # the name under which an expression has all columns, as one JSON object
 _DEPTH_SEEN = 5  # objects inside one another whose keys can be named with dots
+_KINDS: Final[dict[type, str]] = {
+    bool: "BOOLEAN",
+    int: "BIGINT",
+    float: "DOUBLE",
+    str: "VARCHAR",
+}
 _PATHS_MAX = 5_000  # names kept of a sample; objects with made-up keys have too many
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _DECIMAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")
@@ -42,34 +49,42 @@ _DECIMAL_SQL = literal(_DECIMAL.pattern.replace(r"\d", "[0-9]"))
 
 def json_types(rows: Iterable[str]) -> dict[Path, str]:
     """Return each key's DuckDB type as most JSON objects have it, with the keys of inner objects."""
-    seen: dict[Path, Counter[str]] = {}
+    found = []
     for row in rows:
         try:
-            found = msgspec.json.decode(row)
+            found.append(msgspec.json.decode(row))
         except (msgspec.DecodeError, RecursionError):
             continue
-        if isinstance(found, dict):
-            _see(found, (), seen)
+    seen: dict[Path, Counter[str]] = {}
+    _see([one for one in found if isinstance(one, dict)], (), seen)
     return {path: _one_type(kinds) for path, kinds in seen.items()}
 
 
-def _see(found: dict[str, Any], above: Path, seen: dict[Path, Counter[str]]) -> None:
-    for key, value in found.items():
-        path = (*above, key)
-        if path not in seen and len(seen) >= _PATHS_MAX:
-            continue
-        kinds = seen.get(path)
-        if kinds is None:
-            kinds = seen[path] = Counter()
-        if value is not None:
-            kinds[_kind(value)] += 1
-        if isinstance(value, dict) and len(path) < _DEPTH_SEEN:
-            _see(value, path, seen)
+def _see(found: Sequence[dict[str, Any]], above: Path, seen: dict[Path, Counter[str]]) -> None:
+    """Count the kinds of each key's values in some objects, and of those inside of them."""
+    columns = _by_key(found, _PATHS_MAX - len(seen))
+    for key, values in columns.items():
+        kinds = seen[*above, key] = Counter()
+        for kind, count in Counter(map(type, values)).items():
+            if kind is not NoneType:
+                kinds[_KINDS.get(kind, "JSON")] += count
+    if len(above) + 1 < _DEPTH_SEEN:
+        for key, values in columns.items():
+            inner = [value for value in values if isinstance(value, dict)]
+            if inner:
+                _see(inner, (*above, key), seen)
 
 
-def _kind(value: object) -> str:
-    names = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
-    return names.get(type(value), "JSON")
+def _by_key(found: Sequence[dict[str, Any]], keys_max: int) -> dict[str, list[Any]]:
+    """Return the values of each key, of so many keys at most."""
+    columns: dict[str, list[Any]] = {}
+    for one in found:
+        for key, value in one.items():
+            if key in columns:
+                columns[key].append(value)
+            elif len(columns) < keys_max:
+                columns[key] = [value]
+    return columns
 
 
 def _one_type(kinds: Counter[str]) -> str:

@@ -32,7 +32,7 @@ def settle() -> None:
 
 
 def loaded() -> None:
-    """Look at nothing of what is loaded any more, now or at the end, when circles are looked for. Call once all is."""
+    """Look at nothing of what is loaded any more, now or at the end, when circles are looked for. Call once much is."""
     gc.freeze()
 
 
