@@ -63,6 +63,8 @@ def test_a_merge_is_listed_taken_back_and_stays_so(tmp_path: Path) -> None:
         assert again.startswith("3-0 · merged ")
         with pytest.raises(FinalError, match="There is no such merge"):
             run("unmerge", "2-0", "--restore", "--yes", *to)
+        with pytest.raises(FinalError, match="an id is BLOCK-ROW"):
+            run("merges", "--before", "the-last", *to)
         assert run("unmerge", "3-0", "--yes", *to).stdout.startswith("3-0 · unmerged ")
         for wrong in ("?state=x", "?limit=0", "?user_id=a&amplitude_id=1", "?before=x", "?a=1"):
             assert call(live, "GET", f"/api/1/merges{wrong}")[0] in {400, 404}

@@ -11,7 +11,6 @@ from retrofill.backfill.imports import CHANGE_S
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.profile import Target
 from retrofill.backfill.readback import READ_S
-from retrofill.errors import FinalError
 
 
 class Merge(Struct, frozen=True):
@@ -37,11 +36,9 @@ class _Merges(Struct):
 def merges(to: Target, keys: Keys, asked: dict[str, str]) -> list[Merge]:
     """Return merges, the newest first. asked: parameters of `GET /api/1/merges`. Raises FinalError, RetryError."""
     given = urlencode({name: value for name, value in asked.items() if value})
-    found = ours.ask(to, keys, "GET", f"/api/1/merges?{given}", _Merges, seconds=READ_S)
-    if found is None:
-        raise FinalError(
-            "The destination lists no merges", mend="Its version is older than this one"
-        )
+    path = f"/api/1/merges?{given}"
+    found = ours.ask(to, keys, "GET", path, _Merges, seconds=READ_S, may_miss=False)
+    assert found is not None
     return found.merges
 
 
@@ -66,11 +63,8 @@ class _Holding(Struct):
 def held(to: Target, keys: Keys, limit: int) -> list[Held]:
     """Return the users who hold people apart, those with most devices first. Raises FinalError, RetryError."""
     path = f"/api/1/merges/held?limit={limit}"
-    found = ours.ask(to, keys, "GET", path, _Holding, seconds=READ_S)
-    if found is None:
-        raise FinalError(
-            "The destination holds nobody apart", mend="Its version is older than this one"
-        )
+    found = ours.ask(to, keys, "GET", path, _Holding, seconds=READ_S, may_miss=False)
+    assert found is not None
     return found.held
 
 
