@@ -159,6 +159,7 @@ def test_an_export_zip_and_its_unpacked_folder_are_the_same(tmp_path: Path) -> N
             archive.writestr(
                 f"187520/187520_2025-03-01_{hour}#70.json.gz", gzip.compress(lines([row(hour)]))
             )
+        archive.writestr("__MACOSX/187520/._187520_2025-03-01_2#70.json.gz", b"a computer's own")
     zipped = run(tmp_path / "zipped", tmp_path / "export.zip", "amplitude-export")
     with zipfile.ZipFile(tmp_path / "export.zip") as archive:
         archive.extractall(tmp_path / "unpacked")

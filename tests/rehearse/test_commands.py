@@ -90,6 +90,21 @@ def archive(path: Path, rows: list[Json]) -> str:
     return str(path)
 
 
+def test_an_export_may_be_a_folder_and_what_a_computer_added_to_its_zip_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    live = [export_row(1, 900, "user-1", "2023-11-20 10:00:00.000000")]
+    zipped = archive(tmp_path / "export.zip", live)
+    with zipfile.ZipFile(zipped) as whole:
+        whole.extractall(tmp_path / "folder")
+    (tmp_path / "folder" / ".DS_Store").write_bytes(b"\0junk")
+    with zipfile.ZipFile(zipped, "a") as whole:
+        whole.writestr("__MACOSX/1/._1_2023-11-20_10#1.json.gz", b"\0junk")
+    given = history(tmp_path, [row(1, "user-1")])
+    for where in (zipped, str(tmp_path / "folder")):
+        assert against(tmp_path, given, where)["first_seen"]["moved"] == 1
+
+
 def test_an_export_may_hold_any_number(tmp_path: Path) -> None:
     odd = {"plan": "a", "large": 10**20, "list": [2**64]}
     live = [export_row(1, 900, "user-1", "2023-11-20 10:00:00.000000", user_properties=odd)]

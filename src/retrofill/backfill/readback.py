@@ -12,9 +12,10 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from retrofill.backfill import unpack
 from retrofill.backfill.keys import Keys
 from retrofill.errors import FinalError
 
@@ -96,13 +97,23 @@ def given(path: Path) -> Iterator[bytes]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of an archive: a ZIP of gzip members, one gzip file, or plain lines."""
+    """Yield the lines of an archive: a ZIP of gzip members, a folder of such, one gzip file, or plain lines.
+
+    What computers add to an archive of theirs is passed over, see `unpack.hidden`.
+    """
+    if path.is_dir():
+        for one in sorted(path.rglob("*")):
+            if one.is_file() and not unpack.hidden(one.relative_to(path)):
+                yield from lines(one)
+        return
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
         if start.startswith(b"PK"):
             with zipfile.ZipFile(file) as archive:
                 for name in archive.namelist():
+                    if name.endswith("/") or unpack.hidden(PurePosixPath(name)):
+                        continue
                     with archive.open(name) as member:
                         if name.endswith(".gz"):
                             with gzip.open(member) as unpacked:

@@ -145,7 +145,7 @@ def _paths(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
         inside = [one for one in path.rglob("*") if one.is_file() and _wanted(str(one))]
-        inside = [one for one in inside if not _hidden(one.relative_to(path))]
+        inside = [one for one in inside if not unpack.hidden(one.relative_to(path))]
     elif path.exists():
         return [path]
     else:
@@ -155,10 +155,6 @@ def _paths(name: str) -> list[Path]:
         what = f"No file of history is in {name}" if path.is_dir() else f"There is no source {name}"
         raise InputError(what, mend=f"Files end in {', '.join(_FORMATS)}, also .gz, .zst")
     return sorted(inside, key=lambda one: natural(str(one)))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _wanted(name: str) -> bool:
@@ -248,6 +244,7 @@ def _members(origin: Origin, place: str, unpacked: Path) -> Iterator[Piece]:
     except unpack.BROKEN as error:
         raise InputError(f"This is no zip that can be read: {error}", where=origin.name) from error
     inside = [one for one in listed if _wanted(one.filename) and not one.is_dir()]
+    inside = [one for one in inside if not unpack.hidden(PurePosixPath(one.filename))]
     inside.sort(key=lambda member: natural(member.filename))
     named = Counter(one.filename for one in inside)
     for at, one in enumerate(inside):

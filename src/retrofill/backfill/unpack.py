@@ -10,7 +10,7 @@ import functools
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Literal, cast
 
 import zstandard
@@ -36,6 +36,11 @@ PLAIN_BYTES = 1024 * 1024  # the same of a file that is not packed: as much as i
 # as much.
 _PACKED = 4 * 1024
 _GZIP = 31  # zlib's word for: with a gzip header, the largest window
+
+
+def hidden(path: PurePath) -> bool:
+    """Whether a file inside of a folder or archive is none of its data: `.hidden`, `_SUCCESS`, `__MACOSX/…`."""
+    return any(part.startswith((".", "_")) and part != ".." for part in path.parts)
 
 
 def chunks(
