@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrofill.core.sql import literal
 from retrofill.lake.arrow import SCHEMA
 from retrofill.lake.compact import LakeFile
+from retrofill.lake.parquet import places_of
 from retrofill.limits import HISTORY_MEMORY_BYTES, LAKE_SPILL_BYTES, LAKE_THREADS
 
 COLUMNS = ", ".join(f'"{name}"' for name in SCHEMA.names)
@@ -66,18 +68,17 @@ class History:
         deleted = [file for file in files if file.deleted is not None]
         parts = []
         if whole:
-            names = self._named([str(file.path) for file in whole])
-            # The first one is the columns' own.
+            parts.append(f"file_index - 1, file_row_number FROM {self._rows(whole)}")
+        if deleted:
+            # A bit for each row, in one join for all files: a join of places takes 4 MB at least, and all of those that a
+            # statement has, one for each file, are held at once.
+            gone = {"of_file": range(1, len(deleted) + 1), "gone": [_gone(one) for one in deleted]}
+            self.register(f"{view}_gone", pa.table(gone))
+            bits = f"(SELECT of_file, gone::BIT AS gone FROM {view}_gone)"  # noqa: S608 - a name of ours
             parts.append(
-                f"file_index - 1, file_row_number FROM read_parquet({names}, union_by_name=true)"
+                f"file_index - 1 + {len(whole)}, file_row_number FROM {self._rows(deleted)} "
+                f"JOIN {bits} ON file_index = of_file WHERE get_bit(gone, file_row_number::INTEGER) = 0"
             )
-        for number, file in enumerate(deleted, len(whole)):
-            assert file.deleted is not None
-            gone = f"{view}_gone_{number}"
-            self.register(gone, pq.read_table(file.deleted, columns=["pos"]))
-            names = self._named([str(file.path)])
-            rows = f"{number}, file_row_number FROM read_parquet({names}, union_by_name=true)"
-            parts.append(rows + f" ANTI JOIN {gone} ON file_row_number = pos")
         if not parts:
             self.register("no_events", SCHEMA.empty_table())
             parts.append("0, 0 FROM no_events")
@@ -87,5 +88,17 @@ class History:
         )
         return [*whole, *deleted]
 
-    def _named(self, paths: Sequence[str]) -> str:
-        return f"[{', '.join(map(literal, (str(self._columns), *paths)))}]"
+    def _rows(self, files: Sequence[LakeFile]) -> str:
+        """Say where the rows of files stand; the first file there is the columns' own."""
+        paths = [self._columns, *(file.path for file in files)]
+        named = ", ".join(literal(str(path)) for path in paths)
+        return f"read_parquet([{named}], union_by_name=true)"
+
+
+def _gone(file: LakeFile) -> bytes:
+    """Return a bit for each row of a file, set if it is deleted."""
+    bits = np.zeros(file.rows, bool)
+    places = places_of(file.deleted)
+    assert places is not None
+    bits[places] = True
+    return np.packbits(bits).tobytes()

@@ -1,0 +1,59 @@
+"""A process that does not own the lake reads its files, many with delete files too, within its memory."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.engine.test_changed import lake_file
+
+from retrofill.lake import history
+from retrofill.lake.compact import LakeFile
+from retrofill.lake.history import History
+
+
+def left(file: LakeFile) -> list[tuple[int, int]]:
+    """Return (block, row) of what a file holds, without DuckDB."""
+    rows = pq.read_table(file.path, columns=["block", "row"]).to_pylist()
+    gone = set()
+    if file.deleted is not None:
+        gone = set(pq.read_table(file.deleted)["pos"].to_pylist())
+    return [(one["block"], one["row"]) for at, one in enumerate(rows) if at not in gone]
+
+
+def test_files_with_deleted_rows_take_no_more_memory_however_many_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many stops in changes of history leave hundreds, which the next change must be able to read."""
+    monkeypatch.setattr(history, "HISTORY_MEMORY_BYTES", 40 * 1024 * 1024)
+    files = [lake_file(tmp_path, random.Random(one), one) for one in range(60)]
+    assert sum(file.deleted is not None for file in files) == 30
+    reader = History(tmp_path / "spill")
+    used = reader.use(files)
+    rows = reader.ask('SELECT "block", "row", file, place FROM events').fetchall()
+    people = reader.ask("SELECT DISTINCT amplitude_id, device_id, user_id FROM events").fetchall()
+    reader.close()
+    assert sorted(one[:2] for one in rows) == sorted(one for file in files for one in left(file))
+    for block, row, file, place in rows[::97]:
+        stands = pq.read_table(used[file].path, columns=["block", "row"]).slice(place, 1)
+        assert stands.to_pylist() == [{"block": block, "row": row}]
+    assert people
+
+
+def test_a_view_of_no_files_is_empty_and_one_of_others_takes_its_place(tmp_path: Path) -> None:
+    reader = History(tmp_path / "spill")
+    assert reader.ask("SELECT * FROM events").fetchall() == []
+    for number in (1, 2, 3):
+        file = lake_file(tmp_path, random.Random(number), number)
+        assert reader.use([file]) == [file]
+        found = reader.ask('SELECT "block", "row" FROM events').fetchall()
+        assert sorted(found) == sorted(left(file))
+    tails = [lake_file(tmp_path, random.Random(number), number) for number in (5, 7)]
+    reader.use(tails, "tails")
+    both = "SELECT block FROM events UNION ALL SELECT block FROM tails"
+    blocks = pa.chunked_array([[block for (block,) in reader.ask(both).fetchall()]])
+    assert blocks.unique().to_pylist() == [3, 5, 7]
+    reader.close()
