@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tests.backfill.exporting import Exporting, serving
 from tests.faults.process import API_KEY, SECRET_KEY, Process
 from tests.rehearse.test_reality import KEYS, call, rehearsed
 
-from retrofill.errors import Error, FinalError, InputError, RetryError
+from retrofill.backfill.journal import locked
+from retrofill.errors import BusyError, Error, FinalError, InputError, RetryError
 from retrofill.rehearse import outcome
 
 pytestmark = pytest.mark.slow
@@ -357,6 +359,8 @@ def test_what_cannot_be_is_told(tmp_path: Path, server: Process) -> None:
     assert "no whole export" in failing(tmp_path, str(tmp_path / "cut.zip")).what
     other_zip = archive(tmp_path / "other.zip", [{"a": 1}])
     assert "no line of it has" in failing(tmp_path, other_zip).what
+    with closing(locked(tmp_path / "work")):  # as another rehearsal does
+        assert isinstance(failing(tmp_path, "none"), BusyError)
     assert (RetryError.code, SECRET_KEY in str(wrong)) == (1, False)
     assert not (tmp_path / "work" / "rehearsal.tmp").exists()
     assert server.export() == []

@@ -22,6 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from retrofill.backfill.drive import staged
+from retrofill.backfill.journal import locked
 from retrofill.backfill.keys import Keys
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.plan import Throttled, plan
@@ -104,8 +105,13 @@ class _Done(Struct):
 def rehearse(order: Order) -> Outcome:
     """Rehearse what is staged in a work directory; the outcome is kept there.
 
-    Raises InputError, FinalError, RetryError, StoreError.
+    Raises InputError, BusyError while a run or another rehearsal works there, FinalError, RetryError, StoreError.
     """
+    with closing(locked(order.work)):
+        return _owned(order)
+
+
+def _owned(order: Order) -> Outcome:
     manifest = staged(order.work)
     folder = order.work / "rehearsal.tmp"
     shutil.rmtree(folder, ignore_errors=True)
