@@ -11,6 +11,7 @@ or in the user's cache: some seconds once, 0.4 CPU s of each start. So only sour
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -82,6 +83,7 @@ class Scanner:
         self._rules[_ID_LENGTH_MIN] = id_length_min
         self._rules[_DEPTH_MAX] = min(DEPTH_MAX, _LEVELS_MAX)
         self._rules[_TIME_MS_MAX] = TIME_MS_MAX
+        _loaded(_look, lambda: self.look(memoryview(b"\n"), np.zeros(0, np.int64)))
 
     def look(self, data: memoryview, ends: Ints) -> Found:
         """Look at rows. data: UTF-8. ends: of each row."""
@@ -119,12 +121,29 @@ _Function = Callable[..., Any]
 
 
 def _compiled(function: _Function) -> _Function:
+    """Compile a function when it is first called. Those before `_look` become parts of it."""
+    made: _Function = numba.njit(forceinline=True)(function)
+    return made
+
+
+def _kept(function: _Function) -> _Function:
     """Compile a function when it is first called, and keep it where there is room to keep anything."""
     try:
         made: _Function = numba.njit(cache=True, forceinline=True)(function)
     except RuntimeError:  # no folder can be written to
-        made = numba.njit(forceinline=True)(function)
+        made = _compiled(function)
     return made
+
+
+def _loaded(kept: Any, call: Callable[[], object]) -> None:
+    """Call a kept function for the first time. If what was kept is damaged, or no room is left, do without in this process."""
+    try:
+        call()
+    except Exception:  # noqa: BLE001  # whatever comes of damaged bytes
+        cache = kept._cache  # noqa: SLF001  # Numba's `recompile` would fail on a full disk
+        with contextlib.suppress(OSError):
+            cache.flush()  # the next process keeps it anew
+        cache.disable()
 
 
 @_compiled
@@ -399,7 +418,7 @@ def _good(role: int, first: int, size: int, characters: int, rules: Ints) -> boo
     return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and first > _SPACE)
 
 
-@_compiled
+@_kept
 def _look(  # noqa: PLR0917  # Numba takes no keywords
     data: Bytes,
     ends: Ints,
