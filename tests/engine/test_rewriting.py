@@ -127,7 +127,7 @@ class Waiting(Pace):
         self.rooms: list[int] = []
 
     def wait_s(self, rows: int, *, now_s: float, took_s: float, room: int = 0) -> float:
-        del took_s
+        assert took_s > 0
         # Much room, little has come.
         assert super().wait_s(rows, now_s=now_s, took_s=0.0, room=room) == 0
         self.rooms.append(room)
