@@ -57,7 +57,9 @@ from retrofill.lake.files import Files
 from retrofill.lake.history import COLUMNS, History
 from retrofill.limits import REFOLD_ROWS, REFOLD_TAIL_BYTES, Limits
 
-_NICE = 5
+_NICE = (
+    0  # traffic rests for it, and at 5 what that leaves went to others where the machine is full
+)
 _CHILD = "from retrofill.engine import refolder; refolder.main()"
 _SEEN = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
 _HIDDEN = f"{int(Kind.DISPLACED)}, {int(Kind.UNDONE)}"
