@@ -227,6 +227,9 @@ def main(folder: Path, seed: int, kills: int, what: str, *how: str) -> dict[str,
     intake.STEP_BYTES_MIN = order.STEP_BYTES = order.DEALT_BYTES = 400_000
     if "dealt" in how:
         stages.PLAIN_BYTES, order.BUCKET_BYTES = 0, 700_000
+        order.LAID_SOURCE_BYTES_MAX = 0
+    if "laid" in how:
+        stages.PLAIN_BYTES, order.LAID_BUCKET_BYTES = 0, 1_400_000
     source, mapping = written(folder, what, seed)
     started = time.perf_counter()
     assert attempt(folder / "whole", source, mapping, None, folder / "once") == 0

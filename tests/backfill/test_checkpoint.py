@@ -19,7 +19,7 @@ from tests.backfill import killing
 from tests.backfill.staging import letters, ndjson, rows, run
 from tests.faults.process import PATIENCE_S
 
-from retrofill.backfill import checkpoint, intake, order, records, spill, stage
+from retrofill.backfill import checkpoint, intake, laid, order, records, spill, stage
 from retrofill.backfill.checkpoint import Checkpoint
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.journal import locked
@@ -62,10 +62,11 @@ BLOCK_ROWS, PART_ROWS = 2400, 4096
     ("kills", "what"),
     [
         (3, "lines"),
-        (5, "lines dealt"),
+        (4, "lines dealt"),
+        (4, "lines laid"),
         (2, "packed"),
         (2, "array"),
-        (3, "folder dealt"),
+        (3, "folder laid"),
         (2, "asked"),
         (2, "cells"),
         (3, "lines dealt timed"),
@@ -89,12 +90,45 @@ def test_a_query_with_a_window_begins_anew_and_becomes_the_same(tmp_path: Path) 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["", "timed"])
-@pytest.mark.parametrize("what", ["lines dealt", "packed", "array dealt", "folder", "cells dealt"])
+@pytest.mark.parametrize(
+    "what", ["lines dealt", "lines laid", "packed", "array dealt", "folder laid", "cells dealt"]
+)
 def test_a_stage_killed_a_hundred_times_becomes_the_same(
     tmp_path: Path, what: str, how: str
 ) -> None:
     for seed in range(4):
         killed(tmp_path / str(seed), seed, 25, *what.split(), *how.split())
+
+
+@pytest.mark.parametrize("how", ["dealt out", "laid", "dealt out, no room", "laid, no room"])
+def test_many_rows_become_the_same_stage_as_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(intake, "SCANNED_BYTES", 0)
+    path = source(tmp_path / "s.ndjson")
+    one = run(tmp_path / "one", path, MAPPING, sets=3, bad_rows=0.5)
+    monkeypatch.setattr(stage, "PLAIN_BYTES", 0)  # as if it were too large to stay in one piece
+    monkeypatch.setattr(order, "BUCKET_BYTES", 300_000)
+    monkeypatch.setattr(order, "LAID_BUCKET_BYTES", 300_000)
+    monkeypatch.setattr(order, "LAID_SOURCE_BYTES_MAX", 2**40 if "laid" in how else 0)
+    if "no room" in how:
+        monkeypatch.setattr(spill, "ROOM_BYTES", 2**60)
+    laid_out: list[int] = []
+    ordered = laid.Scattered.ordered
+
+    def noted(self: laid.Scattered, order: Any) -> Any:
+        laid_out.append(len(order))
+        return ordered(self, order)
+
+    monkeypatch.setattr(laid.Scattered, "ordered", noted)
+    many = run(tmp_path / "many", path, MAPPING, sets=3, bad_rows=0.5)
+    assert len(laid_out) > 5 if "laid" in how else not laid_out
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+    assert letters(tmp_path / "many") == letters(tmp_path / "one")
+    alike = msgspec.structs.replace(
+        many, hot_people=one.hot_people
+    )  # which of equally hot ones may differ
+    assert alike == one
 
 
 class Killed(BaseException):
@@ -299,10 +333,11 @@ def test_a_spill_gives_back_what_it_took_and_goes_on_where_it_was_cut(tmp_path: 
     (behind, end), *rest = found.batches()
     assert behind == batches[0]
     assert list(found.batches(end)) == rest
-    whole = spill.whole(list(found.mapped()), schema, lambda *_: 0, before=b"<a>")
+    placed = spill.placed(list(found.mapped()), schema, lambda *_: 0)
+    whole = spill.whole(placed, before=b"<a>")
     taken = whole.take(np.arange(20)[::-1].copy())
     assert taken["n"].to_pylist() == list(range(20))[::-1]
     texts = [text for at in range(0, 20, 2) for text in (f"<a>é{at}", f"<a>{'x' * at}")]
     assert taken[spill.TEXT].to_pylist() == texts[::-1]
-    as_it_was = spill.whole(batches, schema, lambda *_: 0, before=None)
+    as_it_was = spill.whole(spill.placed(batches, schema, lambda *_: 0), before=None)
     assert as_it_was.take(np.array([2, 1]), led=False)[spill.TEXT].to_pylist() == ["{é2\n", "{\n"]

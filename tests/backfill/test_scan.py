@@ -257,7 +257,7 @@ def test_without_a_folder_to_keep_it_in_it_is_compiled_each_time(
         return lambda function: ("compiled", function)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert scan._kept(len) == ("compiled", len)
+    assert scan.kept(len) == ("compiled", len)
 
 
 @pytest.mark.parametrize("damage", [*("nbi cut", "nbi empty", "nbc cut", "nbc empty"), "no room"])
@@ -269,8 +269,8 @@ def test_what_was_kept_and_is_damaged_is_compiled_anew(
     twice = runpy.run_path(str(path))["twice"]
 
     def first() -> Any:
-        kept: Any = scan._kept(twice)
-        scan._loaded(kept, lambda: kept(1))
+        kept: Any = scan.kept(twice)
+        scan.loaded(kept, lambda: kept(1))
         assert kept(4) == 8
         return kept.stats
 

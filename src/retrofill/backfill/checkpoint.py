@@ -39,6 +39,7 @@ class Reading(Struct, kw_only=True):
     rows: int = 0
     events: int = 0
     bytes: int = 0
+    lying: int = 0
     unreadable: int = 0
     ids: dict[str, int] = {}
     left_out: dict[str, int] = {}
@@ -47,8 +48,12 @@ class Reading(Struct, kw_only=True):
 
 
 class Dealing(Struct, kw_only=True):
-    """How far the events are dealt out. spill: bytes of those that are. buckets: bytes of each."""
+    """How far the events are dealt out. left: less the texts that are in the source. spill: bytes of those that are out.
 
+    buckets: bytes of each.
+    """
+
+    left: bool = False
     spill: int = 0
     buckets: list[int] = []
     whole: bool = False

@@ -34,7 +34,7 @@ from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
 from retrofill.backfill.records import JSON_SCHEMA, Place
 from retrofill.backfill.source import Piece
-from retrofill.backfill.spill import Spill
+from retrofill.backfill.spill import Spill, short
 from retrofill.backfill.straight import SCANNED_BYTES, Straight, straight
 from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal
@@ -126,6 +126,7 @@ class Taken(Struct, kw_only=True):
     rows: int = 0
     events: int = 0
     bytes: int = 0
+    lying: int = 0  # bytes that were left in the source
     ids: Counter[str] = msgspec.field(default_factory=Counter)
     left_out: Counter[str] = msgspec.field(default_factory=Counter)
     pairs: Pairs = msgspec.field(default_factory=Pairs)
@@ -183,6 +184,7 @@ class Intake:
         self._piece, self._place = 0, Place()  # where reading is
         self._odd: Spill | None = None  # rows that are not for the straight way
         self._step = STEP_BYTES
+        self._packed = False
         self._unreadable = 0  # rows that only the query found to be no JSON
         self._checker = Checker(self._refused, id_length_min=options.id_length_min)
         self.source = look(pieces, mapping)
@@ -225,6 +227,7 @@ class Intake:
         def checkpoint() -> None:
             self._note(reading, spill, odd)
             save()
+            self._packed = short(scratch, self.taken.bytes)  # as many as in buckets
 
         if self._way is not None:
             self._straight_on(self._way, spill, checkpoint, seen)
@@ -237,6 +240,7 @@ class Intake:
     def _remember(self, reading: Reading, spill: Spill) -> None:
         taken = self.taken
         taken.rows, taken.events, taken.bytes = reading.rows, reading.events, reading.bytes
+        taken.lying = reading.lying
         taken.ids, taken.left_out = Counter(reading.ids), Counter(reading.left_out)
         self._unreadable = reading.unreadable
         self._piece, self._place = reading.piece, msgspec.structs.replace(reading.place)
@@ -248,6 +252,7 @@ class Intake:
     def _note(self, reading: Reading, spill: Spill, odd: Spill) -> None:
         taken = self.taken
         reading.rows, reading.events, reading.bytes = taken.rows, taken.events, taken.bytes
+        reading.lying = taken.lying
         reading.ids, reading.left_out = dict(taken.ids), dict(taken.left_out)
         reading.unreadable = self._unreadable
         reading.piece, reading.place = self._piece, msgspec.structs.replace(self._place)
@@ -329,7 +334,7 @@ class Intake:
 
     def _set_aside(self, rows: pa.RecordBatch) -> None:
         assert self._odd is not None
-        self._odd.add(rows)
+        self._odd.add(rows, packed=self._packed)
 
     @property
     def unread(self) -> int:
@@ -414,13 +419,14 @@ class Intake:
             "size": size,
         }
         if "at" in batch.schema.names:  # it stays there
+            self.taken.lying += pc.sum(size).as_py()
             made["event"] = _empty(batch.num_rows)
         else:
             made["at"] = pa.array(np.full(batch.num_rows, -1, np.int64))
         columns = [made[name] if name in made else batch.column(name) for name in SPILLED.names]
         rows = pa.RecordBatch.from_arrays(columns, schema=SPILLED)
         self.taken.note(device, user, key, _numbers(batch, "time_ms"))
-        spill.add(rows)
+        spill.add(rows, packed=self._packed)
 
     def _without_bad(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         bad = batch.column("bad")

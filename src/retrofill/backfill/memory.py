@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 from typing import Final
 
 from retrofill import glibc
@@ -21,6 +22,9 @@ PIECE_BYTES: Final = 32 * 1024 * 1024  # glibc takes no more: larger pieces have
 
 SENT_KEPT_BYTES: Final = 1024 * 1024  # the same two while sending, which goes on for hours
 SENT_PIECE_BYTES: Final = 4 * 1024 * 1024
+
+
+_TOLD, _BOUND = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 def settle() -> None:
@@ -41,3 +45,13 @@ def give_back() -> None:
     gc.collect()
     glibc.keep(SENT_KEPT_BYTES, SENT_PIECE_BYTES)
     glibc.trim()
+
+
+def available() -> int:
+    """Return the bytes that the system has for files in memory, 0 where it does not say."""
+    if not _TOLD.exists():
+        return 0
+    told = dict(line.split(":", 1) for line in _TOLD.read_text().splitlines())
+    free = int(told["MemAvailable"].split()[0]) * 1024
+    bound = _BOUND.read_text().strip() if _BOUND.exists() else ""  # of the container
+    return min(free, int(bound)) if bound.isdigit() else free

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -36,9 +36,17 @@ from retrofill.backfill.people import Ints, People
 from retrofill.backfill.sets import COMMA, SCHEMA, SetWriter, gone_on
 from retrofill.backfill.spill import AT, SIZE, Originals, Spill, Whole
 
+if TYPE_CHECKING:
+    from retrofill.backfill.laid import Room, Scattered
+
 BUCKET_BYTES = (
     64 * 1024 * 1024
 )  # of JSON, sorted in memory at once; several times that is in use meanwhile
+# The same where texts stay in the source, which is gone through for each bucket, ours: 1 GB is in use meanwhile.
+LAID_BUCKET_BYTES = 384 * 1024 * 1024
+LAID_SOURCE_BYTES_MAX = (
+    24 * 1024**3
+)  # ours: 64 times through so much take as long as dealing texts out
 # Of texts that are dealt out at once, ours: they go to hundreds of buckets, and so few rows that each gets fifty took longer to
 # write than anything else.
 DEALT_BYTES = 48 * 1024 * 1024
@@ -200,18 +208,26 @@ def _dealt(  # one step's parts
     buckets: Sequence[Spill],
 ) -> None:
     lying, _kept = originals.reader()
-    found = spills.whole(batches, schema, lying, before=None)
-    rows = found.rows
+    found = None
+    if buckets[0].schema.names == schema.names:  # texts that lie in the source stay there
+        (rows,) = pa.Table.from_batches(batches, schema).combine_chunks().to_batches()
+    else:
+        found = spills.whole(spills.placed(batches, schema, lying), before=None)
+        rows = found.rows
     person = people.of(_ints(rows, "device_node"), _ints(rows, "user_node"))
     bucket = edges.bucket(person, _ints(rows, "time_ms"))
     if len(buckets) < np.iinfo(np.uint16).max:
         bucket = bucket.astype(np.uint16)  # of which a sort is a count
     order = np.argsort(bucket, kind="stable")
-    dealt = found.take(order, led=False).select(DEALT.names)
+    packed = spills.short(buckets[0].path.parent, sum(bucket.bytes for bucket in buckets))
+    if found is None:
+        dealt = pa.RecordBatch.from_arrays(spills.some(rows, order), schema=schema)
+    else:
+        dealt = found.take(order, led=False).select(DEALT.names)
     at = np.searchsorted(bucket[order], np.arange(len(buckets) + 1))
     for number, (start, end) in enumerate(pairwise(at.tolist())):
         if end > start:
-            buckets[number].add(dealt.slice(start, end - start))
+            buckets[number].add(dealt.slice(start, end - start), packed=packed)
 
 
 class Sorter:
@@ -248,14 +264,14 @@ class Sorter:
         self._lead = _lead(options)
         self._packed = packed
 
-    def run(self, buckets: Sequence[Spill], lying: spills.Lying) -> Sorted:
-        """Sort buckets, one after another, into set files, and remove each. lying: where texts are that they have not."""
+    def run(self, buckets: Sequence[Spill], originals: Originals) -> Sorted:
+        """Sort buckets, one after another, into set files, and remove each."""
+        found = self._found(originals, alone=len(buckets) == 1)
         self._go_on()
         sorting = self._sorting
         while sorting.bucket < len(buckets):
             bucket = buckets[sorting.bucket]
-            held = list(bucket.mapped())
-            self._bucket(spills.whole(held, bucket.schema, lying, before=self._lead))
+            self._bucket(found(bucket))
             sorting.bucket, sorting.row = sorting.bucket + 1, 0
             self._checkpoint()
             bucket.remove()
@@ -266,6 +282,22 @@ class Sorter:
         self.found.hot.sort(key=lambda one: -one.events)
         self.found.hot = self.found.hot[:_HOT]
         return self.found
+
+    def _found(self, originals: Originals, *, alone: bool) -> Callable[[Spill], Whole | Scattered]:
+        """Return what finds the rows of a bucket. alone: there is but one; then all of the source is mapped for it."""
+        lying = originals.mapped if alone else originals.addressed
+        rooms: list[Room] = []
+
+        def found(bucket: Spill) -> Whole | Scattered:
+            rows = spills.placed(list(bucket.mapped()), bucket.schema, lying)
+            if alone or spills.AT not in bucket.schema.names:
+                return spills.whole(rows, before=self._lead)
+            from retrofill.backfill import laid  # noqa: PLC0415  # see `scan`
+
+            rooms[:] = rooms or [laid.Room()]
+            return laid.scattered(rows, originals, rooms[0], before=self._lead)
+
+        return found
 
     def _checkpoint(self) -> None:
         """Add to the log what was seen since the last time, and say how long it is."""
@@ -313,7 +345,7 @@ class Sorter:
             path = self.folder / _name(self._set)
             self._writer = gone_on(path, self._seq, packed=self._packed)
 
-    def _bucket(self, whole: Whole) -> None:
+    def _bucket(self, whole: Whole | Scattered) -> None:
         rows = whole.rows
         person = self.people.of(_ints(rows, "device_node"), _ints(rows, "user_node"))
         time_ms = _ints(rows, "time_ms")
@@ -335,9 +367,10 @@ class Sorter:
             if len(apart)
             else apart
         )
+        take = whole.ordered(order)
         for start, end in pairwise([0, *cuts.tolist(), len(order)]):
             if end > start >= self._sorting.row:
-                self._part(whole.take(order[start:end]), person[start:end])
+                self._part(take(start, end), person[start:end])
                 if self._step_bytes >= STEP_BYTES:
                     self._sorting.row = end
                     self._checkpoint()

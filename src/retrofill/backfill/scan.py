@@ -83,7 +83,7 @@ class Scanner:
         self._rules[_ID_LENGTH_MIN] = id_length_min
         self._rules[_DEPTH_MAX] = min(DEPTH_MAX, _LEVELS_MAX)
         self._rules[_TIME_MS_MAX] = TIME_MS_MAX
-        _loaded(_look, lambda: self.look(memoryview(b"\n"), np.zeros(0, np.int64)))
+        loaded(_look, lambda: self.look(memoryview(b"\n"), np.zeros(0, np.int64)))
 
     def look(self, data: memoryview, ends: Ints) -> Found:
         """Look at rows. data: UTF-8. ends: of each row."""
@@ -126,7 +126,7 @@ def _compiled(function: _Function) -> _Function:
     return made
 
 
-def _kept(function: _Function) -> _Function:
+def kept(function: _Function) -> _Function:
     """Compile a function when it is first called, and keep it where there is room to keep anything."""
     try:
         made: _Function = numba.njit(cache=True, forceinline=True)(function)
@@ -135,12 +135,12 @@ def _kept(function: _Function) -> _Function:
     return made
 
 
-def _loaded(kept: Any, call: Callable[[], object]) -> None:
+def loaded(function: Any, call: Callable[[], object]) -> None:
     """Call a kept function for the first time. If what was kept is damaged, or no room is left, do without in this process."""
     try:
         call()
     except Exception:  # noqa: BLE001  # whatever comes of damaged bytes
-        cache = kept._cache  # noqa: SLF001  # Numba's `recompile` would fail on a full disk
+        cache = function._cache  # noqa: SLF001  # Numba's `recompile` would fail on a full disk
         with contextlib.suppress(OSError):
             cache.flush()  # the next process keeps it anew
         cache.disable()
@@ -418,7 +418,7 @@ def _good(role: int, first: int, size: int, characters: int, rules: Ints) -> boo
     return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and first > _SPACE)
 
 
-@_kept
+@kept
 def _look(  # noqa: PLR0917  # Numba takes no keywords
     data: Bytes,
     ends: Ints,

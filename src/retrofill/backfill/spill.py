@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -15,7 +16,6 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from retrofill.backfill.people import Ints
 from retrofill.backfill.source import Piece
@@ -24,10 +24,19 @@ from retrofill.errors import InputError
 TEXT: Final = "event"  # the large column: texts in braces with an end of line
 AT, SIZE, FILE = "at", "size", "file"  # where the text stands in which file of the source, instead
 _TEXT_BYTES_MAX = 2**31 - 1  # of a column of texts, by its offsets
+ROOM_BYTES: Final = 4 * 1024**3  # ours: left for whatever else this machine does
 _FILES_OPEN = 16  # ours: of the source, while stretches of it are read in order
 
 Lying = Callable[[int, int, int], int]
 """Says at which address the first byte of a file would be if bytes begin … end are wanted of it: file, begin, end."""
+
+
+def short(folder: Path, ahead: int) -> bool:
+    """Say whether room on the disk is short. ahead: bytes that a step may write still.
+
+    Then rows are packed: a quarter of the room, and 1 to 1.5 CPU s for a million events that have their texts.
+    """
+    return shutil.disk_usage(folder).free < ahead + ROOM_BYTES
 
 
 class Spill:
@@ -92,12 +101,20 @@ def _mapped(path: Path) -> pa.Buffer:
         return pa.py_buffer(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
 
 
+class Mapped(Struct, frozen=True):
+    """A file as memory, of which nothing is there until it is looked at. address: of its first byte."""
+
+    data: mmap.mmap
+    address: int
+
+
 class Originals:
     """The files of a source in which texts were left. They must be as they were when these were read."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._maps: dict[int, pa.Buffer] = {}
+        self._files: dict[int, Mapped] = {}
         self._open: dict[int, int] = {}
 
     def mapped(self, file: int, _begin: int, _end: int) -> int:
@@ -105,6 +122,19 @@ class Originals:
         if file not in self._maps:
             self._maps[file] = _mapped(Path(self._pieces[file].place))
         return int(self._maps[file].address)
+
+    def addressed(self, file: int, _begin: int, _end: int) -> int:
+        """Map a file of which nothing needs be in memory before it is looked at."""
+        if file not in self._files:
+            with Path(self._pieces[file].place).open("rb") as handle:
+                data = mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            self._files[file] = Mapped(data, int(pa.py_buffer(data).address))
+        return self._files[file].address
+
+    @property
+    def files(self) -> list[Mapped]:
+        """Those that are mapped so, in the order of the source."""
+        return [self._files[number] for number in sorted(self._files)]
 
     def reader(self) -> tuple[Lying, list[pa.Buffer]]:
         """Return what reads stretches, for texts in the order of the source, and the list that keeps them."""
@@ -152,11 +182,10 @@ class Whole(Struct, frozen=True):
     texts: pa.LargeStringArray
     held: Sequence[object]
 
-    def take(self, rows: NDArray[np.int64], *, led: bool = True) -> pa.RecordBatch:
+    def take(self, rows: Ints, *, led: bool = True) -> pa.RecordBatch:
         """Return some rows, in this order, their text last. led: with the beginning that was asked for, else as it was.
 
-        One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost. One column
-        is gathered after the other: all at once took Arrow almost twice as long.
+        One gathering puts beginnings and texts side by side, hence makes the joined texts at no further cost.
         """
         if led:
             both = np.full(2 * len(rows), len(self.texts) - 2, np.int64)
@@ -167,27 +196,59 @@ class Whole(Struct, frozen=True):
         _valid, offsets, data = pieces.buffers()
         ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2 if led else 1]
         assert ends[-1] <= _TEXT_BYTES_MAX, f"{len(rows)} rows have {ends[-1]:,} bytes"
-        joined = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends.astype(np.int32)), data)
-        made = [_gathered(column, rows) for column in self.rows.columns]
-        return pa.RecordBatch.from_arrays([*made, joined], names=[*self.rows.schema.names, TEXT])
+        edges = pa.py_buffer(ends.astype(np.int32))
+        return taken(self.rows, rows, pa.StringArray.from_buffers(len(rows), edges, data))
+
+    def ordered(self, order: Ints) -> Callable[[int, int], pa.RecordBatch]:
+        """Return what gives rows start … end of this order."""
+        return lambda start, end: self.take(order[start:end])
 
 
-def whole(
-    batches: Sequence[pa.RecordBatch], schema: pa.Schema, lying: Lying, *, before: bytes | None
-) -> Whole:
-    """Return all rows of some batches. before: put before each text, in place of its brace; None: texts as they are."""
+class Placed(Struct, frozen=True):
+    """Rows of some batches, less their texts, of each of which the address and the size are known. held: where they lie."""
+
+    rows: pa.RecordBatch
+    begins: Ints
+    sizes: Ints
+    held: Sequence[object]
+
+
+def placed(batches: Sequence[pa.RecordBatch], schema: pa.Schema, lying: Lying) -> Placed:
+    """Return all rows of some batches with the places of their texts."""
     places = [_places(batch, lying) for batch in batches]
     begins, sizes = (
         np.concatenate([place[at] for place in places]) if places else np.zeros(0, np.int64)
         for at in (0, 1)
     )
-    if before is not None:  # less the brace and the end of line
-        begins, sizes = begins + 1, sizes - 2
-    lead = pa.py_buffer(before or b"{")
     table = pa.Table.from_batches(batches, schema)
     table = table.drop_columns([name for name in (TEXT, AT, SIZE) if name in schema.names])
     (rows,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-    return Whole(rows, _spanned(begins, sizes, lead), (lead, *batches))
+    return Placed(rows, begins, sizes, batches)
+
+
+def whole(found: Placed, *, before: bytes | None) -> Whole:
+    """Return the rows to be taken in any order. before: put before each text, in place of its brace; None: texts as they are."""
+    begins, sizes = found.begins, found.sizes
+    if before is not None:  # less the brace and the end of line
+        begins, sizes = begins + 1, sizes - 2
+    lead = pa.py_buffer(before or b"{")
+    return Whole(found.rows, _spanned(begins, sizes, lead), (lead, found.held))
+
+
+def some(rows: pa.RecordBatch, order: Ints) -> list[pa.Array]:
+    """Return the columns of some rows, in this order. One column after the other: all at once took Arrow twice as long."""
+    return [
+        pa.array(column.to_numpy()[order])
+        if pa.types.is_integer(column.type) and not column.null_count
+        else column.take(pa.array(order))
+        for column in rows.columns
+    ]
+
+
+def taken(rows: pa.RecordBatch, order: Ints, text: pa.StringArray) -> pa.RecordBatch:
+    """Return some rows, in this order, with their texts, which come last."""
+    names = [*rows.schema.names, TEXT]
+    return pa.RecordBatch.from_arrays([*some(rows, order), text], names=names)
 
 
 def _places(batch: pa.RecordBatch, lying: Lying) -> tuple[Ints, Ints]:
@@ -222,9 +283,3 @@ def _spanned(begins: Ints, sizes: Ints, lead: pa.Buffer) -> pa.LargeStringArray:
     low, high = int(edges.min()), int(edges.max())
     data = pa.foreign_buffer(low, high - low)
     return pa.LargeStringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges - low), data)
-
-
-def _gathered(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
-    if pa.types.is_integer(column.type) and not column.null_count:
-        return pa.array(column.to_numpy()[rows])
-    return column.take(pa.array(rows))

@@ -24,7 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
 
-from retrofill.backfill import checkpoint, manifest, order, original, people, records, source
+from retrofill.backfill import (
+    checkpoint,
+    manifest,
+    memory,
+    order,
+    original,
+    people,
+    records,
+    source,
+)
 from retrofill.backfill import spill as spills
 from retrofill.backfill.checkpoint import Checkpoint
 from retrofill.backfill.deadletter import DeadLetters
@@ -42,6 +51,7 @@ DEAD_LETTERS = "dead-letters.ndjson"
 # Rows are sorted where they are, in any order, up to so much text; what is more is dealt out to buckets first, read in order, so
 # that no more need be in memory. Sets of larger stages are packed: see `sets`.
 PLAIN_BYTES = 1024 * 1024 * 1024
+_KEPT_SHARE = 0.6  # ours, of the memory that is free for files: so large may a source be that is gone through several times
 _SCRATCH, _MADE = "scratch", "stage.new"
 _READ = "read.npz"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -216,7 +226,7 @@ class _Staging:
                 sorting=self.state.sorting,
                 save=self.save,
             )
-            found = sorter.run(self._buckets(read, joined, originals), originals.mapped)
+            found = sorter.run(self._buckets(read, joined, originals), originals)
             self._unchanged()
         self._show_letters()
         _days(self.made, found)
@@ -288,7 +298,8 @@ class _Staging:
         if taken.bytes <= PLAIN_BYTES:
             return order.borders(thin_device, time_ms, buckets=1)
         joined = people.join(device, user, kiosk_limit=self.options.kiosk_limit)
-        buckets = -(-taken.bytes // order.BUCKET_BYTES)
+        left = self.state.dealing.left = _stay(taken)
+        buckets = -(-taken.bytes // (order.LAID_BUCKET_BYTES if left else order.BUCKET_BYTES))
         return order.borders(joined.of(thin_device, thin_user), time_ms, buckets=buckets)
 
     def _buckets(self, read: _Read, joined: People, originals: Originals) -> list[Spill]:
@@ -297,8 +308,9 @@ class _Staging:
         lengths = dealing.buckets or [0] * (len(read.persons) + 1)
         if len(lengths) == 1:
             return [Spill(self.scratch / SPILL, SPILLED, length=self.state.reading.spill)]
+        schema = SPILLED if dealing.left else order.DEALT
         buckets = [
-            Spill(self.scratch / f"bucket-{at}.arrow", order.DEALT, length=length)
+            Spill(self.scratch / f"bucket-{at}.arrow", schema, length=length)
             for at, length in enumerate(lengths)
         ]
         if not dealing.whole:
@@ -324,6 +336,12 @@ class _Staging:
         letters, told = self.letters, self.asked.mapping.delimiter
         letters.close()
         original.staged(letters.path, letters.shown, self.pieces, letters.events, told)
+
+
+def _stay(taken: Taken) -> bool:
+    """Say whether texts stay in the source until they are sorted: most are there, and the system can keep it in memory."""
+    room = min(order.LAID_SOURCE_BYTES_MAX, int(memory.available() * _KEPT_SHARE))
+    return taken.bytes < 2 * taken.lying and taken.lying <= room
 
 
 def _hottest(node: Ints, count: Ints) -> tuple[Ints, Ints]:
