@@ -228,6 +228,70 @@ def test_a_checkpoint_of_anything_else_is_begun_anew(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("file", "when", "how"),
+    [
+        ("scratch/dead-letters.ndjson", "read", "gone"),
+        ("scratch/odd.arrow", "read", "empty"),
+        ("scratch/spill.arrow", "read", "empty"),
+        ("scratch/spill.arrow", "dealt", "gone"),
+        ("scratch/read.npz", "dealt", "gone"),
+        ("scratch/bucket-1.arrow", "dealt", "gone"),
+        ("scratch/bucket-5.arrow", "sorted", "empty"),
+        ("scratch/sorted.log", "sorted", "empty"),
+        ("stage.new/set-0.arrow", "sorted", "gone"),
+    ],
+)
+def test_a_checkpoint_without_its_files_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, when: str, how: str
+) -> None:
+    monkeypatch.setattr(stage, "PLAIN_BYTES", 0)
+    monkeypatch.setattr(order, "BUCKET_BYTES", 700_000)
+    monkeypatch.setattr(order, "LAID_BUCKET_BYTES", 700_000)
+    monkeypatch.setattr(order, "DEALT_BYTES", 700_000)
+    path, work = source(tmp_path / "s.ndjson"), tmp_path / "w"
+    save = Checkpoint.save
+
+    def saved(self: Checkpoint) -> None:
+        save(self)
+        state = self.state
+        reached = {
+            "read": state.reading.rows > 4000,
+            "dealt": len(state.dealing.buckets) > 5,
+            "sorted": state.sorting.bucket == 1,
+        }
+        if reached[when]:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", saved)
+        with pytest.raises(Killed):
+            run(work, path, MAPPING, bad_rows=0.5)
+    there = work / file
+    assert there.stat().st_size > 1
+    if how == "gone":
+        there.unlink()
+    else:
+        there.write_bytes(b"")
+    assert read_again(monkeypatch, work, path) == [1]
+    assert sorted(one.name for one in work.iterdir()) == ["dead-letters.ndjson", "lock", "stage"]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_another_process_is_staging_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, work = source(tmp_path / "s.ndjson"), tmp_path / "w"
+    run(work, path, MAPPING, bad_rows=0.5)
+    begun(monkeypatch, work, path, kiosk_limit=3)
+    with locked(work):
+        assert read_again(monkeypatch, work, path) == []
+    assert checkpoint.read(work / "scratch") is not None
+    assert read_again(monkeypatch, work, path) == []  # nobody is
+    assert not (work / "scratch").exists()
+
+
+@pytest.mark.usefixtures("small")
 def test_a_name_that_was_made_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = stage.import_name(tmp_path / "w", None, now_ms=0)
     begun(monkeypatch, tmp_path / "w", source(tmp_path / "s.ndjson"), import_id=name)

@@ -60,11 +60,15 @@ class Dealing(Struct, kw_only=True):
 
 
 class Sorting(Struct, kw_only=True):
-    """How far the sets are written: rows of a bucket in their order. log: bytes of what was counted, see `order`."""
+    """How far the sets are written: rows of a bucket in their order. log: bytes of what was counted, see `order`.
+
+    sets: how many are begun.
+    """
 
     bucket: int = 0
     row: int = 0
     log: int = 0
+    sets: int = 0
 
 
 class State(Struct, kw_only=True):

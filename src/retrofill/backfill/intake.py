@@ -43,7 +43,7 @@ from retrofill.errors import FullError, InputError
 if TYPE_CHECKING:
     import duckdb
 
-SPILL = "spill.arrow"
+SPILL, ODD = "spill.arrow", "odd.arrow"
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
 _ROWS = 20_000  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
@@ -219,7 +219,7 @@ class Intake:
         reading: where to begin, and moved on; `save` makes it the checkpoint.
         """
         spill = Spill(scratch / SPILL, SPILLED, length=reading.spill)
-        odd = self._odd = Spill(scratch / "odd.arrow", JSON_SCHEMA, length=reading.odd)
+        odd = self._odd = Spill(scratch / ODD, JSON_SCHEMA, length=reading.odd)
         spill.cut()
         odd.cut()
         self._remember(reading, spill)

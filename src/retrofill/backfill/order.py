@@ -316,6 +316,7 @@ class Sorter:
         with self._log.open("ab") as file:
             file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
         self._sorting.log += _LENGTH_BYTES + len(data)
+        self._sorting.sets = self._set + 1
         self._add_days()
         doubles.fresh, self._step_bytes = [], 0
         self._save()
@@ -342,7 +343,7 @@ class Sorter:
         self._set, self._seq, self._person = step.set, step.seq, step.person
         self._set_bytes, self._set_people = step.set_bytes, step.set_people
         if self._set >= 0:
-            path = self.folder / _name(self._set)
+            path = self.folder / set_name(self._set)
             self._writer = gone_on(path, self._seq, packed=self._packed)
 
     def _bucket(self, whole: Whole | Scattered) -> None:
@@ -526,7 +527,7 @@ class Sorter:
         self._close_person()
         self._close_set()
         self._set += 1
-        self._writer = SetWriter(self.folder / _name(self._set), packed=self._packed)
+        self._writer = SetWriter(self.folder / set_name(self._set), packed=self._packed)
 
     def _close_set(self) -> None:
         if self._writer is None:
@@ -534,7 +535,7 @@ class Sorter:
         self._writer.close()
         self._writer = None
         self.found.sets.append(
-            SetFile(_name(self._set), self._seq, self._set_bytes, self._set_people)
+            SetFile(set_name(self._set), self._seq, self._set_bytes, self._set_people)
         )
         self.found.people += self._set_people
         self._seq = self._set_bytes = self._set_people = 0
@@ -548,7 +549,8 @@ def _steps(log: Path) -> Iterator[_Step]:
             yield decoder.decode(file.read(int.from_bytes(size, "little")))
 
 
-def _name(number: int) -> str:
+def set_name(number: int) -> str:
+    """Return the name of a set's file."""
     return f"set-{number}.arrow"
 
 

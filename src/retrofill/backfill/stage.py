@@ -35,9 +35,9 @@ from retrofill.backfill import (
     source,
 )
 from retrofill.backfill import spill as spills
-from retrofill.backfill.checkpoint import Checkpoint
+from retrofill.backfill.checkpoint import Checkpoint, State
 from retrofill.backfill.deadletter import DeadLetters
-from retrofill.backfill.intake import SPILL, SPILLED, Intake, Taken, connect
+from retrofill.backfill.intake import ODD, SPILL, SPILLED, Intake, Taken, connect
 from retrofill.backfill.journal import locked
 from retrofill.backfill.manifest import Duplicates, File, Hot, Kiosk, Manifest, Options
 from retrofill.backfill.order import Sorted
@@ -45,7 +45,7 @@ from retrofill.backfill.people import Ints, People
 from retrofill.backfill.source import Origin, Piece
 from retrofill.backfill.spill import Originals, Spill
 from retrofill.core.mapping import Mapping
-from retrofill.errors import InputError
+from retrofill.errors import BusyError, InputError
 
 DEAD_LETTERS = "dead-letters.ndjson"
 # Rows are sorted where they are, in any order, up to so much text; what is more is dealt out to buckets first, read in order, so
@@ -53,7 +53,7 @@ DEAD_LETTERS = "dead-letters.ndjson"
 PLAIN_BYTES = 1024 * 1024 * 1024
 _KEPT_SHARE = 0.6  # ours, of the memory that is free for files: so large may a source be that is gone through several times
 _SCRATCH, _MADE = "scratch", "stage.new"
-_READ = "read.npz"
+_READ, _SORTED = "read.npz", "sorted.log"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOT = 100
 _KIOSKS_MAX = 1_000  # listed by name
@@ -101,7 +101,8 @@ def stage(
     mark = _fingerprint(origins, asked.mapping, options)
     there = manifest.read(work / "stage")
     if there is not None and there.fingerprint == mark:
-        _remove(work / _SCRATCH, work / _MADE)  # of a process that was killed when all was done
+        with contextlib.suppress(BusyError), contextlib.closing(locked(work)):
+            _remove(work / _SCRATCH, work / _MADE)  # of a process that was killed when all was done
         return there
     if there is not None and (work / "journal.db").exists():
         raise InputError(
@@ -112,7 +113,7 @@ def stage(
     scratch, made = work / _SCRATCH, work / _MADE
     with contextlib.closing(locked(work)):
         begun = checkpoint.read(scratch)
-        if begun is None or begun.mark != mark:
+        if begun is None or begun.mark != mark or not _whole(scratch, made, begun):
             _remove(scratch, made)
             for folder in (scratch, made):
                 folder.mkdir(parents=True)
@@ -128,6 +129,28 @@ def stage(
             raise
         _remove(scratch, made)
     return found
+
+
+def _whole(scratch: Path, made: Path, begun: State) -> bool:
+    """Say whether all files are there on which a checkpoint counts: who needed room may have removed some."""
+    reading, dealing, sorting = begun.reading, begun.dealing, begun.sorting
+    sizes = {
+        scratch / DEAD_LETTERS: begun.letters.bytes,
+        scratch / ODD: 0 if reading.whole else reading.odd,
+        scratch / _READ: int(reading.whole),
+        scratch / SPILL: 0 if dealing.whole or sorting.bucket else reading.spill,
+        scratch / _SORTED: sorting.log,
+        **{made / order.set_name(number): 1 for number in range(sorting.sets)},
+    }
+    for number, size in enumerate(dealing.buckets):
+        sizes[scratch / _bucket(number)] = size if number >= sorting.bucket else 0
+    return all(
+        path.exists() and path.stat().st_size >= size for path, size in sizes.items() if size
+    )
+
+
+def _bucket(number: int) -> str:
+    return f"bucket-{number}.arrow"
 
 
 def _remove(*folders: Path) -> None:
@@ -222,7 +245,7 @@ class _Staging:
                 wanted=np.concatenate((hot_devices[0], hot_users[0], shared)),
                 refused=lambda file, *rest: self.letters.add_event(self.pieces[file].name, *rest),
                 packed=reading.bytes > PLAIN_BYTES,
-                log=self.scratch / "sorted.log",
+                log=self.scratch / _SORTED,
                 sorting=self.state.sorting,
                 save=self.save,
             )
@@ -310,7 +333,7 @@ class _Staging:
             return [Spill(self.scratch / SPILL, SPILLED, length=self.state.reading.spill)]
         schema = SPILLED if dealing.left else order.DEALT
         buckets = [
-            Spill(self.scratch / f"bucket-{at}.arrow", schema, length=length)
+            Spill(self.scratch / _bucket(at), schema, length=length)
             for at, length in enumerate(lengths)
         ]
         if not dealing.whole:
