@@ -328,6 +328,33 @@ def test_a_source_that_changes_while_it_is_staged_is_told(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("what", ["many files", "few of their rows"])
+def test_neither_many_files_nor_what_is_mostly_left_out_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder, lines = tmp_path / "s", killing.rows(5)
+    folder.mkdir()
+    for number in range(4):
+        part = b"".join(line + b"\n" for line in lines[number::4])
+        (folder / f"{number}.ndjson").write_bytes(part)
+    options: dict[str, Any] = {"bad_rows": 0.5}
+    if what == "few of their rows":
+        options["since_ms"] = 1_700_000_950_000
+    run(tmp_path / "mapped", folder, MAPPING, **options)
+    if what == "many files":
+        monkeypatch.setattr(stage, "MAPPED_FILES_MAX", 3)
+    else:
+        monkeypatch.setattr(stage, "PLAIN_BYTES", 1_000_000)
+        monkeypatch.setattr(order, "LAID_SOURCE_BYTES_MAX", 1000)
+    for way in ("mapped", "addressed"):
+        monkeypatch.setattr(spill.Originals, way, None)
+    run(tmp_path / "read", folder, MAPPING, **options)
+    found = rows(tmp_path / "read")
+    assert len(found) > 100
+    assert found == rows(tmp_path / "mapped")
+
+
+@pytest.mark.usefixtures("small")
 def test_a_refused_stage_leaves_its_letters_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"all are in .*w/dead-letters.ndjson"):
         run(tmp_path / "w", source(tmp_path / "s.ndjson"), MAPPING, bad_rows=0.0)

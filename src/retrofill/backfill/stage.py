@@ -52,6 +52,8 @@ DEAD_LETTERS = "dead-letters.ndjson"
 # that no more need be in memory. Sets of larger stages are packed: see `sets`.
 PLAIN_BYTES = 1024 * 1024 * 1024
 _KEPT_SHARE = 0.6  # ours, of the memory that is free for files: so large may a source be that is gone through several times
+# Ours: files of a source that are mapped at once. Each stays open, and a process may have 256 of them, or 1024.
+MAPPED_FILES_MAX = 100
 _SCRATCH, _MADE = "scratch", "stage.new"
 _READ, _SORTED = "read.npz", "sorted.log"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -318,11 +320,16 @@ class _Staging:
 
     def _borders(self, taken: Taken, device: Ints, user: Ints) -> order.Borders:
         thin_device, thin_user, time_ms = taken.borders.rows()
-        if taken.bytes <= PLAIN_BYTES:
+        sizes = [piece.size for piece in self.pieces if records.lies_there(piece)]
+        few = len(sizes) <= MAPPED_FILES_MAX
+        # Of files much larger than what is wanted of them (--since), most would be mapped for nothing.
+        as_it_is = not taken.lying or (few and sum(sizes) <= 2 * PLAIN_BYTES)
+        if taken.bytes <= PLAIN_BYTES and as_it_is:
             return order.borders(thin_device, time_ms, buckets=1)
         joined = people.join(device, user, kiosk_limit=self.options.kiosk_limit)
-        left = self.state.dealing.left = _stay(taken)
-        buckets = -(-taken.bytes // (order.LAID_BUCKET_BYTES if left else order.BUCKET_BYTES))
+        left = self.state.dealing.left = few and _stay(taken, sum(sizes))
+        bucket_bytes = order.LAID_BUCKET_BYTES if left else order.BUCKET_BYTES
+        buckets = max(2, -(-taken.bytes // bucket_bytes))
         return order.borders(joined.of(thin_device, thin_user), time_ms, buckets=buckets)
 
     def _buckets(self, read: _Read, joined: People, originals: Originals) -> list[Spill]:
@@ -361,10 +368,13 @@ class _Staging:
         original.staged(letters.path, letters.shown, self.pieces, letters.events, told)
 
 
-def _stay(taken: Taken) -> bool:
-    """Say whether texts stay in the source until they are sorted: most are there, and the system can keep it in memory."""
+def _stay(taken: Taken, size: int) -> bool:
+    """Say whether texts stay in the source until they are sorted: most are there, and the system can keep it in memory.
+
+    size: of the files in which they are.
+    """
     room = min(order.LAID_SOURCE_BYTES_MAX, int(memory.available() * _KEPT_SHARE))
-    return taken.bytes < 2 * taken.lying and taken.lying <= room
+    return taken.bytes < 2 * taken.lying and size <= room
 
 
 def _hottest(node: Ints, count: Ints) -> tuple[Ints, Ints]:
