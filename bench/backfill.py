@@ -416,6 +416,7 @@ def _killed_staging(source: Path, work: Path, null: Server, events: int) -> floa
     shutil.rmtree(work, ignore_errors=True)
     command = _plan(source, work, null)
     _killed(command, half)
+    assert not (work / "stage").exists(), "it had ended before it was killed"
     seen: set[int] = set()
     _all_staged(command, events, watch=lambda pid: seen.add(_at(pid, source)))
     found = re.search(r"going on .*: ([\d,]+) rows are read", (WORK / "log").read_text())
