@@ -108,6 +108,7 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     shown, restored = map(json.loads, back.stdout.splitlines())
     assert (shown["event"], shown["state"], shown["events"]) == ("import", "undone", 0)
     assert (restored["event"], restored["events"], restored["people"]) == ("restored", 70, 7)
+    assert restored["duplicates"] == 1
     assert len(server.export()) == 71
     assert call("verify", "--work", str(tmp_path / "work"), *KEYS).exit_code == 0
 

@@ -292,7 +292,7 @@ def test_refused_requests_are_counted_and_saved(tmp_path: Path) -> None:
     async def again() -> None:
         engine = opened(tmp_path)
         assert engine.counting.of(1) == {"old": Counted(0, 3)}  # a crash forgets what was not saved
-        await engine.counting.forget(1, "old")
+        await engine.counting.put_aside(1, "old", 1)
         engine.counting.refused(1, ["old"])
         await engine.close()
 

@@ -41,7 +41,7 @@ STEPS = [
     "retrofill.engine.duplicates.Duplicates.adopt before",
     "retrofill.engine.duplicates.Duplicates.mend before",
     "retrofill.engine.duplicates.Duplicates.sealed before",
-    "retrofill.hot.imports.Imports.forget_counts before",
+    "retrofill.hot.imports.Imports.put_counts_aside before",
     "retrofill.hot.intents.Intents.remove before",
 ]
 DYING = """

@@ -26,8 +26,27 @@ def test_imports_and_counts_are_kept_and_scoped_to_their_project(tmp_path: Path)
         assert store.all(2) == [Import("b", "closed")]
         assert store.get(2, "a") is None
         assert store.counts() == (9, {(1, "a"): Counted(3, 1), (2, "a"): Counted(0, 4)})
-        store.forget_counts(1, "a")
-        assert store.counts() == (9, {(2, "a"): Counted(0, 4)})
+
+
+def test_counts_of_an_undone_generation_are_kept_for_a_restore(tmp_path: Path) -> None:
+    """Each step is said twice, as by a server that stopped before it had noted it."""
+    with closing(Imports(tmp_path / "imports.sqlite")) as store:
+        store.count(9, {(1, "a"): Counted(3, 1), (2, "a"): Counted(0, 4)})
+        for was in (Counted(3, 1), Counted(5, 5)):  # the second would be of the next generation
+            store.put_counts_aside(1, "a", 2, was)
+            assert store.counts() == (9, {(2, "a"): Counted(0, 4)})
+            store.count(9, {(1, "a"): Counted(1)})
+        for _ in range(2):
+            store.bring_counts_back(1, "a", 2)
+            assert store.counts()[1][1, "a"] == Counted(3, 1)
+        store.put_counts_aside(1, "a", 2, Counted(3, 1))
+        store.put_counts_aside(1, "a", 3, Counted(8))
+        store.bring_counts_back(
+            1, "a", 2
+        )  # what is older than an undone generation is never brought back
+        assert (1, "a") not in store.counts()[1]
+        store.bring_counts_back(1, "a", 3)
+        assert store.counts()[1][1, "a"] == Counted(8)
 
 
 def test_a_file_of_an_earlier_version_is_opened_as_it_is(tmp_path: Path) -> None:

@@ -404,14 +404,27 @@ class Counting:
             while self._duplicates and self._duplicates[0][0] <= last:
                 self._duplicates.popleft()
 
-    async def forget(self, project: int, name: str) -> None:
-        """Count from 0 again for an import: its next generation begins. Raises StoreError."""
+    async def put_aside(self, project: int, name: str, generation: int) -> None:
+        """Count from 0 again for an import: its next generation begins. What was counted is kept. Raises StoreError."""
         async with self._saving:
-            await asyncio.to_thread(self._known.forget_counts, project, name)
-            self._shown.get(project, {}).pop(name, None)
-            self._refusals.pop((project, name), None)
-            for _, found in self._duplicates:
-                found.pop((project, name), None)
+            was = self._shown.get(project, {}).get(name, Counted())
+            await asyncio.to_thread(self._known.put_counts_aside, project, name, generation, was)
+            self._forget(project, name)
+
+    async def bring_back(self, project: int, name: str, generation: int) -> None:
+        """Let the counts of an import be what they were when this generation of it was undone. Raises StoreError."""
+        async with self._saving:
+            await asyncio.to_thread(self._known.bring_counts_back, project, name, generation)
+            self._forget(project, name)
+            _, counts = await asyncio.to_thread(self._known.counts)
+            if (project, name) in counts:
+                self._shown.setdefault(project, {})[name] = counts[project, name]
+
+    def _forget(self, project: int, name: str) -> None:
+        self._shown.get(project, {}).pop(name, None)
+        self._refusals.pop((project, name), None)
+        for _, found in self._duplicates:
+            found.pop((project, name), None)
 
 
 def _sum(one: Counted, more: Counted) -> Counted:

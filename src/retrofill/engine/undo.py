@@ -147,13 +147,14 @@ class Undoing:
         return {name: tried for (number, name), tried in found.items() if number == project}
 
     async def _undone(self, intent: Intent, block: int) -> None:
-        await self._host.counting.forget(intent.project, intent.argument)
         one = self._known(intent.project, intent.argument)
+        await self._host.counting.put_aside(intent.project, one.name, one.generation)
         done = imports.undone(one, until=block, now_ms=self._clock.now_ms())
         await asyncio.to_thread(self._host.imports.put, intent.project, done)
 
     async def _restored(self, intent: Intent, block: int) -> None:
         del block
-        await self._host.counting.forget(intent.project, intent.argument)
-        done = imports.restored(self._known(intent.project, intent.argument))
+        one = self._known(intent.project, intent.argument)
+        await self._host.counting.bring_back(intent.project, one.name, one.generation)
+        done = imports.restored(one)
         await asyncio.to_thread(self._host.imports.put, intent.project, done)

@@ -35,6 +35,10 @@ CREATE TABLE IF NOT EXISTS imports (
 CREATE TABLE IF NOT EXISTS counted (
     project INTEGER, name TEXT, duplicates INTEGER NOT NULL, refusals INTEGER NOT NULL, PRIMARY KEY (project, name)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS aside (
+    project INTEGER, name TEXT, generation INTEGER NOT NULL, duplicates INTEGER NOT NULL, refusals INTEGER NOT NULL,
+    PRIMARY KEY (project, name, generation)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counted_to (only INTEGER PRIMARY KEY CHECK (only = 1), block INTEGER NOT NULL);
 """
 
@@ -49,6 +53,7 @@ _ADD = """
 INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     duplicates = duplicates + excluded.duplicates, refusals = refusals + excluded.refusals
 """
+_FORGET = "DELETE FROM counted WHERE project = ? AND name = ?"
 
 
 class Import(Struct, frozen=True):
@@ -167,10 +172,38 @@ class Imports:
                 ]
             )
 
-    def forget_counts(self, project: int, name: str) -> None:
-        """Count from 0 again for an import."""
+    def put_counts_aside(self, project: int, name: str, generation: int, was: Counted) -> None:
+        """Count from 0 again for an import whose generation is undone; what it had counted is kept. Said again it is the same."""
+        one = (project, name)
         with self._lock:
-            self._write([("DELETE FROM counted WHERE project = ? AND name = ?", [(project, name)])])
+            self._write(
+                [
+                    (
+                        "INSERT OR IGNORE INTO aside VALUES (?, ?, ?, ?, ?)",
+                        [(*one, generation, was.duplicates, was.refusals)],
+                    ),
+                    (
+                        "DELETE FROM aside WHERE project = ? AND name = ? AND generation < ?",
+                        [(*one, generation)],
+                    ),
+                    (_FORGET, [one]),
+                ]
+            )
+
+    def bring_counts_back(self, project: int, name: str, generation: int) -> None:
+        """Let the counts of an import be again what they were when this generation was undone, if that is not done yet."""
+        place = (project, name, generation)
+        kept = "FROM aside WHERE project = ? AND name = ? AND generation = ?"
+        found = self._read(f"SELECT duplicates, refusals {kept}", place)
+        if found:
+            with self._lock:
+                self._write(
+                    [
+                        (_FORGET, [(project, name)]),
+                        (_ADD, [(project, name, *found[0])]),
+                        (f"DELETE {kept}", [place]),
+                    ]
+                )
 
     def _get(self, project: int, name: str) -> Import | None:
         try:
