@@ -120,6 +120,7 @@ REFOLD_SORT_BYTES = 128 * 1024 * 1024  # of rows to be folded again that are put
 REFOLD_ASIDE_ROWS = 80_000  # changed rows that are set aside on disk at once
 REFOLD_GROUP_ROWS = 4_000  # of these read back at a time
 REFOLD_OUT_ROWS = 500_000  # rows, of one file at least, that one statement takes out of the lake
+REFOLD_OUT_FILES = 200  # files out of which that statement takes them: 256 KB each
 REFOLD_PASSES_MAX = 6  # over what was sealed meanwhile; what comes then is folded from blocks
 REFOLD_PASS_ROWS = 80_000  # fewer that were sealed meanwhile, too: a seal and a pass take longer than tails of so few
 REFOLD_TAILS_MAX = 200  # times that such blocks are folded before commits pause for the rest

@@ -20,7 +20,8 @@ from retrofill.lake.files import Files
 from retrofill.lake.history import COLUMNS, History
 
 ROWS = 100
-OUT_ROWS = 70
+OUT_ROWS = [70, 1000]
+OUT_FILES = 2
 
 
 def row(seeded: random.Random, block: int, place: int) -> dict[str, object]:
@@ -82,7 +83,8 @@ def test_what_differs_is_written_and_nothing_else(
         ("REFOLD_FILE_ROWS", 37),
         ("REFOLD_ASIDE_ROWS", 23),
         ("REFOLD_GROUP_ROWS", 11),
-        ("REFOLD_OUT_ROWS", OUT_ROWS),
+        ("REFOLD_OUT_ROWS", OUT_ROWS[seed % 2]),
+        ("REFOLD_OUT_FILES", OUT_FILES),
     ):
         monkeypatch.setattr(changed, name, bound)
     seeded = random.Random(seed)
@@ -118,7 +120,8 @@ def test_what_differs_is_written_and_nothing_else(
     files_of = [{file_of[place] for place in some} for some in outgoing]
     assert sum(map(len, files_of)) == len(set(file_of.values()))  # each file's at once
     for some, files_there in zip(outgoing, files_of, strict=True):
-        assert len(some) <= OUT_ROWS or len(files_there) == 1
+        assert len(some) <= OUT_ROWS[seed % 2] or len(files_there) == 1
+        assert len(files_there) <= OUT_FILES
     assert sorted(out.iterdir()) == sorted(written)
     rows = []
     for path in written:

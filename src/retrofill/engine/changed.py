@@ -29,6 +29,7 @@ from retrofill.limits import (
     REFOLD_ASIDE_ROWS,
     REFOLD_FILE_ROWS,
     REFOLD_GROUP_ROWS,
+    REFOLD_OUT_FILES,
     REFOLD_OUT_ROWS,
 )
 
@@ -93,7 +94,7 @@ class Changed:
         """Yield the (block, row) of all of them, those of one file together, some files at a time.
 
         DuckLake remembers each row that it deletes, until a statement has ended: 55 bytes of memory. And of a file of
-        which it has deleted some already it remembers those as well.
+        which it has deleted some already it remembers those as well. A file takes 256 KB at least.
         """
         if not self._places:
             return
@@ -102,11 +103,12 @@ class Changed:
         order = np.argsort(rows["file"].to_numpy(), kind="stable")
         files = rows["file"].to_numpy()[order]
         ends = [*(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
-        first = 0
+        first = count = 0
         for end, further in itertools.pairwise([*ends, 0]):
-            if not further or further - first > REFOLD_OUT_ROWS:
+            count += 1
+            if not further or further - first > REFOLD_OUT_ROWS or count == REFOLD_OUT_FILES:
                 yield rows.select(["block", "row"]).take(pa.array(order[first:end]))
-                first = end
+                first, count = end, 0
 
     def write(self, sources: Sequence[LakeFile], folder: Path) -> list[Path]:
         """Write all of them as new lake files. sources: the files where they stand. Raises StoreError."""
