@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.faults.process import PATIENCE_S, Process, Row
-from tests.faults.test_undo import DYING, Traffic, both, same, told
+from tests.faults.test_undo import Traffic, both, dying, same, told
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ STEPS = [
 )
 def test_killed_at_a_step_of_a_switch_under_traffic(step: str, tmp_path: Path) -> None:
     armed = tmp_path / "armed"
-    with both(tmp_path, DYING.format(armed=str(armed), step=step)) as (server, control, traffic):
+    with both(tmp_path, dying(step, armed)) as (server, control, traffic):
         _begin(traffic)
         for to in ("event", "arrival"):
             armed.touch()

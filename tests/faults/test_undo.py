@@ -23,6 +23,9 @@ pytestmark = pytest.mark.slow
 
 IMPORT = "old-shop"
 ANSWER_S = 600
+# Requests beside each change at most: what a change takes grows with the history, which must not grow with the time that
+# the changes before it took, or on a busy machine a hundred of them would never end.
+BESIDE = 60
 # So few rows may be left for the pause that on a busy machine more come each time around: ten times, not 200.
 SETTINGS = (
     "SEAL_EVENTS=400 CHECKPOINT_EVENTS=300 REFOLD_ROWS=200 REFOLD_PASS_ROWS=20 "
@@ -44,15 +47,31 @@ STEPS = [
     "retrofill.hot.imports.Imports.put_counts_aside before",
     "retrofill.hot.intents.Intents.remove before",
 ]
-DYING = """
+# What ordinary seals do too, the one at the beginning of an undo among them, counts from this step on: before it nobody
+# was told that there is an undo, and nothing of one is stored.
+SINCE = {
+    "retrofill.engine.duplicates.Duplicates.sealed before": "retrofill.lake.ducklake.Swap.commit"
+}
+_DYING = """
 import asyncio, importlib, os, signal, functools
 from pathlib import Path
 armed = Path({armed!r})
-module, kind, name = {step!r}.split()[0].rsplit(".", 2)
-owner = getattr(importlib.import_module(module), kind)
-real = getattr(owner, name)
+def found(path):
+    module, kind, name = path.rsplit(".", 2)
+    owner = getattr(importlib.import_module(module), kind)
+    return owner, name, getattr(owner, name)
+due = not {since!r}
+if not due:
+    earlier, called, done = found({since!r})
+    def noted(*values, **named):
+        global due
+        made = done(*values, **named)
+        due = True
+        return made
+    setattr(earlier, called, noted)
+owner, name, real = found({step!r}.split()[0])
 def die():
-    if armed.exists():
+    if due and armed.exists():
         armed.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 before = {step!r}.endswith("before")
@@ -74,6 +93,11 @@ setattr(owner, name, dying)
 """
 
 
+def dying(step: str, armed: Path) -> str:
+    """Return what a server does first that is to be killed at a step, once the file `armed` is there."""
+    return _DYING.format(armed=str(armed), step=step, since=SINCE.get(step, ""))
+
+
 class Traffic(threading.Thread):
     """Sends requests one after another, each until it is answered 200, and keeps them in their order."""
 
@@ -85,6 +109,7 @@ class Traffic(threading.Thread):
         self._random = random.Random(seed)
         self._number = 0
         self._stop_asked = threading.Event()
+        self._left: int | None = None
         self.sent: list[list[Row]] = []
         self.wrong: str | None = None
         self.over = False  # nobody will answer any more
@@ -92,11 +117,19 @@ class Traffic(threading.Thread):
     def run(self) -> None:
         pause_s = self.pause_s
         while not self._stop_asked.wait(pause_s) and self.wrong is None:
+            if self._left == 0:
+                continue
+            if self._left is not None:
+                self._left -= 1
             begun = time.monotonic()
             self.send(self.request())
             # A busy machine is made no busier, or the test would take the more work the longer it takes.
             took_s = time.monotonic() - begun
             pause_s = min(max(self.pause_s, 2 * took_s), 10 * self.pause_s)
+
+    def go_on(self, requests: int) -> None:
+        """Send so many more at most from now on."""
+        self._left = requests
 
     def stop(self) -> None:
         self._stop_asked.set()
@@ -196,9 +229,12 @@ def _json(body: bytes) -> Any:
 
 def wait_for(server: Process, *states: str) -> None:
     end = time.monotonic() + ANSWER_S
+    begun = time.monotonic()
     while state_of(server) not in states:
         assert time.monotonic() < end, (state_of(server), server.said())
-        time.sleep(0.05)
+        # Not so often that the server does little else: an answer counts the import's rows.
+        time.sleep(max(0.05, 4 * (time.monotonic() - begun)))
+        begun = time.monotonic()
 
 
 @contextmanager
@@ -245,7 +281,7 @@ def killed_at(step: str, folder: Path) -> None:
     """Kill it at a step of an undo, and see it ended by the next start."""
     armed = folder / "armed"
     folder.mkdir(parents=True, exist_ok=True)
-    with both(folder, DYING.format(armed=str(armed), step=step)) as (server, control, traffic):
+    with both(folder, dying(step, armed)) as (server, control, traffic):
         fill(traffic, 60)
         traffic.start()
         armed.touch()
@@ -274,6 +310,7 @@ def killed_anywhere(kills: int, folder: Path, seed: int) -> None:
         traffic.start()
         wanted = "undone"
         for _ in range(kills):
+            traffic.go_on(BESIDE)
             asking = change(server, "DELETE" if wanted == "undone" else "POST")
             time.sleep(rng.random() ** 2 * within_s)
             if asking.is_alive():
