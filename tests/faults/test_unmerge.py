@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.faults.process import Process, Row
-from tests.faults.test_undo import ANSWER_S, SETTINGS, Traffic, same, told
+from tests.faults.test_undo import ANSWER_S, BESIDE, SETTINGS, Traffic, same, told
 
 pytestmark = pytest.mark.slow
 
@@ -114,9 +114,10 @@ def both(folder: Path, armed: Path) -> Iterator[tuple[Process, Process, Traffic]
     try:
         again(server)
         kiosks = [f"kiosk-{number}" for number in range(KIOSKS)]
-        started = [
+        started: list[Row] = [
             {"device_id": "phone-1", "user_id": USER},
-            *({"device_id": one} for one in kiosks),
+            # What the user shows from the merge on, and no longer when it is taken back: so there are rows to change.
+            *({"device_id": one, "user_properties": {f"at {one}": 1}} for one in kiosks),
             *({"device_id": one, "user_id": USER} for one in kiosks),
         ]
         traffic.send(
@@ -180,6 +181,7 @@ def killed_anywhere(kills: int, folder: Path, seed: int) -> None:
             device = f"kiosk-{number}"
             number += device not in there
             if device in there:
+                traffic.go_on(BESIDE)
                 asking = take_back(server, there[device])
                 time.sleep(rng.random() ** 2)
                 inside += asking.is_alive()
