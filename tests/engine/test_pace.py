@@ -102,3 +102,5 @@ def test_the_loop_rests_for_a_part_of_its_time_from_the_beginning() -> None:
     assert long_s == pytest.approx(BLOCK_S * (1 / REFOLD_SHARE - 1))
     pace.end()
     assert pace.wait_s(BLOCK_ROWS, now_s=now_s, took_s=BLOCK_S) == 0
+    pace.begin(rests=False)
+    assert pace.wait_s(BLOCK_ROWS, now_s=now_s, took_s=BLOCK_S) == 0

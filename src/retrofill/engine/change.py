@@ -174,7 +174,8 @@ class Change:
         host = self._host
         if rule.by_time:  # late events that came until now are among what is folded in event time
             self._settled = host.state.block
-        host.pace.begin()
+        # Late events are folded again after every seal, and there are few of them.
+        host.pace.begin(rests=self.intent.kind != "late")
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
             # While commits wait, nobody starts another child.

@@ -32,10 +32,11 @@ class Pace:
         self.catching_up = False
         self.rows_per_s = 0.0
         self._due_s = 0.0
+        self._rests = False
 
-    def begin(self) -> None:
-        """Somebody begins to catch up."""
-        self.catching_up = True
+    def begin(self, *, rests: bool = True) -> None:
+        """Somebody begins to catch up. rests: who has so much to do that the loop rests for it from now on."""
+        self.catching_up, self._rests = True, rests
 
     def follow(self, rows: int, seconds: float) -> None:
         """So many rows, all that had come, were caught up with in this time. Too few say nothing of the speed."""
@@ -55,7 +56,8 @@ class Pace:
         """
         if not self.catching_up:
             return 0.0
-        wait_s = min(took_s * (1 / REFOLD_SHARE - 1), REFOLD_PACE_WAIT_S)
+        rest_s = took_s * (1 / REFOLD_SHARE - 1) if self._rests else 0.0
+        wait_s = min(rest_s, REFOLD_PACE_WAIT_S)
         if self.rows_per_s:
             # A pause before counts for what comes, for as long as a block may be put off.
             earliest, latest = now_s - REFOLD_PACE_WAIT_S, now_s + REFOLD_PACE_WAIT_S
