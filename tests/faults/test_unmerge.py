@@ -161,6 +161,7 @@ def killed_at(steps: list[str], folder: Path) -> None:
             written = folder / "arming"
             written.write_text(step)
             written.rename(armed)
+            traffic.go_on(BESIDE)
             take_back(server, one)
             assert server.running is not None
             server.running.wait(ANSWER_S)  # it died by itself
