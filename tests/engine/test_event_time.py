@@ -554,6 +554,36 @@ def test_a_switch_there_and_back_ends_where_it_began(
 
 
 @pytest.mark.slow
+def test_a_switch_that_broke_off_is_not_what_was_asked_last(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start ends it; whoever asks for the other time meanwhile is not told that it is there already."""
+    clock.ms = BEGUN_MS + 10**10
+    server = by_time(tmp_path, clock, "arrival")
+    sent = story(2)
+    random.Random(2).shuffle(sent)
+    arrive(server, sent, random.Random(2))
+    before = server.seen()
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise _CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Swap, "commit", cut)
+        with pytest.raises(_CutError):
+            server.run(server.engine.change_settings(1, settings("event")))
+    server.crash()
+    assert server.engine.event_time.switching(1)
+    server.run(server.engine.change_settings(1, settings("arrival")))
+    assert not server.engine.event_time.switching(1)
+    assert server.engine.settings(1).property_time == "arrival"
+    assert server.seen() == before
+    server.crash()
+    assert server.seen() == before
+    server.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 60))]
 )

@@ -94,6 +94,10 @@ class EventTime:
         self._may_change()
         await self._rewriting.whole(self._switch(project, to))
 
+    def switching(self, project: int) -> bool:
+        """Say whether a switch of a project is begun and not ended: then the setting is not what it will be. Any thread."""
+        return any(number == project for number, _to in self._rewriting.begun(["property_time"]))
+
     def late_since(self, project: int) -> int:
         """Return the first block whose late events are not folded again yet, 0 if there is none."""
         return self._host.state.project(project).late_since

@@ -328,8 +328,9 @@ class Engine:
         """As `set_settings`; another `property_time` holds when the project has been folded so. Raises StoreError too."""
         before = self.settings(number).property_time
         self.set_settings(number, replace(settings, property_time=before))
-        if settings.property_time != before:
-            await self.event_time.switch(number, settings.property_time)
+        to = settings.property_time
+        if to != before or await asyncio.to_thread(self.event_time.switching, number):
+            await self.event_time.switch(number, to)
 
     # Life.
 

@@ -183,8 +183,7 @@ class Rewriting:
             if one == stored or (broken.project == intent.project and intent.kind != "late"):
                 if one != stored and self._given_up(number, tried):
                     raise ConflictError(
-                        f"The {broken.kind} of {broken.argument} has failed {tried[number].times} times: "
-                        f"{tried[number].reason or 'the server stopped each time'}",
+                        f"The {broken.kind} of {broken.argument} has failed {tried[number].times} times: {tried[number].why}",
                         mend="Call it off or ask for it again first",
                     )
                 # Later it would undo what is done now.
@@ -273,7 +272,7 @@ class Rewriting:
             if block is not None:
                 await self._end(number, intent, block)
             elif self._given_up(number, tried) and intent.kind != "late":
-                log.error("history_change_given_up", kind=intent.kind, reason=tried[number].reason)
+                log.error("history_change_given_up", kind=intent.kind, reason=tried[number].why)
                 if intent.kind in _FORGOTTEN:
                     await asyncio.to_thread(self._intents.remove, number)
             elif self._waited_for(intent):

@@ -35,6 +35,11 @@ class Tried(Struct, frozen=True):
     times: int = 0
     reason: str = ""
 
+    @property
+    def why(self) -> str:
+        """Say why no try came to its end."""
+        return self.reason or "the server stopped each time"
+
 
 class Intents:
     """The file of intents of one data directory. Any thread. Every method raises StoreError if the disk fails."""
