@@ -69,7 +69,7 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
 SCANNED_BYTES = (
-    96 * 1024 * 1024
+    160 * 1024 * 1024
 )  # ours: of a source; below that loading `scan` takes longer than it saves
 _STANDING = 0.4  # ours: of the sampled rows that pass as they stand; with fewer, looking costs more than it saves
 _SAMPLE_ROWS = 1000
