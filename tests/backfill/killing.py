@@ -179,9 +179,24 @@ def attempt(
     work: Path, source: Path, mapping: dict[str, Any], at: tuple[str, int] | None, done: Path
 ) -> int:
     """Stage in a child and return its exit code, negative for a signal. at: of what it does, where it ends itself."""
+    return _ended(_begun(work, source, mapping, at, done))
+
+
+def timed(work: Path, source: Path, mapping: dict[str, Any], after_s: float, done: Path) -> int:
+    """Stage in a child, kill it after a while, whatever it does, and return its exit code."""
+    child = _begun(work, source, mapping, None, done)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    return _ended(child)
+
+
+def _begun(
+    work: Path, source: Path, mapping: dict[str, Any], at: tuple[str, int] | None, done: Path
+) -> int:
+    """Begin to stage in a child and return its process id."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     code = 1
     try:
         Done(done, at).watch()
@@ -192,19 +207,7 @@ def attempt(
         os._exit(code)
 
 
-def timed(work: Path, source: Path, mapping: dict[str, Any], after_s: float, done: Path) -> int:
-    """Stage in a child, kill it after a while, whatever it does, and return its exit code."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            Done(done, None).watch()
-            run(work, source, mapping, sets=3, bad_rows=0.5)
-            code = 0
-        finally:
-            os._exit(code)
-    time.sleep(after_s)
-    os.kill(child, signal.SIGKILL)
+def _ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -510,16 +510,22 @@ class _CutError(BaseException):
     """The machine stops here."""
 
 
+def _in_arrival(folder: Path, clock: FakeClock) -> tuple[Server, list[Sent]]:
+    """Return a server that goes by arrival, and what it was sent out of order."""
+    clock.ms = BEGUN_MS + 10**10
+    server = by_time(folder, clock, "arrival")
+    sent = story(2)
+    random.Random(2).shuffle(sent)
+    arrive(server, sent, random.Random(2))
+    return server, sent
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", "commit", "adopt", "checkpoint", "set_settings"])
 def test_a_switch_there_and_back_ends_where_it_began(
     name: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock.ms = BEGUN_MS + 10**10
-    server = by_time(tmp_path, clock, "arrival")
-    sent = story(2)
-    random.Random(2).shuffle(sent)
-    arrive(server, sent, random.Random(2))
+    server, sent = _in_arrival(tmp_path, clock)
     before = server.seen()
     control = by_time(tmp_path / "control", clock)
     arrive(control, sent, random.Random(5))
@@ -558,11 +564,7 @@ def test_a_switch_that_broke_off_is_not_what_was_asked_last(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next start ends it; whoever asks for the other time meanwhile is not told that it is there already."""
-    clock.ms = BEGUN_MS + 10**10
-    server = by_time(tmp_path, clock, "arrival")
-    sent = story(2)
-    random.Random(2).shuffle(sent)
-    arrive(server, sent, random.Random(2))
+    server, _sent = _in_arrival(tmp_path, clock)
     before = server.seen()
 
     def cut(*_: Any, **__: Any) -> None:
