@@ -119,6 +119,24 @@ def test_of_what_comes_while_an_import_is_restored_only_repeats_are_remembered(
     subject.close()
 
 
+def test_a_merge_of_lake_files_gives_way_to_a_change_of_history(
+    subject: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_import(subject)
+    engine, asked = subject.engine, []
+    rests = engine.compaction_rests
+
+    def resting(**how: bool) -> Any:
+        asked.append(how)
+        return rests(**how)
+
+    monkeypatch.setattr(engine, "compaction_rests", resting)
+    subject.run(engine.undo(1, "old-shop"))
+    subject.run(engine.restore(1, "old-shop"))
+    assert asked == 2 * [{"for_long": True, "given_up": True}]
+    subject.close()
+
+
 class Waiting(Pace):
     """As long as somebody catches up, blocks wait for it."""
 

@@ -212,6 +212,94 @@ async def test_closing_gives_up_a_compaction_under_way(tmp_path: Path) -> None:
         assert positions(lake) == expected(blocks)
 
 
+SILENT = """
+import json, sys
+task = json.loads(sys.stdin.buffer.readline())
+with open(task["file"], "wb") as file:
+    file.write(b"half of it")
+with open({told!r}, "wb") as told:
+    told.write(b"begun")
+sys.stdin.buffer.read()
+"""
+
+
+@asynccontextmanager
+async def merging(folder: Path, opened: Sealer, lake: Lake) -> AsyncIterator[Path]:
+    """Begin a merge whose child has half a file and answers nothing more; gives that file."""
+    told = folder / "told"
+    os.mkfifo(told)
+    heard = os.open(told, os.O_RDONLY | os.O_NONBLOCK)
+    compacting = opened._compacting
+    real, compacting._code = compacting._code, SILENT.format(told=str(told))
+    try:
+        before = set(lake.files.list(folder / "lake" / "files"))
+        await opened.compact()
+        assert (await asyncio.to_thread(select.select, [heard], [], [], PATIENCE_S))[0]
+        compacting._code = real
+        (half,) = set(lake.files.list(folder / "lake" / "files")) - before
+        yield half
+    finally:
+        os.close(heard)
+
+
+@on_loop
+async def test_a_merge_under_way_is_given_up_and_made_again_later(tmp_path: Path) -> None:
+    blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
+    path = stored(tmp_path, blocks)
+    async with sealer(tmp_path, path) as (opened, lake):
+        for block in blocks:
+            await opened.seal(block.number, block.number)
+        async with merging(tmp_path, opened, lake) as half:
+            process = opened._compacting._process
+            assert process is not None
+            async with opened.compaction_rests(for_long=True, given_up=True):
+                assert process.returncode == -signal.SIGKILL
+                assert not half.exists()
+                await opened.compact()
+                await opened.compacted()
+                assert len(lake.event_files()) == COMPACT_FILES
+        await opened.compact()
+        await opened.compacted()  # the answer of the child before is not taken for that of this one
+        assert len(lake.event_files()) == 1
+        assert positions(lake) == expected(blocks)
+
+
+@on_loop
+async def test_a_merge_under_way_goes_on_beside_a_short_rest(tmp_path: Path) -> None:
+    blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
+    path = stored(tmp_path, blocks)
+    async with sealer(tmp_path, path) as (opened, lake):
+        for block in blocks:
+            await opened.seal(block.number, block.number)
+        async with merging(tmp_path, opened, lake) as half:
+            process = opened._compacting._process
+            assert process is not None
+            async with opened.compaction_rests(for_long=True, given_up=False):
+                assert process.returncode is None
+                assert half.exists()
+            await opened.close()  # who waits for the child is cancelled, and the child has ended
+            assert process.returncode == -signal.SIGKILL
+
+
+@on_loop
+async def test_a_file_left_by_a_merge_given_up_is_removed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill between the child's end and the removal leaves it."""
+    blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
+    path = stored(tmp_path, blocks)
+    async with sealer(tmp_path, path) as (opened, lake):
+        for block in blocks:
+            await opened.seal(block.number, block.number)
+        async with merging(tmp_path, opened, lake) as half:
+            monkeypatch.setattr(lake.files, "remove", lambda _: None)
+            async with opened.compaction_rests(for_long=True, given_up=True):
+                assert half.exists()
+    async with sealer(tmp_path, path) as (_, lake):
+        assert not half.exists()
+        assert positions(lake) == expected(blocks)
+
+
 @pytest.mark.parametrize("step", ["event_files", "swap", "adopt"])
 @on_loop
 async def test_closing_waits_for_what_is_under_way_in_the_lake(

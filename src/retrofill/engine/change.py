@@ -115,8 +115,10 @@ class Host(Protocol):
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
 
-    def compaction_rests(self, *, for_long: bool) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile. for_long: what that takes may be given up."""
+    def compaction_rests(
+        self, *, for_long: bool, given_up: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. for_long: children give their memory back. given_up: one under way, too."""
 
     def sound(self) -> None:
         """Raise StoreError if nobody knows what is on disk."""
@@ -174,12 +176,13 @@ class Change:
         host = self._host
         if rule.by_time:  # late events that came until now are among what is folded in event time
             self._settled = host.state.block
-        # Late events are folded again after every seal, and there are few of them.
-        host.pace.begin(rests=self.intent.kind != "late")
+        # Late events are folded again after every seal, and there are few of them: nothing gives way to that.
+        much = self.intent.kind != "late"
+        host.pace.begin(rests=much)
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
             # While commits wait, nobody starts another child.
-            async with host.compaction_rests(for_long=not self.paused):
+            async with host.compaction_rests(for_long=not self.paused, given_up=much):
                 await host.seal()
                 # Whoever asked has read the import's rows, and more is needed soon.
                 await asyncio.to_thread(self._trim)

@@ -771,9 +771,11 @@ class Engine:
         await self._sealer.compact()
         await self._sealer.compacted()
 
-    def compaction_rests(self, *, for_long: bool) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile. for_long: what that takes may be given up."""
-        return self._sealer.compaction_rests(for_long=for_long)
+    def compaction_rests(
+        self, *, for_long: bool, given_up: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. for_long: children give their memory back. given_up: one under way, too."""
+        return self._sealer.compaction_rests(for_long=for_long, given_up=given_up)
 
     async def sealed(self, first: int, last: int) -> None:
         """Let go of blocks that the lake has now; the caller holds `sealing`."""

@@ -103,6 +103,7 @@ class Sealer:
         self._sealing = _Child(_SEAL_NICE, _KEEP_MEMORY)
         self._compacting = _Child(_COMPACT_NICE, _KEEP_FOR_A_SECOND)
         self._round: asyncio.Task[None] | None = None
+        self._merging: asyncio.Task[Done] | None = None  # what the child has to do of a round
         self._resting = 0
         self._in_lake: set[asyncio.Task[object]] = set()
 
@@ -140,13 +141,17 @@ class Sealer:
             self._round = asyncio.create_task(self._compact())
 
     @contextlib.asynccontextmanager
-    async def compaction_rests(self, *, for_long: bool) -> AsyncIterator[None]:
-        """Begin to merge nothing meanwhile; what is under way goes on.
+    async def compaction_rests(self, *, for_long: bool, given_up: bool) -> AsyncIterator[None]:
+        """Begin to merge nothing meanwhile.
 
         for_long: children with nothing to do give their memory back, and the next task starts another.
+        given_up: a merge that is under way ends, and is begun again some time later; else it goes on.
         """
         self._resting += 1
         try:
+            if given_up and self._merging is not None and self._round is not None:
+                self._merging.cancel()
+                await asyncio.wait([self._round])
             if for_long:
                 await self._sealing.rest()
                 await self._compacting.rest()
@@ -190,22 +195,39 @@ class Sealer:
 
     async def _merge_some(self) -> bool:
         sources = compact.choose(await self._of_lake(self._lake.event_files))
-        if not sources:
+        if not sources or self._resting:
             return False
         # An undo leaves files whose blocks overlap those of others.
         file = self._lake.new_file(sources[0].first, max(source.last for source in sources))
         try:
-            done = await self._compacting.ask(MergeTask(sources, file))
+            done = await self._merged(MergeTask(sources, file))
         except StoreError:
             now = await self._of_lake(self._lake.event_files)
             if all(source in now for source in sources):
                 raise
             return True  # rows of them were deleted meanwhile, and what they were went away
+        if done is None:
+            return False
         swapped = await self._of_lake(self._lake.swap, sources, file if done.rows else None)
         if not swapped and done.rows:
             self._lake.files.remove(file)
         log.info("compacted", files=len(sources), rows=done.rows, adopted=swapped)
         return True
+
+    async def _merged(self, task: MergeTask) -> Done | None:
+        """Have the child merge files; None if that was given up: then the child has ended, and there is no file."""
+        merging = self._merging = asyncio.create_task(self._compacting.ask(task))
+        try:
+            await asyncio.wait([merging])
+        finally:
+            self._merging = None
+            if merging.cancel():  # whoever waits for it is cancelled
+                await asyncio.wait([merging])
+        if not merging.cancelled():
+            return merging.result()
+        self._lake.files.remove(task.file)
+        log.info("compaction_given_up", files=len(task.sources))
+        return None
 
 
 class _Child(Child):
