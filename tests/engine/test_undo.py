@@ -165,6 +165,7 @@ def clock() -> FakeClock:
 
 DEVICES = ["phone-1", "phone-2", "kiosk-9", "tablet-4", None]
 UNIQUE = 0.8
+IMPORTS = ["old-shop", "old-crm"]
 USERS = ["ann-111", "bob-222", "eve-333", None, None]
 
 
@@ -411,6 +412,82 @@ def test_a_restored_import_is_as_it_was(seed: int, tmp_path: Path, clock: FakeCl
     with pytest.raises(ConflictError, match="later generation"):
         subject.run(subject.engine.restore(1, "old-shop"))
     subject.close()
+
+
+def test_a_device_that_the_import_gave_away_is_not_taken_for_one_that_a_deletion_freed(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """Hidden from the import, the event without a user began a person: that says nothing once the import is back."""
+    subject = Server(tmp_path / "subject", clock)
+    old = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "old-shop"}}
+    kiosk = {"event_type": "open", "device_id": "kiosk-9", "time": clock.ms}
+    for event in [{**kiosk, "user_id": "ann-111", **old}, kiosk]:
+        clock.ms += 1000
+        subject.send([event])
+    before = subject.seen()
+    assert [row["amplitude_id"] for row in before["rows"]] == [1, 1]
+    subject.run(subject.engine.undo(1, "old-shop"))
+    subject.run(subject.engine.restore(1, "old-shop"))
+    same(subject, before)
+    subject.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 100))]
+)
+def test_imports_that_are_all_restored_are_as_if_they_had_never_been_undone(
+    seed: int, tmp_path: Path, clock: FakeClock
+) -> None:
+    """With traffic, crashes and other imports before, between and after undo and restore."""
+    seeded = random.Random(seed)
+    limits = seeded.choice(["none", "amplitude"])
+    subject = Server(tmp_path / "subject", clock, limits)
+    control = Server(tmp_path / "control", clock, limits)
+    number = 0
+    undone: list[str] = []
+
+    def send(name: str = "") -> None:
+        nonlocal number
+        number += 5
+        wire, path = _request(seeded, number, clock.ms, name=name)
+        subject.send(wire, path)
+        control.send(wire, path)
+
+    for _ in range(seeded.randint(10, 40)):
+        clock.ms += seeded.choice([10, 1000, 3_600_000])
+        send(seeded.choice([name for name in ("", "", *IMPORTS) if name not in undone]))
+        chance = seeded.random()
+        if chance < 0.1:
+            subject.run(subject.engine.seal())
+        elif chance < 0.15:
+            subject.run(subject.engine.checkpoint())
+        elif chance < 0.2:
+            subject.crash()
+        elif chance < 0.5:
+            _turn(subject, seeded.choice(IMPORTS), undone)
+    while not undone:
+        _turn(subject, seeded.choice(IMPORTS), undone)
+    for name in tuple(undone):
+        _turn(subject, name, undone)
+    same(subject, control)
+    for _ in range(4):  # and goes on as the other does
+        clock.ms += 1000
+        send()
+    same(subject, control)
+    subject.close()
+    control.close()
+
+
+def _turn(server: Server, name: str, undone: list[str]) -> None:
+    """Restore an import that is undone, or undo it if it has come."""
+    if name in undone:
+        server.run(server.engine.restore(1, name))
+        undone.remove(name)
+    else:
+        with contextlib.suppress(MissingError):
+            server.run(server.engine.undo(1, name))
+            undone.append(name)
 
 
 @pytest.mark.parametrize("key", ["insert_id", "event_id"])

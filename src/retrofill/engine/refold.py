@@ -88,14 +88,17 @@ class Freed:
     that. But an event without a user on somebody's device is always that one's: if it began a person, nobody had it.
     """
 
-    def __init__(self, refold: Refold) -> None:
+    def __init__(self, refold: Refold, *, beside_shown: bool = False) -> None:
         self._refold = refold
         self._appeared: NDArray[np.int64] = np.zeros(1, np.int64)  # 0 is nobody
+        # Whose a device was in that history the fold does not know where it gives devices to rows that are shown again.
+        self._used: set[str | None] | None = set() if beside_shown else None
 
     def parts(self, rows: pa.Table, telling: Bools) -> Iterator[pa.Table]:
         """Yield rows up to each block before which a device was freed, and free it; each part is to be folded at once.
 
-        telling: rows whose amplitude_id is of the history that is folded again.
+        telling: rows whose amplitude_id is of the history that is folded again. What others say of a device is no sign
+        that anybody had it there.
         """
         told = np.flatnonzero(telling)
         people, firsts = np.unique(rows["amplitude_id"].to_numpy()[told], return_index=True)
@@ -105,14 +108,14 @@ class Freed:
         begins = [at for at in np.sort(told[firsts[new]]).tolist() if anonymous[at]]
         begun = 0
         if begins:
-            devices = _texts(rows["device_id"])
+            devices = _texts(pc.if_else(pa.array(telling), rows["device_id"], None))
             block = rows["block"].to_numpy()
             before: dict[str, int] = {}  # the first row of each here
             for at, device in enumerate(devices):
                 before.setdefault(device, at)
             for at in begins:
                 device = devices[at]
-                used = before[device] < at or self._refold.devices[device or ""]
+                used = before[device] < at or self._was_used(device)
                 first = int(np.searchsorted(block[: at + 1], block[at]))
                 # A deletion is a block of its own, or comes before all else in it.
                 if not device or not used or device in devices[first:at]:
@@ -121,7 +124,13 @@ class Freed:
                     yield rows.slice(begun, first - begun)
                 self._refold.free(device)
                 begun = first
+        if self._used is not None:
+            self._used.update(pc.unique(rows["device_id"].filter(pa.array(telling))).to_pylist())
         yield rows.slice(begun)
+
+    def _was_used(self, device: str) -> bool:
+        """Whether a row of the parts before had it."""
+        return bool(self._refold.devices[device]) if self._used is None else device in self._used
 
 
 class Keys(Struct):
@@ -269,7 +278,9 @@ class Folding:
         quota_after_ms: int = _NEVER_MS,
     ) -> None:
         # Of rows that were folded in event time the numbers do not say who was new on arrival.
-        self._freed = None if rule.by_time or whole else Freed(refold)
+        self._freed = (
+            None if rule.by_time or whole else Freed(refold, beside_shown=rule.show is not None)
+        )
         self.stored = Stored(quota_after_ms if limits.daily_quota else _NEVER_MS)
         self._rule = rule
         self._limits = limits
