@@ -343,20 +343,25 @@ def test_commits_wait_for_no_child_and_little_sealing_when_late_events_are_folde
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = server.engine
-    seal, rests = engine.seal, engine.compaction_rests
+    seal, rests, gives_back = engine.seal, engine.compaction_rests, engine.children_rest
     seals: list[tuple[bool, bool]] = []
-    long: list[tuple[bool, bool]] = []
+    asked: list[str] = []
 
     async def sealing() -> None:
         seals.append((engine.committing.locked(), bool(engine.unsealed)))
         await seal()
 
-    def resting(*, for_long: bool, given_up: bool) -> Any:
-        long.append((for_long, given_up))
-        return rests(for_long=for_long, given_up=given_up)
+    def resting(*, given_up: bool) -> Any:
+        asked.append(f"given_up={given_up}")
+        return rests(given_up=given_up)
+
+    async def giving_back() -> None:
+        asked.append("children")
+        await gives_back()
 
     monkeypatch.setattr(engine, "seal", sealing)
     monkeypatch.setattr(engine, "compaction_rests", resting)
+    monkeypatch.setattr(engine, "children_rest", giving_back)
     for time in (9, 1):
         send(server, time)
     server.run(engine.event_time.settle(1))
@@ -365,7 +370,8 @@ def test_commits_wait_for_no_child_and_little_sealing_when_late_events_are_folde
         send(server, time)
     server.run(engine.event_time.settle_beside(1))
     assert seals[2:] == [(False, True)]
-    assert long == [(False, False), (True, False)]  # after every seal: a merge would never end
+    # After every seal: a merge would never come to its end.
+    assert asked == ["given_up=False", "given_up=False", "children"]
 
 
 def test_of_too_many_marks_the_whole_project_is_folded_again(

@@ -119,21 +119,27 @@ def test_of_what_comes_while_an_import_is_restored_only_repeats_are_remembered(
     subject.close()
 
 
-def test_a_merge_of_lake_files_gives_way_to_a_change_of_history(
+def test_a_merge_of_lake_files_and_idle_children_give_way_to_a_change_of_history(
     subject: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_import(subject)
-    engine, asked = subject.engine, []
-    rests = engine.compaction_rests
+    engine = subject.engine
+    rests, gives_back = engine.compaction_rests, engine.children_rest
+    asked: list[str] = []
 
-    def resting(**how: bool) -> Any:
-        asked.append(how)
-        return rests(**how)
+    def resting(*, given_up: bool) -> Any:
+        asked.append(f"given_up={given_up}")
+        return rests(given_up=given_up)
+
+    async def giving_back() -> None:
+        asked.append("children while sealing rests" if engine.sealing.locked() else "children")
+        await gives_back()
 
     monkeypatch.setattr(engine, "compaction_rests", resting)
+    monkeypatch.setattr(engine, "children_rest", giving_back)
     subject.run(engine.undo(1, "old-shop"))
     subject.run(engine.restore(1, "old-shop"))
-    assert asked == 2 * [{"for_long": True, "given_up": True}]
+    assert asked == 2 * ["given_up=True", "children", "children while sealing rests"]
     subject.close()
 
 

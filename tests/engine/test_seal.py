@@ -252,7 +252,7 @@ async def test_a_merge_under_way_is_given_up_and_made_again_later(tmp_path: Path
         async with merging(tmp_path, opened, lake) as half:
             process = opened._compacting._process
             assert process is not None
-            async with opened.compaction_rests(for_long=True, given_up=True):
+            async with opened.compaction_rests(given_up=True):
                 assert process.returncode == -signal.SIGKILL
                 assert not half.exists()
                 await opened.compact()
@@ -265,20 +265,25 @@ async def test_a_merge_under_way_is_given_up_and_made_again_later(tmp_path: Path
 
 
 @on_loop
-async def test_a_merge_under_way_goes_on_beside_a_short_rest(tmp_path: Path) -> None:
-    blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
+async def test_a_merge_under_way_goes_on_where_it_need_not_give_way(tmp_path: Path) -> None:
+    blocks = list(World(people=50).blocks(COMPACT_FILES + 1, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks:
+        for block in blocks[:-1]:
             await opened.seal(block.number, block.number)
         async with merging(tmp_path, opened, lake) as half:
-            process = opened._compacting._process
-            assert process is not None
-            async with opened.compaction_rests(for_long=True, given_up=False):
-                assert process.returncode is None
+            merge, seal = opened._compacting._process, opened._sealing._process
+            assert merge is not None
+            assert seal is not None
+            async with opened.compaction_rests(given_up=False):
+                await opened.children_rest()
+                assert seal.returncode == -signal.SIGKILL  # it had nothing to do
+                assert merge.returncode is None
                 assert half.exists()
+            await opened.seal(blocks[-1].number, blocks[-1].number)
+            assert positions(lake) == expected(blocks)
             await opened.close()  # who waits for the child is cancelled, and the child has ended
-            assert process.returncode == -signal.SIGKILL
+            assert merge.returncode == -signal.SIGKILL
 
 
 @on_loop
@@ -293,7 +298,7 @@ async def test_a_file_left_by_a_merge_given_up_is_removed_at_the_next_start(
             await opened.seal(block.number, block.number)
         async with merging(tmp_path, opened, lake) as half:
             monkeypatch.setattr(lake.files, "remove", lambda _: None)
-            async with opened.compaction_rests(for_long=True, given_up=True):
+            async with opened.compaction_rests(given_up=True):
                 assert half.exists()
     async with sealer(tmp_path, path) as (_, lake):
         assert not half.exists()

@@ -115,10 +115,11 @@ class Host(Protocol):
     async def seal(self) -> None:
         """Move every block committed so far into the lake."""
 
-    def compaction_rests(
-        self, *, for_long: bool, given_up: bool
-    ) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile. for_long: children give their memory back. given_up: one under way, too."""
+    def compaction_rests(self, *, given_up: bool) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. given_up: nor go on with one that is under way."""
+
+    async def children_rest(self) -> None:
+        """Have those who seal and compact give their memory back, unless they have something to do."""
 
     def sound(self) -> None:
         """Raise StoreError if nobody knows what is on disk."""
@@ -176,13 +177,12 @@ class Change:
         host = self._host
         if rule.by_time:  # late events that came until now are among what is folded in event time
             self._settled = host.state.block
-        # Late events are folded again after every seal, and there are few of them: nothing gives way to that.
-        much = self.intent.kind != "late"
-        host.pace.begin(rests=much)
+        host.pace.begin(rests=self._long)
         try:
             # What one under way makes of rows that are changed here is not taken into the lake.
-            # While commits wait, nobody starts another child.
-            async with host.compaction_rests(for_long=not self.paused, given_up=much):
+            async with host.compaction_rests(given_up=self._long):
+                if not self.paused:  # while commits wait, nobody starts another child
+                    await host.children_rest()
                 await host.seal()
                 # Whoever asked has read the import's rows, and more is needed soon.
                 await asyncio.to_thread(self._trim)
@@ -200,6 +200,8 @@ class Change:
                     await self._pass()
                     host.pace.follow(self._arrived - arrived, time.perf_counter() - began)
                 async with host.sealing:
+                    if self._long:
+                        await host.children_rest()
                     return await self._swap()
         finally:
             host.pace.end()
@@ -209,6 +211,11 @@ class Change:
     def _lasts(self) -> bool:
         """Whether the pause lasts until the intent is removed."""
         return self.intent.kind in CHANGES_RULE
+
+    @property
+    def _long(self) -> bool:
+        """Whether others give way to it. Late events are folded again after every seal, and there are few of them."""
+        return self.intent.kind != "late"
 
     @property
     def _behind(self) -> int:

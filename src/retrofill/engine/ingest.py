@@ -771,11 +771,13 @@ class Engine:
         await self._sealer.compact()
         await self._sealer.compacted()
 
-    def compaction_rests(
-        self, *, for_long: bool, given_up: bool
-    ) -> AbstractAsyncContextManager[None]:
-        """Begin no compaction meanwhile. for_long: children give their memory back. given_up: one under way, too."""
-        return self._sealer.compaction_rests(for_long=for_long, given_up=given_up)
+    def compaction_rests(self, *, given_up: bool) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile. given_up: nor go on with one that is under way."""
+        return self._sealer.compaction_rests(given_up=given_up)
+
+    async def children_rest(self) -> None:
+        """Have those who seal and compact give their memory back, unless they have something to do."""
+        await self._sealer.children_rest()
 
     async def sealed(self, first: int, last: int) -> None:
         """Let go of blocks that the lake has now; the caller holds `sealing`."""

@@ -141,10 +141,9 @@ class Sealer:
             self._round = asyncio.create_task(self._compact())
 
     @contextlib.asynccontextmanager
-    async def compaction_rests(self, *, for_long: bool, given_up: bool) -> AsyncIterator[None]:
+    async def compaction_rests(self, *, given_up: bool) -> AsyncIterator[None]:
         """Begin to merge nothing meanwhile.
 
-        for_long: children with nothing to do give their memory back, and the next task starts another.
         given_up: a merge that is under way ends, and is begun again some time later; else it goes on.
         """
         self._resting += 1
@@ -152,12 +151,14 @@ class Sealer:
             if given_up and self._merging is not None and self._round is not None:
                 self._merging.cancel()
                 await asyncio.wait([self._round])
-            if for_long:
-                await self._sealing.rest()
-                await self._compacting.rest()
             yield
         finally:
             self._resting -= 1
+
+    async def children_rest(self) -> None:
+        """Have children with nothing to do give their memory back: they end, and the next task starts another."""
+        await self._sealing.rest()
+        await self._compacting.rest()
 
     async def compacted(self) -> None:
         """Wait until nothing is left to merge, or until it fails."""
