@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -91,6 +92,76 @@ def test_where_leaves_rows_out_that_are_no_history(tmp_path: Path) -> None:
     found = mapped(tmp_path, rows, {}, document={"where": "event IS NOT NULL"})
     assert [event["event_type"] for event in found] == ["Open", "Close"]
     assert letters(tmp_path / "work") == []
+
+
+SOLD: list[Any] = [
+    {"user": "user-1", "at": 1700000000, "event": "Buy", "items": [{"sku": "a"}, {"sku": "b"}]},
+    {"user": "user-2", "at": 1700000001, "event": "Look", "items": []},
+    {"user": "user-3", "at": 1700000002, "event": "Buy", "items": [{"sku": "c"}]},
+    {"user": "user-4", "at": 1700000003, "event": "Buy", "items": None},
+]
+PARTED: dict[str, Any] = {
+    "each": "CAST(items AS JSON[])",
+    "where": "event != 'Sell'",
+    "event": {**BASE, "event_properties": {"sku": "each->>'$.sku'"}},
+}
+
+
+@pytest.mark.parametrize("source", ["s.ndjson", "s.parquet", "s.csv"])
+def test_a_row_becomes_an_event_for_each_element_of_a_list(tmp_path: Path, source: str) -> None:
+    path, document = tmp_path / source, PARTED
+    if source == "s.parquet":
+        pq.write_table(pa.Table.from_pylist(SOLD), path)
+        typed = {**BASE, "event_properties": {"sku": "each.sku"}}
+        document = {**PARTED, "each": "items", "event": typed}
+    elif source == "s.csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, SOLD[0])
+            table.writeheader()
+            table.writerows({**row, "items": json.dumps(row["items"] or [])} for row in SOLD)
+    else:
+        ndjson(path, SOLD)
+    run(tmp_path / "work", path, document)
+    found = events(tmp_path / "work")
+    assert [(one["user_id"], one["event_properties"]["sku"]) for one in found] == [
+        ("user-1", "a"),
+        ("user-1", "b"),
+        ("user-3", "c"),
+    ]
+    assert len({one["insert_id"] for one in found}) == len(found)
+    assert letters(tmp_path / "work") == []
+
+
+def test_equal_parts_of_a_row_are_told_apart_and_two_columns_make_a_list(tmp_path: Path) -> None:
+    row = {**ROW, "second": "Open"}
+    more = {"document": {"each": "[event, second, event || '!']"}}
+    found = mapped(tmp_path, [row], {"event_type": "each", "user_id": "user"}, **more)
+    assert [one["event_type"] for one in found] == ["Open", "Open", "Open!"]
+    assert len({one["insert_id"] for one in events(tmp_path / "work")}) == len(found)
+
+
+def test_a_list_that_does_not_fit_refuses_its_row(tmp_path: Path) -> None:
+    rows = [*SOLD, {**SOLD[0], "user": "user-5", "items": "no list"}]
+    run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", rows), PARTED, bad_rows=0.5)
+    assert len(events(tmp_path / "work")) == 3
+    (letter,) = letters(tmp_path / "work")
+    assert letter["line"] == 5
+    assert letter["reason"] == 'each: CAST(items AS JSON[]) does not fit where items = "no list"'
+
+
+@pytest.mark.parametrize(
+    ("each", "words"),
+    [
+        ("items", "The mapping's each cannot be: This is no list"),
+        ("[nobody]", "no column 'nobody'"),
+        ("[min(at) OVER ()]", "A window function cannot stand in `each`"),
+    ],
+)
+def test_a_wrong_each_names_itself(tmp_path: Path, each: str, words: str) -> None:
+    with pytest.raises(InputError) as told:
+        mapped(tmp_path, SOLD, {}, document={"each": each})
+    assert words in told.value.what
+    assert told.value.where == f"each: {each}"
 
 
 def test_a_window_looks_over_all_rows_that_are_history(tmp_path: Path) -> None:

@@ -291,8 +291,8 @@ def test_segment(tmp_path: Path) -> None:
         "timestamp": "2015-02-23T22:31:00Z",
         "traits": {"email": "p@example.com"},
     }
-    group = {"type": "group", "messageId": "group-1", "userId": "97980cfea0067", "groupId": "g"}
-    found = staged(tmp_path, "segment", [track, page, identify, group])
+    deleted = {"type": "delete", "messageId": "delete-1", "userId": "97980cfea0067"}
+    found = staged(tmp_path, "segment", [track, page, identify, deleted])
     assert found == [
         {
             **SKIP,
@@ -341,6 +341,85 @@ def test_segment(tmp_path: Path) -> None:
             "user_properties": {"email": "p@example.com"},
         },
     ]
+
+
+GROUP: Json = {
+    "type": "group",
+    "messageId": "group-1",
+    "userId": "97980cfea0067",
+    "anonymousId": "507f191e810c19729de860ea",
+    "groupId": "0e8c78ea9d97a7b8185e8632",
+    "timestamp": "2015-02-23T22:32:00Z",
+    "traits": {"name": "Initech", "employees": 329},
+    "context": {"traits": {"plan": "pro"}, "campaign": {"source": "Newsletter"}},
+}
+
+
+def test_a_group_call_of_segment_puts_the_user_in_and_says_what_the_group_is_like(
+    tmp_path: Path,
+) -> None:
+    alias = {"type": "alias", "messageId": "alias-1", "userId": "97980cfea0067"}
+    alias |= {"previousId": "old-device-1", "timestamp": "2015-02-23T22:33:00Z"}
+    joined, described, known = sorted(
+        staged(tmp_path, "segment", [GROUP, alias]),
+        key=lambda event: event["insert_id"] != "group-1",
+    )
+    assert joined == {
+        **SKIP,
+        "insert_id": "group-1",
+        "event_type": "$identify",
+        "user_id": "97980cfea0067",
+        "device_id": "507f191e810c19729de860ea",
+        "time": 1424730720000,
+        "groups": {"[Segment] Group": "0e8c78ea9d97a7b8185e8632"},
+        "user_properties": {
+            "[Segment] Group": "0e8c78ea9d97a7b8185e8632",
+            "utm_source": "Newsletter",
+        },
+    }
+    assert described == {
+        **SKIP,
+        "insert_id": "group-1:group",
+        "event_type": "$groupidentify",
+        "time": 1424730720000,
+        "groups": {"[Segment] Group": "0e8c78ea9d97a7b8185e8632"},
+        "group_properties": {"$set": {"name": "Initech", "employees": 329}},
+    }
+    assert known == {
+        **SKIP,
+        "insert_id": "alias-1",
+        "event_type": "$identify",
+        "user_id": "97980cfea0067",
+        "device_id": "old-device-1",
+        "time": 1424730780000,
+    }
+
+
+def _joining(event: str, **properties: Any) -> Json:
+    return {"event": event, "properties": {"time": 1700000000, **properties}}
+
+
+ANON, OTHER = "18c2a4f1d3e-0a1b2c3d-4e5f6a7b-1fa400-18c2a4f1d3f", "18c2a4f1d3e-0b-4e5f-1fa4-18c2a"
+JOINING = [
+    # As the browser's library sends it, and as the HTTP API takes it.
+    (_joining("$identify", distinct_id="user-9", **{"$anon_distinct_id": f"$device:{ANON}"}), True),
+    (_joining("$identify", **{"$identified_id": "user-9", "$anon_id": ANON}), True),
+    # mixpanel.alias("user-9"): what was anonymous gets a name, or the other way about.
+    (_joining("$create_alias", distinct_id=ANON, alias="user-9"), True),
+    (_joining("$create_alias", distinct_id="user-9", alias=f"$device:{ANON}"), True),
+    (_joining("$create_alias", distinct_id="user-9", alias="user-10"), False),
+    (_joining("$create_alias", distinct_id=ANON, alias=OTHER), False),
+    (_joining("$merge", **{"$distinct_ids": ["user-9", "user-10"]}), False),
+]
+
+
+def test_mixpanel_joins_what_was_anonymous_to_its_user(tmp_path: Path) -> None:
+    found = staged(tmp_path, "mixpanel", [row for row, _joins in JOINING])
+    told = {"event_type": "$identify", "user_id": "user-9", "device_id": ANON}
+    assert len(found) == sum(joins for _row, joins in JOINING)
+    for event in found:
+        assert {name: event[name] for name in told} == told
+        assert "event_properties" not in event
 
 
 def _param(key: str, **value: Any) -> Json:
@@ -519,8 +598,36 @@ def test_posthog(tmp_path: Path) -> None:
             "$setOnce": {"first": "a", "initial_os": "Linux"},
         },
     }
-    assert third["groups"] == {"company": "acme"}
-    assert third["group_properties"] == {"$set": {"seats": 5}}
+    assert third == {
+        **SKIP,
+        "insert_id": "0190163d-8694-739b-aea5-966c26f8ad94",
+        "event_type": "$groupidentify",
+        "time": 1718360160000,
+        "groups": {"company": "acme"},
+        "group_properties": {"$set": {"seats": 5}},
+    }
+
+
+def test_posthog_joins_what_was_anonymous_to_its_user(tmp_path: Path) -> None:
+    device, anonymous = "old-uuid-of-a-device", "0190163d-8694-739b-aea5-966c26f8ad90"
+    base = {"event": "$create_alias", "timestamp": "2024-06-14T10:14:09Z"}
+    rows = [
+        {**base, "distinct_id": anonymous, "properties": {"alias": "user-9"}},
+        {**base, "distinct_id": "user-9", "properties": {"alias": anonymous}},
+        {**base, "distinct_id": device, "properties": {"alias": "user-9", "$device_id": device}},
+        {**base, "distinct_id": "user-9", "properties": {"alias": "user-10"}},
+        {**base, "distinct_id": anonymous, "properties": {"alias": None}},
+        # After a reset the anonymous id is a new one on the same device.
+        {**base, "event": "Look", "distinct_id": anonymous,
+         "properties": {"$device_id": device, "$is_identified": False}},
+    ]  # fmt: skip
+    found = staged(tmp_path, "posthog", rows)
+    assert [(one["event_type"], one.get("user_id"), one["device_id"]) for one in found] == [
+        ("$identify", "user-9", anonymous),
+        ("$identify", "user-9", anonymous),
+        ("$identify", "user-9", device),
+        ("Look", None, device),
+    ]
 
 
 def test_snowplow(tmp_path: Path) -> None:

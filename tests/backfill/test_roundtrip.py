@@ -254,3 +254,69 @@ def test_a_project_that_goes_by_event_time_takes_old_values_as_old_ones(tmp_path
         who = matches[0]["amplitude_id"]
         activity = json.loads(call(live, OLD, f"/api/2/useractivity?user={who}&limit=1"))
         assert activity["userData"]["properties"] == {"plan": "gold"}
+
+
+T = "2024-06-14T10:00:0{}Z"
+ANONYMOUS = "0190163d-8694-739b-aea5-966c26f8ad90"
+TOLD: dict[str, list[Json]] = {
+    "segment": [
+        {"type": "page", "messageId": "s-1", "anonymousId": "device-s", "timestamp": T.format(1)},
+        {"type": "alias", "messageId": "s-2", "userId": "user-s", "previousId": "device-s",
+         "timestamp": T.format(2)},
+        {"type": "group", "messageId": "s-3", "userId": "user-s", "groupId": "acme",
+         "traits": {"seats": 5}, "timestamp": T.format(3)},
+        {"type": "group", "messageId": "s-4", "userId": "user-t", "groupId": "acme",
+         "traits": {"seats": 6}, "timestamp": T.format(4)},
+    ],
+    "posthog": [
+        {"uuid": "p-1", "event": "Look", "distinct_id": ANONYMOUS, "properties": {},
+         "timestamp": T.format(1)},
+        {"uuid": "p-2", "event": "$create_alias", "distinct_id": ANONYMOUS,
+         "properties": {"alias": "user-p"}, "timestamp": T.format(2)},
+        {"uuid": "p-3", "event": "$groupidentify", "distinct_id": "user-p",
+         "properties": {"$group_type": "org", "$group_key": "umbra", "$group_set": {"seats": 7}},
+         "timestamp": T.format(3)},
+    ],
+    "mixpanel": [
+        {"event": "Look", "properties": {"distinct_id": "$device:device-m", "time": 1718359201}},
+        {"event": "$identify", "properties": {"$identified_id": "user-m", "$anon_id": "device-m",
+                                              "time": 1718359202}},
+    ],
+}  # fmt: skip
+
+
+def test_what_a_source_says_of_ids_and_groups_counts_at_the_destination(tmp_path: Path) -> None:
+    since = datetime.now(UTC)
+    keys = ["--api-key", OLD[0], "--secret-key", OLD[1]]
+    with Live(tmp_path) as live:
+        for preset, told in TOLD.items():
+            source = tmp_path / f"{preset}.ndjson"
+            source.write_text("\n".join(map(json.dumps, told)))
+            work = ["--work", str(tmp_path / preset), "--import", preset, *keys]
+            line = ["run", str(source), "--map", preset, "--yes", "--to", live.address, *work]
+            found = CliRunner().invoke(app, line)
+            assert found.exit_code == 0, found.output
+            read = CliRunner().invoke(app, ["verify", *work[:2], *keys])
+            assert read.exit_code == 0, read.output
+        live_events = [
+            {"event_type": "Now", "user_id": f"user-{who}", "device_id": f"now-{who}"}
+            for who in "spm"
+        ]
+        org = {"groups": {"org": "umbra"}}
+        send(live, OLD, [live_events[0], live_events[1] | org, live_events[2]])
+        found_rows = rows(export(live, OLD, since))
+    of = {
+        (row["event_type"], row["device_id"]): row for row in found_rows
+    }  # before and after the login
+    for first, later in [
+        (("Viewed Page", "device-s"), ("Now", "now-s")),
+        (("Look", ANONYMOUS), ("Now", "now-p")),
+        (("Look", "device-m"), ("Now", "now-m")),
+    ]:
+        assert of[first]["user_id"] is None
+        assert of[first]["amplitude_id"] == of[later]["amplitude_id"]
+    member = of["Now", "now-s"]
+    assert member["user_properties"]["[Segment] Group"] == "acme"
+    assert member["groups"] == {"[Segment] Group": ["acme"]}
+    assert member["group_properties"] == {"[Segment] Group": {"acme": {"seats": 6}}}
+    assert of["Now", "now-p"]["group_properties"] == {"org": {"umbra": {"seats": 7}}}

@@ -48,9 +48,9 @@ def test_nested_blocks_become_paths_in_the_order_written() -> None:
 
 
 def test_the_digest_changes_with_the_mapping_alone() -> None:
-    other = {**GOOD, "where": "a IS NULL"}
     assert mapping.parse(GOOD).digest == mapping.parse(dict(GOOD)).digest
-    assert mapping.parse(GOOD).digest != mapping.parse(other).digest
+    for other in ({"where": "a IS NULL"}, {"each": "[1, 2]"}):
+        assert mapping.parse(GOOD).digest != mapping.parse({**GOOD, **other}).digest
 
 
 def without(key: str) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def without(key: str) -> dict[str, Any]:
 WRONG = [
     ("no block", "mapping is not a block"),
     ({**GOOD, "evnt": {}}, "no key 'evnt'"),
+    ({**GOOD, "each": ["a", "b"]}, "each is not a text"),
     ({**GOOD, "source": {"format": "xml"}}, "'xml' is unknown"),
     ({**GOOD, "event": {**GOOD["event"], "evnt_type": "x"}}, "no field 'evnt_type'"),
     ({**GOOD, "event": {**GOOD["event"], "platform": {"a": "b"}}}, "platform takes one expression"),

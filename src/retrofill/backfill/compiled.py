@@ -5,8 +5,8 @@ type, and wraps it so that an error in one row marks that row and no more. What 
 column, a function that is none, a wrong type) is an InputError that names the field and the expression, before any row
 is read.
 
-The query's rows, see OUTPUT, are those for which `where` is not false. `bad` is null for an event; else it says why the
-row is none: a field's number, or one of the negative codes.
+The query's rows, see OUTPUT, are those for which `where` is not false, once for each element of the list that `each`
+gives. `bad` is null for an event; else it says why the row is none: a field's number, or one of the negative codes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from retrofill.limits import STRING_CHARS_MAX, TIME_MS_MAX
 if TYPE_CHECKING:
     import duckdb
 
-UNREADABLE, WHERE, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6
+UNREADABLE, WHERE, EACH, NO_TYPE, NO_TIME, WRONG_TIME, NO_ID = -1, -2, -3, -4, -5, -6, -7
 # Bits of `trouble`: why an id was taken away.
 USER_SHORT, USER_FORBIDDEN, DEVICE_SHORT, DEVICE_FORBIDDEN = 1, 2, 4, 8
 USER_NULL, DEVICE_NULL, USER_LONG, DEVICE_LONG = 16, 32, 64, 128
@@ -44,6 +44,7 @@ _NULLS: Final = (
     "undefined",
 )  # of the forbidden: meant as no id
 _OWN: Final = ("event_type", "user_id", "device_id", "insert_id", "time")
+_EACH: Final = "each"  # the name that expressions have for the element
 _PARAMETER = 2**64 - 1  # where the parser says that a lambda's own names stand
 
 # Functions that mappings may use beside DuckDB's. Documented in docs/mapping.md.
@@ -129,8 +130,8 @@ _TOKEN: Final = re.compile(
 class Compiled(Struct, frozen=True):
     """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in.
 
-    bare: for each field the number of the column that is all of its expression. plain: nothing leaves rows out. windowed:
-    what a row becomes may depend on others.
+    bare: for each field the number of the column that is all of its expression. plain: each row is one event. windowed: what
+    a row becomes may depend on others.
     """
 
     sql: str
@@ -143,7 +144,7 @@ class Compiled(Struct, frozen=True):
 def named(told: Mapping, columns: Columns) -> Compiled | None:
     """Return a mapping, without its query, each of whose expressions is a column's name; None if there is more to ask."""
     expressions = [field.expression for field in told.fields]
-    if told.where is not None or not all(map(columns.has, expressions)):
+    if not _plain(told) or not all(map(columns.has, expressions)):
         return None
     bare = tuple(columns.use((name,)) for name in expressions)
     return Compiled("", tuple(told.fields), bare, plain=True)
@@ -197,16 +198,18 @@ class _Compiler:
             "SELECT keyword_name FROM duckdb_keywords() WHERE keyword_category IN ('reserved', 'type_function')"
         ).fetchall()
         self._keywords = {word for (word,) in words} - _STRUCTURE
+        self._names = frozenset({_EACH} if told.each else ())  # names that are no columns
 
     def compile(self) -> Compiled:
         values = [self._value(field) for field in self.told.fields]
-        kept = self._kept(self._where())
+        parts = self._parts()
+        kept = self._parted(self._kept(self._where()), parts)
         self._describe(values, kept)
         return Compiled(
             self._query(values, kept),
             tuple(value.field for value in values),
             tuple(value.bare for value in values),
-            self.told.where is None,
+            _plain(self.told),
             any(value.windowed for value in values),
         )
 
@@ -215,11 +218,11 @@ class _Compiler:
     def _value(self, field: Field) -> _Value:
         try:
             node = self._parse(field.expression)
-            if node["class"] == "COLUMN_REF":
+            if node["class"] == "COLUMN_REF" and node["column_names"][0] not in self._names:
                 number = self.columns.use(node["column_names"])
                 return _Value(field, self._typed(number), bare=number)
             windowed = _contains(node, "WINDOW")
-            node = self._renamed(node, frozenset(), lenient=windowed)
+            node = self._renamed(node, self._names, lenient=windowed)
             return _Value(field, self._text(node), windowed=windowed)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
@@ -228,22 +231,50 @@ class _Compiler:
         if self.told.where is None:
             return None
         try:
-            node = self._parse(self.told.where)
-            _refuse_window(node)
-            sql = self._text(self._renamed(node, frozenset(), lenient=False))
-            sql = f"TRY({{'v': CAST({sql} AS BOOLEAN)}})"
+            sql = f"TRY({{'v': CAST({self._alone(self.told.where, 'where')} AS BOOLEAN)}})"
             self._type(sql, self.columns.frame())
         except InputError as error:
             raise self._wrong("where", self.told.where, error) from error
         return sql
 
+    def _alone(self, expression: str, name: str) -> str:
+        """Return SQL of an expression that says which events a row is, hence may look at no other row."""
+        node = self._parse(expression)
+        if _contains(node, "WINDOW"):
+            raise InputError(f"A window function cannot stand in `{name}`")
+        return self._text(self._renamed(node, frozenset(), lenient=False))
+
     def _kept(self, where: str | None) -> str:
+        """Return SQL for the rows that count. doubtful: the code of what did not fit in a row, else null."""
         if where is None:
-            return f"SELECT *, false AS doubtful FROM ({self.columns.frame()})"
+            return f"SELECT *, CAST(NULL AS INTEGER) AS doubtful FROM ({self.columns.frame()})"
         tested = f"SELECT *, {where} AS keep FROM ({self.columns.frame()})"
         return (
-            f"SELECT * EXCLUDE (keep), keep IS NULL AS doubtful FROM ({tested}) "
+            f"SELECT * EXCLUDE (keep), CASE WHEN keep IS NULL THEN {WHERE} END AS doubtful FROM ({tested}) "
             "WHERE unreadable OR keep IS NULL OR keep.v"
+        )
+
+    def _parts(self) -> str | None:
+        if self.told.each is None:
+            return None
+        try:
+            sql = self._alone(self.told.each, _EACH)
+            if not self._type(sql, self.columns.frame()).endswith("]"):
+                raise InputError("This is no list")
+        except InputError as error:
+            raise self._wrong(_EACH, self.told.each, error) from error
+        return f"TRY({{'v': {sql}}})"
+
+    def _parted(self, kept: str, parts: str | None) -> str:
+        """Return SQL for the rows, once for each element of their list. What cannot be asked for it stays one row."""
+        if parts is None:
+            return kept
+        asked = f"SELECT *, {parts} AS list FROM ({kept})"
+        none = "unreadable OR doubtful IS NOT NULL OR list IS NULL"
+        code = f"CASE WHEN list IS NULL THEN coalesce(doubtful, {EACH}) ELSE doubtful END"
+        return (
+            f"SELECT * EXCLUDE (list, doubtful), {code} AS doubtful, "
+            f"unnest(CASE WHEN {none} THEN [NULL] ELSE list.v END) AS {_EACH} FROM ({asked})"
         )
 
     def _parse(self, expression: str) -> dict[str, Any]:
@@ -289,7 +320,8 @@ class _Compiler:
             names = node["column_names"]
             if names[0] in own:
                 return node
-            return self._parse(self._typed(self.columns.use(names), lenient=lenient))
+            found = self._parse(self._typed(self.columns.use(names), lenient=lenient))
+            return {**found, "alias": node["alias"]}  # what a member of a struct is called
         if node.get("class") == "LAMBDA" and node["lhs"].get("query_location") == _PARAMETER:
             inner = own | _parameters(node["lhs"])
             return {**node, "expr": self._renamed(node["expr"], inner, lenient=lenient)}
@@ -476,7 +508,7 @@ class _Compiler:
             f"WHEN t{at} IS NULL THEN {at}" for at, one in enumerate(values) if not one.safe
         )
         return (
-            f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful THEN {WHERE} {fails} "
+            f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful IS NOT NULL THEN doubtful {fails} "
             f"WHEN event_type_ IS NULL OR event_type_ = '' THEN {NO_TYPE} "
             f"WHEN time_ IS NULL THEN {NO_TIME} "
             f"WHEN time_ NOT BETWEEN 0 AND {TIME_MS_MAX} THEN {WRONG_TIME} "
@@ -517,8 +549,8 @@ class _Compiler:
             "line": "line",
             "bad": "CAST(bad AS INTEGER)",
             "row": "CASE WHEN bad IS NOT NULL THEN text END",
-            "shown": f"CASE WHEN bad >= {WHERE} THEN {shown} END",
-            "trouble": "CAST(CASE WHEN bad IS NULL OR bad = -6 THEN user_trouble + device_trouble ELSE 0 END AS UTINYINT)",
+            "shown": f"CASE WHEN bad >= {EACH} THEN {shown} END",
+            "trouble": f"CAST(CASE WHEN bad IS NULL OR bad = {NO_ID} THEN user_trouble + device_trouble ELSE 0 END AS UTINYINT)",
             "time_ms": "time_",
             "event_type": "event_type_",
             "user_id": "user_id",
@@ -547,9 +579,8 @@ OUTPUT: Final = pa.schema(
 )
 
 
-def _refuse_window(node: dict[str, Any]) -> None:
-    if _contains(node, "WINDOW"):
-        raise InputError("A window function cannot stand in `where`")
+def _plain(told: Mapping) -> bool:
+    return told.where is None and told.each is None
 
 
 def _contains(node: Any, kind: str) -> bool:  # a tree of JSON

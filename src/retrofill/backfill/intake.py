@@ -457,12 +457,19 @@ class Intake:
         """Keep an event that the core refuses. The row itself is not at hand any more (see `original`)."""
         self.letters.add_event(self.pieces[file].name, line, kind, reason, event)
 
+    @property
+    def _asked(self) -> dict[int, Field]:
+        """What is asked of a row before its fields, by the code of its failing."""
+        told = self.mapping
+        return {
+            compiled.WHERE: Field(("where",), told.where or ""),
+            compiled.EACH: Field(("each",), told.each or ""),
+        }
+
     def _reason(self, bad: int, shown: str | None) -> tuple[str, str]:
         if bad in _REASONS:
             return _REASONS[bad]
-        field = (
-            Field(("where",), self.mapping.where or "") if bad < 0 else self.compiled.fields[bad]
-        )
+        field = self._asked.get(bad) or self.compiled.fields[bad]
         held = msgspec.json.decode(
             shown or "{}", type=dict[str, Raw]
         )  # no decoder holds every number

@@ -66,13 +66,15 @@ class Field(Struct, frozen=True):
 class Mapping(Struct, frozen=True):
     """How rows become events.
 
-    fields: in the order written. where: rows for which it is not true are no history.
+    fields: in the order written. where: rows for which it is not true are no history. each: the list whose elements become
+    an event each, where a row is more than one.
     columns: columns that a source may have or lack, by dotted name, each with its DuckDB type.
     format, delimiter: of the source, where its name does not say it.
     """
 
     fields: tuple[Field, ...]
     where: str | None = None
+    each: str | None = None
     format: str | None = None
     delimiter: str | None = None
     columns: dict[str, str] = {}
@@ -89,7 +91,7 @@ def parse(document: object) -> Mapping:
     Raises InputError naming the field: unknown, without an expression, missing, or of the wrong shape.
     """
     top = _table(document, "the mapping")
-    _known(top, {"source", "where", "event"}, "the mapping")
+    _known(top, {"source", "where", "each", "event"}, "the mapping")
     source = _table(top.get("source") or {}, "source")
     _known(source, {"format", "delimiter", "columns"}, "source")
     chosen = _text_or_none(source.get("format"), "source.format")
@@ -113,6 +115,7 @@ def parse(document: object) -> Mapping:
     return Mapping(
         fields=fields,
         where=_text_or_none(top.get("where"), "where"),
+        each=_text_or_none(top.get("each"), "each"),
         format=chosen,
         delimiter=delimiter,
         columns={name: str(kind) for name, kind in columns.items()},
