@@ -82,13 +82,17 @@ def test_an_import_whose_name_nobody_would_open_is_shown_and_undone_all_the_same
     tmp_path: Path,
 ) -> None:
     with Live(tmp_path) as live:
-        for name in ("a/b", "ü ?#%", "close"):
+        for name in ("a/b", "ü ?#%", "close", "a/export", "export", "%2F", "zero-\0"):
             assert send(live, of(name, insert_id=name)) == 200
-            path = f"/api/1/imports/{quote(name, safe='')}"
+            known = name.replace("\0", "")
+            path = f"/api/1/imports/{quote(known, safe='')}"
+            assert call(live, "GET", path)[1]["events"] == 1
             assert call(live, "GET", f"{path}/effects")[0] == 200
             assert call(live, "DELETE", path)[0] == 200
             status, shown = call(live, "GET", path)
-            assert (status, shown["name"], shown["state"]) == (200, name, "undone")
+            assert (status, shown["name"], shown["state"]) == (200, known, "undone")
+        assert call(live, "GET", "/api/1/imports/zero-%00")[0] == 404
+        assert call(live, "GET", "/api/1/imports/a/b")[0] == 404
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:

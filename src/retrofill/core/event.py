@@ -53,6 +53,11 @@ class IngestionMetadata(Struct, gc=False, frozen=True, omit_defaults=True):
     source_version: str | None = None
 
 
+def import_name(source_version: str) -> str:
+    """Return the import that a version names: without zeros, at which DuckLake cuts its own statements off."""
+    return source_version.replace("\0", "")
+
+
 class Event(Struct, gc=False, omit_defaults=True):
     """One event as sent, keys as on the wire. None (and an empty Raw) means absent or null."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from msgspec import Raw, Struct
 
 from retrofill.core.block import COLUMNS, Block, Kind, Part
+from retrofill.core.event import import_name
 from retrofill.core.identity import derived_device
 
 Numbers = np.ndarray[Any, Any]
@@ -385,7 +386,8 @@ def _rest(events: list[_Event], json: dict[str, Column]) -> dict[str, Column]:
         rest["plan"][row] = _object(event.plan)
         rest["sent_groups"][row] = _object(event.groups)
         if origin is not None and origin.source_name == _IMPORTER:
-            rest["import_id"][row] = origin.source_version
+            version = origin.source_version
+            rest["import_id"][row] = version and import_name(version)
         event_properties[row] = _with_revenue(event, event_properties[row])
     return rest
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from retrofill.core import dedupe, identity
 from retrofill.core.block import Kind
 from retrofill.core.dedupe import NO_KEY, Fingerprints, Verdicts
-from retrofill.core.event import Batch, Event
+from retrofill.core.event import Batch, Event, import_name
 from retrofill.hot.keys import KeyFile, KeyFiles
 from retrofill.limits import FINGERPRINTS_IN_MEMORY, Limits
 
@@ -53,7 +53,7 @@ def import_of(event: Event) -> str:
     said = event.ingestion_metadata
     if said is None or said.source_name != IMPORT_SOURCE:
         return ""
-    return said.source_version or ""
+    return import_name(said.source_version or "")
 
 
 def keys_of(batches: Sequence[Batch], limits: Sequence[Limits]) -> Keyed:

@@ -25,7 +25,7 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from retrofill.core.block import Kind
-from retrofill.core.event import Batch, Envelope, Event
+from retrofill.core.event import Batch, Envelope, Event, import_name
 from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
 from retrofill.engine.query import Reader, Statement, View
 from retrofill.errors import ConflictError, MissingError
@@ -465,5 +465,5 @@ def names_in(opened: Envelope) -> set[str]:
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
         if said is not None and said.source_name == IMPORT_SOURCE and said.source_version:
-            found.add(said.source_version)
+            found.add(import_name(said.source_version))
     return {name for name in found if NAME.fullmatch(name)}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from retrofill.clock import Clock
 from retrofill.engine import imports
@@ -41,6 +43,17 @@ class _Named(Struct, frozen=True, forbid_unknown_fields=True):
 _decode = msgspec.json.Decoder(_Named).decode
 
 
+class _Sent(Route):
+    """A route that looks at the path as it was sent, in which a slash that belongs to the id is `%2F`."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether the route is meant, and with which id."""
+        match, found = super().matches({**scope, "path": scope["raw_path"].decode("latin-1")})
+        for name, value in found.get("path_params", {}).items():
+            found["path_params"][name] = unquote(value)
+        return match, found
+
+
 class ImportRoutes:
     """The endpoints of imports of one server."""
 
@@ -52,17 +65,17 @@ class ImportRoutes:
 
     def routes(self) -> list[Route]:
         """Return every route. The name that events carry may hold a slash, whatever those have that are opened."""
-        one = "/api/1/imports/{id:path}"
+        one = "/api/1/imports/{id}"
         return [
             Route("/api/1/imports", self.list, methods=["GET"]),
             Route("/api/1/imports", self.open, methods=["POST"]),
-            Route(f"{one}/effects", self.effects, methods=["GET"]),
-            Route(f"{one}/restore", self.restore, methods=["POST"]),
-            Route(f"{one}/cancel", self.cancel, methods=["POST"]),
-            Route(f"{one}/close", self.close, methods=["POST"]),
-            Route(f"{one}/export", self.export, methods=["GET"]),
-            Route(one, self.show, methods=["GET"]),
-            Route(one, self.undo, methods=["DELETE"]),
+            _Sent(f"{one}/effects", self.effects, methods=["GET"]),
+            _Sent(f"{one}/restore", self.restore, methods=["POST"]),
+            _Sent(f"{one}/cancel", self.cancel, methods=["POST"]),
+            _Sent(f"{one}/close", self.close, methods=["POST"]),
+            _Sent(f"{one}/export", self.export, methods=["GET"]),
+            _Sent(one, self.show, methods=["GET"]),
+            _Sent(one, self.undo, methods=["DELETE"]),
         ]
 
     async def list(self, request: Request) -> Response:
