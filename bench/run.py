@@ -351,8 +351,8 @@ def row_export(report: Report, server: Server, events: int) -> None:
     server.settle()
     path = f"/api/2/export?start={hours:%Y%m%dT%H}&end={until:%Y%m%dT%H}"
     request = _read(server, path, f"{HOUR_KEY}:{HOUR_SECRET}")
-    idle = server.rss()
-    with tempfile.TemporaryFile(dir=ROOM) as file, servers.peak_rss(server) as peak:
+    idle = server.memory().total
+    with tempfile.TemporaryFile(dir=ROOM) as file, servers.peak_memory(server) as peak:
         started = time.perf_counter()
         with urllib.request.urlopen(request) as answer:
             shutil.copyfileobj(answer, file, 1 << 20)
@@ -362,7 +362,7 @@ def row_export(report: Report, server: Server, events: int) -> None:
     assert rows == events, f"{rows:,} rows exported, {events:,} sent"
     said = f"{rows:,} events in {seconds:.1f} s, {size / MB:.0f} MB"
     report.add(EXPORT, rows / seconds / 1e3, said)
-    report.add(EXPORT_MEMORY, max(0, peak[0] - idle) / MB, said)
+    report.add(EXPORT_MEMORY, max(0, peak[0].total - idle) / MB, said)
 
 
 def _rows(file: object) -> Iterator[int]:
@@ -452,7 +452,7 @@ def long(report: Report, size: Size) -> None:
         for name, first, last in zip(("1000 a request", "10 a request"), before, after, strict=True)
     )
     report.add(SAME, min(last / first for first, last in zip(before, after, strict=True)), said)
-    report.add(MEMORY, server.rss() / MB, "resident, server and children, after the load")
+    report.add(MEMORY, server.memory().total / MB, "resident, server and children, after the load")
     rate = row_small(report, server, size)
     row_half(report, server, rate / 2, size.seals)
     row_export(report, server, size.hour)

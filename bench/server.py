@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,23 @@ def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes. own: of each process, by what it does; shared: of the files that they map, which they have in common."""
+
+    own: dict[str, int]
+    shared: int
+
+    @property
+    def total(self) -> int:
+        """All of it; what several map counts once."""
+        return sum(self.own.values()) + self.shared
+
+    def __str__(self) -> str:
+        parts = [*self.own.items(), ("code", self.shared)]
+        return "resident: " + ", ".join(f"{name} {used / 1e6:,.0f} MB" for name, used in parts)
 
 
 class Server:
@@ -84,15 +102,15 @@ class Server:
                 total += times.user + times.system + times.children_user + times.children_system
         return total
 
-    def rss(self) -> int:
-        """Return resident bytes of the server and its children; what they map of the same files counts once."""
-        own, shared = 0, [0]
+    def memory(self) -> Memory:
+        """Return what the server and its children hold now."""
+        own, shared = {}, [0]
         for one in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                used = one.memory_info()
-                own += used.rss - used.shared
+                used, name = one.memory_info(), _name(one)
+                own[name] = own.get(name, 0) + used.rss - used.shared
                 shared.append(used.shared)
-        return own + max(shared)
+        return Memory(own, max(shared))
 
     def settle(self) -> None:
         """Wait until nothing goes on in the background, by the CPU it uses, three minutes at most."""
@@ -147,15 +165,25 @@ def null(folder: Path, *, app: str = "app") -> Server:
     return Server(command, port, ready="/", log=folder / "null.log")
 
 
+def _name(process: psutil.Process) -> str:
+    """Say what one of the server's processes does. The last argument of a child says how nice it is."""
+    command = process.cmdline()
+    if "refolder.main()" in " ".join(command):
+        return "fold"
+    if "seal.main()" in " ".join(command):
+        return "seal" if command[-1] == "5" else "compaction"
+    return "server"
+
+
 @contextlib.contextmanager
-def peak_rss(server: Server) -> Iterator[list[int]]:
-    """Watch memory while the block runs; the list's one number is the most that was seen, in bytes."""
-    peak = [server.rss()]
+def peak_memory(server: Server) -> Iterator[list[Memory]]:
+    """Watch memory while the block runs; the list's one value is the most that was seen."""
+    peak = [server.memory()]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
-            peak[0] = max(peak[0], server.rss())
+            peak[0] = max(peak[0], server.memory(), key=lambda seen: seen.total)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
