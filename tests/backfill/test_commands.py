@@ -286,6 +286,6 @@ def test_a_destination_says_itself_whether_it_is_ours() -> None:
 
 
 def test_property_updates_count_only_when_they_are_synced() -> None:
-    assert adjust(PROFILES["amplitude"], skip_sync=False).rates.updates_per_h == 1800
+    assert adjust(PROFILES["amplitude"], updates=True).rates.updates_per_h == 1800
     assert adjust(PROFILES["amplitude"]).rates.updates_per_h == 0
-    assert adjust(PROFILES["amplitude"], skip_sync=False, updates_per_h=5).rates.updates_per_h == 5
+    assert adjust(PROFILES["amplitude"], updates=True, updates_per_h=5).rates.updates_per_h == 5

@@ -90,7 +90,7 @@ def test_property_updates_are_planned_where_they_are_synced(tmp_path: Path) -> N
     told = MAPPING + "  user_properties: p\n"
     source = ndjson(tmp_path / "s.ndjson", history)
     found = run(tmp_path / "work", source, told, skip_user_properties_sync=False)
-    ours = profile.adjust(profile.PROFILES["retrofill"], updates_per_h=1800, skip_sync=False)
+    ours = profile.adjust(profile.PROFILES["retrofill"], updates_per_h=1800, updates=True)
     made = plan.plan(found, ours, destination="x", stage=tmp_path / "work" / "stage")
     assert made.updates == 3000
     assert (made.least_s, made.least_because) == (3600.0, "property updates")
@@ -98,6 +98,24 @@ def test_property_updates_are_planned_where_they_are_synced(tmp_path: Path) -> N
     assert "1,800 an hour" in warning
     assert "takes 1 h" in warning
     assert "--skip-user-properties-sync" in warning
+
+
+def test_identify_calls_are_property_updates_whatever_the_flag_says(tmp_path: Path) -> None:
+    history = [
+        {"user": "hot-user", "event": event, "at": 1700000000000 + n, "p": {"n": n}}
+        for n in range(2000)
+        for event in ("Open", "$identify")
+    ]
+    told = MAPPING + "  user_properties: p\n"
+    found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", history), told)
+    assert found.options.skip_user_properties_sync
+    ours = profile.adjust(profile.PROFILES["retrofill"], updates_per_h=1800, updates=found.updates)
+    made = plan.plan(found, ours, destination="x", stage=tmp_path / "work" / "stage")
+    assert made.updates == 2000
+    assert (made.least_s, made.least_because) == (3600.0, "property updates")
+    assert any("Its identify calls count" in text for text in made.warnings)
+    plain = run(tmp_path / "plain", ndjson(tmp_path / "p.ndjson", history[::2]), told)
+    assert not plain.updates
 
 
 def test_a_plan_names_who_is_held_back_and_for_how_many_days(tmp_path: Path) -> None:

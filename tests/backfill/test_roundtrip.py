@@ -188,18 +188,18 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
     source = [str(tmp_path / "s.ndjson"), "--map", str(tmp_path / "m.yaml")]
     keys = ["--api-key", OLD[0], "--secret-key", OLD[1], "--work", str(tmp_path / "work")]
     with Live(tmp_path) as live:
-        rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
+        rates = adjust(choose(target(live.address), None, *OLD), updates=True).rates
         assert (rates.updates_per_h, rates.quota_per_day) == (1800, 500_000)
         assert (rates.device_per_s, rates.user_per_s, rates.events_per_s) == (1000, 1000, 0)
         short = choose(target(f"{live.address}/2/httpapi"), None, *OLD).rates
         assert (short.device_per_s, short.user_per_s) == (30, 30)
-        unknown = adjust(choose(target(live.address), None, OLD[0]), skip_sync=False).rates
+        unknown = adjust(choose(target(live.address), None, OLD[0]), updates=True).rates
         assert (unknown.updates_per_h, unknown.quota_per_day) == (0, 0)
         blind = ["plan", *source, "--to", live.address, "--work", str(tmp_path / "blind")]
         synced = [*blind, "--no-skip-user-properties-sync"]
-        assert "beyond 1,800 property updates an hour" in CliRunner().invoke(app, synced).output
+        assert "beyond 1,800 an hour" in CliRunner().invoke(app, synced).output
         assert (
-            "beyond 1,800"
+            "beyond 1,800 an hour"
             not in CliRunner().invoke(app, [*blind[:-1], str(tmp_path / "other")]).output
         )
         planned = CliRunner().invoke(app, ["plan", *source, "--to", live.address, *keys, "--json"])
@@ -209,7 +209,7 @@ def test_our_server_says_how_many_property_updates_it_takes(tmp_path: Path) -> N
         limits = {"property_updates_per_h": 0, "daily_quota": 9000, "batch_eps": 5000}
         limits |= {"project_eps": 500, "project_requests_per_s": 7}
         put(live, OLD, "/api/1/project", json.dumps({"limits": limits}).encode())
-        rates = adjust(choose(target(live.address), None, *OLD), skip_sync=False).rates
+        rates = adjust(choose(target(live.address), None, *OLD), updates=True).rates
         assert (rates.updates_per_h, rates.quota_per_day) == (0, 9000)
         assert (rates.device_per_s, rates.events_per_s, rates.requests_per_s) == (5000, 500, 7)
         planned = CliRunner().invoke(app, ["plan", *source, "--to", live.address, *keys, "--json"])

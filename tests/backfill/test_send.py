@@ -478,17 +478,27 @@ def test_a_resumed_run_sends_nothing_twice_but_what_was_under_way(tmp_path: Path
     check_whole(tmp_path, made, to)
 
 
-def test_property_updates_of_a_person_keep_to_the_hour_over_restarts(tmp_path: Path) -> None:
+SKIPPED = ',"$skip_user_properties_sync":true'
+PROPERTIES = ',"user_properties":{"at":1}'
+
+
+@pytest.mark.parametrize(
+    ("counted", "other"),
+    [
+        (PROPERTIES, ""),
+        # With the flag it is identify calls that count, and no others.
+        (f'{PROPERTIES}{SKIPPED},"event_type":"$identify"', f"{PROPERTIES}{SKIPPED}"),
+    ],
+)
+def test_property_updates_of_a_person_keep_to_the_hour_over_restarts(
+    tmp_path: Path, counted: str, other: str
+) -> None:
     """Beyond its hourly number a destination answers 200 and drops the update: nobody would ever know."""
     made = staged.history({1: 400, 2: 400})
     for at, one in enumerate(made):
-        if one.person == 1:
-            text = one.text[:-1] + ',"user_properties":{"at":1}}'
-            made[at] = one._replace(text=text)
+        made[at] = one._replace(text=one.text[:-1] + (counted if one.person == 1 else other) + "}")
     staged.write(tmp_path, made)
-    profile = adjust(
-        PROFILES["retrofill"], events_per_request=10, updates_per_h=100, skip_sync=False
-    )
+    profile = adjust(PROFILES["retrofill"], events_per_request=10, updates_per_h=100, updates=True)
     to = Misbehaving(3, faults={"503": 0.05, "reset before": 0.05})
     times: list[float] = []  # of the updates that were stored
     stored = to._store

@@ -45,13 +45,20 @@ HISTORY_PER_S = (
 RELEASE_AFTER = 8  # ours: row groups read before memory is given back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
-UPDATE = (
-    '"user_properties":{'  # stands in every event that is a property update, and hardly in others
-)
+# What stands in every event that is a property update, and hardly in others; in one that is none all the same, unless it is an
+# identify call, which sets properties whatever the flag says.
+_PROPERTIES, _SKIPPED = '"user_properties":{', '"$skip_user_properties_sync":true'
+_IDENTIFY = '"event_type":"$identify"'
 
 DETAILS = ["person", TEXT, "device_id", "user_id", "insert_id", "file", "line"]
 
 Ints = NDArray[np.int64]
+
+
+def updates(texts: pa.Array) -> pa.BooleanArray:
+    """Say which events are property updates."""
+    spared = pc.and_not(pc.match_substring(texts, _SKIPPED), pc.match_substring(texts, _IDENTIFY))
+    return pc.and_not(pc.match_substring(texts, _PROPERTIES), spared)
 
 
 class Block:
@@ -653,7 +660,7 @@ class Feed:
     def _updates(self, table: pa.RecordBatch) -> NDArray[np.bool_]:
         if not self.rates.updates_per_h:
             return np.zeros(table.num_rows, bool)
-        mask = pc.match_substring(table.column(TEXT), UPDATE)
+        mask = updates(table.column(TEXT))
         found: NDArray[np.bool_] = mask.to_numpy(zero_copy_only=False).astype(bool)
         return found
 

@@ -116,6 +116,11 @@ class Manifest(Struct, frozen=True, kw_only=True):
     hot_people: list[HotPerson]
     kiosks: list[Kiosk]
 
+    @property
+    def updates(self) -> bool:
+        """Whether events can be property updates: beside $skip_user_properties_sync identify calls are, and they alone."""
+        return not self.options.skip_user_properties_sync or "$identify" in self.types
+
 
 def read(stage: Path) -> Manifest | None:
     """Return the manifest of a stage folder, None if there is no whole stage.

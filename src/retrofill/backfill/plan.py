@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
-from retrofill.backfill.feed import HISTORY_PER_S, UPDATE
+from retrofill.backfill.feed import HISTORY_PER_S
+from retrofill.backfill.feed import updates as updates_of
 from retrofill.backfill.manifest import Hot, HotPerson, Kiosk, Manifest
 from retrofill.backfill.profile import Profile
 from retrofill.backfill.records import CUT_OFF
@@ -104,7 +105,7 @@ def plan(
     found: Manifest, profile: Profile, *, destination: str, stage: Path, start_s: float = 0.0
 ) -> Plan:
     """Return the plan of sending a stage. start_s: when, seconds since the epoch: daily quotas count clock hours."""
-    counted = not found.options.skip_user_properties_sync and profile.rates.updates_per_h
+    counted = found.updates and profile.rates.updates_per_h
     updates = _most_updates(found, stage) if counted else 0
     bound = _bound(found, profile, updates, start_s)
     limits = {name: seconds for name, seconds in bound.parts.items() if name != _LONGEST}
@@ -175,7 +176,7 @@ def _most_updates(found: Manifest, stage: Path) -> int:
         if one.events <= most:
             break
         texts = (part.column(TEXT) for part in _rows(one, found, stage, [TEXT]))
-        most = max(most, sum(pc.sum(pc.match_substring(t, UPDATE)).as_py() or 0 for t in texts))
+        most = max(most, sum(pc.sum(updates_of(t)).as_py() or 0 for t in texts))
     return most
 
 
@@ -262,7 +263,11 @@ def _warnings(
         yield (
             f"One person has {updates:,} property updates, of which {allowed:,} an hour are taken: that alone takes "
             f"{sentence(lower_bound(profile.rates, events=0, most_updates=updates).seconds)}. "
-            "With --skip-user-properties-sync nobody waits for it"
+            + (
+                "Its identify calls count; `where` in the mapping leaves them out"
+                if found.options.skip_user_properties_sync
+                else "With --skip-user-properties-sync nobody waits for it, but for identify calls"
+            )
         )
 
 

@@ -240,9 +240,9 @@ def adjust(
     events_per_request: int | None = None,
     quota_per_day: int | None = None,
     updates_per_h: int | None = None,
-    skip_sync: bool = True,
+    updates: bool = False,
 ) -> Profile:
-    """Return the profile with the numbers that were given; property updates count only when they are synced."""
+    """Return the profile with the numbers that were given. updates: whether events can be property updates."""
     given = {
         "events_per_s": events_per_s,
         "requests_per_s": requests_per_s,
@@ -264,7 +264,7 @@ def adjust(
     rates = msgspec.structs.replace(
         profile.rates, **{name: value for name, value in given.items() if value is not None}
     )
-    if skip_sync:
+    if not updates:
         rates = msgspec.structs.replace(rates, updates_per_h=0)
     return msgspec.structs.replace(
         profile, rates=rates, connections=connections(profile, rates.events_per_request)

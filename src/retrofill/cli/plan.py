@@ -92,7 +92,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         events_per_request=events_per_request,
         quota_per_day=quota_per_day,
         updates_per_h=updates_per_h,
-        skip_sync=found.options.skip_user_properties_sync,
+        updates=found.updates,
     )
     warn_of_updates(found, chosen, keys)
     made = plan.plan(

@@ -96,7 +96,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
             profile=profiles.adjust(
                 chosen,
                 events_per_request=events_per_request,
-                skip_sync=found.options.skip_user_properties_sync,
+                updates=found.updates,
             ),
             to=to,
             archive=archive,

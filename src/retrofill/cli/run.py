@@ -112,7 +112,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
         events_per_request=events_per_request,
         quota_per_day=quota_per_day,
         updates_per_h=updates_per_h,
-        skip_sync=found.options.skip_user_properties_sync,
+        updates=found.updates,
     )
     warn_of_updates(found, chosen, keys)
     # With a journal it was asked before, unless somebody has removed the stage.
@@ -164,11 +164,12 @@ def profile_of(to: Target, name: str | None, keys: Keys, work: Path) -> Profile:
 
 def warn_of_updates(found: Manifest, profile: Profile, keys: Keys) -> None:
     """Say what without the secret key nobody can know: our server takes so many property updates an hour, and no more."""
-    synced = not found.options.skip_user_properties_sync
     most = max((one.events for one in found.hot_people), default=0)
-    if synced and profile.name == "retrofill" and not keys.secret_key and most > UPDATES_PER_H:
+    if found.options.skip_user_properties_sync:
+        most = min(most, found.types.get("$identify", 0))
+    if profile.name == "retrofill" and not keys.secret_key and most > UPDATES_PER_H:
         say(
-            f"! One person has {most:,} events: beyond {UPDATES_PER_H:,} property updates an hour, unless it is set"
+            f"! One person may have {most:,} property updates: beyond {UPDATES_PER_H:,} an hour, unless it is set"
             " otherwise, a server leaves user profiles as they are. With --secret-key it is asked, or set --updates-per-h"
         )
 
