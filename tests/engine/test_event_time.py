@@ -565,6 +565,33 @@ def test_a_switch_there_and_back_ends_where_it_began(
     control.close()
 
 
+def test_of_two_switches_that_wait_the_one_asked_last_holds(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """The second one asks for what is set still, since the first waits for another change of history to end."""
+    server = by_time(tmp_path, clock, "arrival")
+    change = server.engine.change_settings
+
+    async def ask() -> bool:
+        async with server.engine.rewriting.alone():  # as an undo holds it
+            first = asyncio.create_task(change(1, settings("event")))
+            await asyncio.sleep(0)  # it has begun, and waits
+            second = asyncio.create_task(change(1, settings("arrival")))
+            await asyncio.wait(
+                [second], timeout=0.2
+            )  # it used to be answered after one look at a file
+            answered = second.done()
+        await asyncio.gather(first, second)
+        return answered
+
+    assert not server.run(ask())
+    assert server.engine.settings(1).property_time == "arrival"
+    assert not server.engine.event_time.asked(1)
+    server.crash()
+    assert server.engine.settings(1).property_time == "arrival"
+    server.close()
+
+
 @pytest.mark.slow
 def test_a_switch_that_broke_off_is_not_what_was_asked_last(
     tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch

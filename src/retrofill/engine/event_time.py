@@ -16,6 +16,7 @@ checkpoint has.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -56,6 +57,7 @@ class EventTime:
         self._host = host
         self._may_change = may_change
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked: Counter[int] = Counter()  # switches that wait or are under way, by project
         rewriting.kinds["late"] = self._settled
         rewriting.kinds["property_time"] = self._switched
 
@@ -92,7 +94,12 @@ class EventTime:
         Raises StoreError: it was never begun, or the next start ends it.
         """
         self._may_change()
-        await self._rewriting.whole(self._switch(project, to))
+        self._asked[project] += 1
+        await self._rewriting.whole(self._in_turn(project, to))
+
+    def asked(self, project: int) -> bool:
+        """Say whether a switch of a project waits or is under way: who asks now has the last word."""
+        return self._asked[project] > 0
 
     def switching(self, project: int) -> bool:
         """Say whether a switch of a project is begun and not ended: then the setting is not what it will be. Any thread."""
@@ -135,6 +142,12 @@ class EventTime:
 
     async def _settled(self, _intent: Intent, _block: int) -> None:
         """Nothing is left to do: the state says by itself that nobody is marked."""
+
+    async def _in_turn(self, project: int, to: PropertyTime) -> None:
+        try:
+            await self._switch(project, to)
+        finally:
+            self._asked[project] -= 1
 
     async def _switch(self, project: int, to: PropertyTime) -> None:
         async with self._rewriting.alone():

@@ -328,9 +328,10 @@ class Engine:
         """As `set_settings`; another `property_time` holds when the project has been folded so. Raises StoreError too."""
         before = self.settings(number).property_time
         self.set_settings(number, replace(settings, property_time=before))
-        to = settings.property_time
-        if to != before or await asyncio.to_thread(self.event_time.switching, number):
-            await self.event_time.switch(number, to)
+        to, event_time = settings.property_time, self.event_time
+        asked = to != before or event_time.asked(number)
+        if asked or await asyncio.to_thread(event_time.switching, number):
+            await event_time.switch(number, to)
 
     # Life.
 
