@@ -106,7 +106,7 @@ def write(
             "file": [0] * len(mine),
             "line": list(range(1, len(mine) + 1)),
         }
-        name = f"set-{number}.arrow"
+        name = f"set-{number}.rows"
         writer = SetWriter(stage / name, packed=number % 2 == 1)
         for rows in pa.table(columns, schema=SCHEMA).to_batches(max_chunksize=group):
             writer.write(rows)

@@ -60,7 +60,7 @@ def table(path: Path) -> pa.Table:
 def rows(work: Path) -> list[Json]:
     """All staged rows, set after set, in the order of sending."""
     found: list[Json] = []
-    for path in sorted((work / "stage").glob("set-*.arrow")):
+    for path in sorted((work / "stage").glob("set-*.rows")):
         found += table(path).to_pylist()
     return found
 

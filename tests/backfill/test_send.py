@@ -19,7 +19,6 @@ from tests.backfill import staged
 from tests.backfill.destination import FAULTS, Arrival, Misbehaving, Reply, Wire
 from tests.backfill.virtual import START_S, VirtualClock, run
 
-from retrofill.backfill import feed as feeds
 from retrofill.backfill import manifest as manifests
 from retrofill.backfill import send as sending
 from retrofill.backfill import unsure
@@ -27,7 +26,6 @@ from retrofill.backfill.feed import Feed
 from retrofill.backfill.journal import Journal, Ledger
 from retrofill.backfill.profile import PROFILES, Profile, adjust
 from retrofill.backfill.send import Outcome, Sender
-from retrofill.backfill.sets import Set
 from retrofill.core.schedule import Rates
 from retrofill.errors import FinalError
 
@@ -155,13 +153,6 @@ def check_whole(
     check_order(to)
 
 
-@pytest.fixture(params=[True, False], ids=["mapped", "copied"])
-def _mapped_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to read a set, whatever its size would choose."""
-    monkeypatch.setattr(feeds, "opened", lambda path, _size: Set(path, mapped=request.param))
-
-
-@pytest.mark.usefixtures("_mapped_or_not")
 def test_a_well_behaved_destination_gets_everything_once(tmp_path: Path) -> None:
     made = staged.history({1: 30, 2: 5, 3: 900, 4: 1, 5: 77}, devices=2)
     staged.write(tmp_path, made)
@@ -252,7 +243,6 @@ def test_whatever_happens_everything_arrives_once_in_order_within_the_limits(
         check_rates(to.arrivals, profile.rates)
 
 
-@pytest.mark.usefixtures("_mapped_or_not")
 def test_only_who_is_named_waits(tmp_path: Path) -> None:
     made = staged.history(dict.fromkeys(range(1, 30), 40))
     staged.write(tmp_path, made)
@@ -521,7 +511,6 @@ def test_property_updates_of_a_person_keep_to_the_hour_over_restarts(
     assert max(others) < START_S + 300, "who updates nothing does not wait"
 
 
-@pytest.mark.usefixtures("_mapped_or_not")
 def test_memory_for_text_stays_bounded_however_long_people_are(tmp_path: Path) -> None:
     made = staged.history(dict.fromkeys(range(12), 4000))
     staged.write(tmp_path, made, group=512)

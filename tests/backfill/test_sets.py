@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from retrofill.backfill import feed
 from retrofill.backfill.feed import Block
 from retrofill.backfill.sets import JSON, SCHEMA, TEXT, Set, SetWriter
 from retrofill.errors import CorruptError
@@ -34,7 +33,7 @@ def group(first: int, count: int) -> pa.RecordBatch:
 
 @pytest.fixture(params=[False, True], ids=["plain", "packed"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    path = tmp_path / "set-0.arrow"
+    path = tmp_path / "set-0.rows"
     writer = SetWriter(path, packed=request.param)
     for first, count in ((0, 10), (10, 1), (11, 9)):
         writer.write(group(first, count))
@@ -55,26 +54,19 @@ def test_a_set_gives_back_its_rows(path: Path) -> None:
         assert parts == [(8, [8, 9]), (10, [10]), (11, [11, 12])]
 
 
-def test_a_mapped_set_gives_back_the_same_rows_also_when_its_pages_were_let_go(path: Path) -> None:
-    with Set(path) as one, Set(path, mapped=True) as mapped:
-        assert mapped.starts.tolist() == one.starts.tolist()
-        for names in ([JSON, "line", TEXT], ["person"], SCHEMA.names, ["device_id", "person"]):
-            meant, found = [*one.batches(names)], [*mapped.batches(names)]
-            mapped.let_go()
-            assert found == meant
-            assert [*mapped.batches(names)] == meant
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_sending_maps_what_is_not_packed(tmp_path: Path, *, packed: bool) -> None:
-    writer = SetWriter(tmp_path / "set-0.arrow", packed=packed)
-    made = group(0, 2000)
-    texts = [f',{{"n":{row},"referrer":"{"search" * 40}"}}' for row in range(2000)]
-    writer.write(made.set_column(SCHEMA.get_field_index(TEXT), TEXT, pa.array(texts)))
-    writer.close()
-    events = sum(map(len, texts))
-    sent = feed.opened(tmp_path / "set-0.arrow", events)
-    assert (sent.mapped, sent.rows) == (not packed, 2000)
+def test_each_choice_of_columns_gives_the_same_rows(path: Path) -> None:
+    with Set(path) as one:
+        whole = pa.Table.from_batches([*one.batches(SCHEMA.names)])
+        assert whole == pa.Table.from_batches([group(0, 20)]).combine_chunks()
+        for names in (
+            ["person"],
+            ["seq"],
+            ["bytes"],
+            ["line", "person"],
+            ["user_id", TEXT],
+            [TEXT],
+        ):
+            assert pa.Table.from_batches([*one.batches(names)]) == whole.select(names)
 
 
 def test_rows_of_a_block_are_one_piece_of_what_was_read(path: Path) -> None:
@@ -89,12 +81,12 @@ def test_rows_of_a_block_are_one_piece_of_what_was_read(path: Path) -> None:
 
 
 def test_a_set_that_is_cut_off_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "set-0.arrow"
+    path = tmp_path / "set-0.rows"
     writer = SetWriter(path, packed=False)
     writer.write(group(0, 5))
     writer.close()
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(
-        CorruptError, match=r"A set cannot be read: .*set-0\.arrow.*Remove the stage"
+        CorruptError, match=r"A set cannot be read: .*set-0\.rows.*Remove the stage"
     ):
         Set(path)

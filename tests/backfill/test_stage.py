@@ -299,7 +299,7 @@ def test_a_crash_while_staging_leaves_no_stage_and_the_next_run_makes_it(
             run(tmp_path / "work", source, MAPPING)
     assert manifest.read(tmp_path / "work" / "stage") is None
     # What a killed process leaves behind is in nobody's way.
-    (tmp_path / "work" / "stage.new" / "set-0.arrow").write_bytes(b"half")
+    (tmp_path / "work" / "stage.new" / "set-0.rows").write_bytes(b"half")
     (tmp_path / "work" / "scratch" / "checkpoint.json").write_bytes(b"half")
     (tmp_path / "work" / "scratch" / "spill.arrow").write_bytes(b"half")
     assert run(tmp_path / "work", source, MAPPING).events == 5

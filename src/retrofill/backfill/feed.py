@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from retrofill.backfill.direct import Room
 from retrofill.backfill.journal import Rows, Span
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.sets import COMMA, TEXT, Set
@@ -42,7 +43,6 @@ KIOSK_ROWS = 1200  # ours: rows at hand of one kiosk
 HISTORY_PER_S = (
     50_000  # ours: how fast a history goes where nothing limits it, for deciding who is long
 )
-RELEASE_AFTER = 8  # ours: row groups read before memory is given back
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
 # What stands in every event that is a property update, and hardly in others; in one that is none all the same, unless it is an
@@ -158,7 +158,8 @@ class Feed:
         self.loaded = [0]  # bytes of all blocks alive
         self.cuts: dict[int, deque[Cut]] = {}  # the rows at hand of each work, by its key
         self._manifest = manifest
-        self._sets = [opened(stage / one.path, one.bytes) for one in manifest.sets]
+        self._room = Room()
+        self._sets = [Set(stage / one.path, self._room) for one in manifest.sets]
         self._done = done
         self._keys = 0
         self._opened: dict[int, Open] = {}
@@ -175,12 +176,10 @@ class Feed:
         self._shelf: list[tuple[float, int, Lane]] = []
         self._open_lanes = 0
         self._turn = 0
-        self._reads = 0
         fewest, most = LANES_OPEN
         self._lanes_open = min(most, max(fewest, 16_000 // rates.events_per_request))
         self._details: tuple[int, int, pa.RecordBatch] | None = None
         self._survey()
-        self._let_go()
         self._stream = self._streamed()
         self.streaming = True
 
@@ -285,7 +284,7 @@ class Feed:
         rows = np.flatnonzero(left)
         if len(rows) == 0:
             return self._single(tail), []
-        table = self._read(number, group, ["person", TEXT])
+        table = self._sets[number].read(group, ["person", TEXT])
         people, text = table.column("person").to_numpy(), table.column(TEXT)
         runs = _runs(rows, people)
         works: list[Work] = []
@@ -310,18 +309,22 @@ class Feed:
     ) -> list[Cut]:
         """Rows in blocks of their own, so that the row group need not be kept for them."""
         blocks = [
-            Block(
-                number, start + a, self._alone(number, text, a, b), people[a:b].copy(), self.loaded
-            )
+            Block(number, start + a, self._alone(text, a, b), people[a:b].copy(), self.loaded)
             for a, b in runs
         ]
         return [Cut(block, 0, len(block.people)) for block in blocks]
 
-    def _alone(self, number: int, text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
-        """Return some of the texts without holding the others: of a mapped set nothing holds any."""
-        if self._sets[number].mapped:
-            return text.slice(start, stop - start)
-        return text.take(pa.array(np.arange(start, stop)))
+    def _alone(self, text: pa.StringArray, start: int, stop: int) -> pa.StringArray:
+        """Return some of the texts without holding many others."""
+        found = text.slice(start, stop - start)
+        _valid, offsets, data = found.buffers()
+        edges = np.frombuffer(offsets, np.int32)[found.offset : found.offset + len(found) + 1]
+        first, last = int(edges[0]), int(edges[-1])
+        if 2 * (last - first) >= data.size:
+            return found
+        ends = pa.py_buffer(edges - edges[0])
+        copied = self._room.copied(data.slice(first, last - first))
+        return pa.StringArray.from_buffers(len(found), ends, copied)
 
     def _leave_out_lanes(self, number: int, start: int, stop: int, left: NDArray[np.bool_]) -> None:
         firsts, lasts = self._people_left[number], self._lane_ends[number]
@@ -527,7 +530,7 @@ class Feed:
                 table = self._rows_of(number, first, stop)
                 # In memory of their own: a slice would keep the whole group for as long as the lane is under way.
                 people = table.column("person").to_numpy().copy()
-                text = self._alone(number, table.column(TEXT), 0, stop - first)
+                text = self._alone(table.column(TEXT), 0, stop - first)
                 block = Block(number, first, text, people, self.loaded)
                 return [Cut(block, a - first, b - first) for a, b in open_], stop
             first = stop
@@ -548,22 +551,10 @@ class Feed:
         if table is None:
             while len(self._cache) >= CACHED_GROUPS:
                 del self._cache[next(iter(self._cache))]
-            table = self._read(number, group, self._columns)
+            table = self._sets[number].read(group, self._columns)
         self._cache[number, group] = table
         start = int(one.starts[group])
         return table.slice(first - start, last - first)
-
-    def _read(self, number: int, group: int, columns: list[str]) -> pa.RecordBatch:
-        self._reads += 1
-        if self._reads % RELEASE_AFTER == 0:
-            # Of each a part was looked at: what Arrow keeps of that for itself adds up otherwise.
-            pa.default_memory_pool().release_unused()
-            self._let_go()
-        return self._sets[number].read(group, columns)
-
-    def _let_go(self) -> None:
-        for one in self._sets:
-            one.let_go()
 
     @property
     def _columns(self) -> list[str]:
@@ -630,7 +621,7 @@ class Feed:
         one = self._sets[number]
         group = one.group_of(first)
         if self._details is None or self._details[:2] != (number, group):
-            table = self._read(number, group, DETAILS)
+            table = self._sets[number].read(group, DETAILS)
             self._details = (number, group, table)
         return self._details[2].slice(first - int(one.starts[group]), last - first)
 
@@ -702,14 +693,9 @@ class Feed:
         """The same rows in a block of their own, so that the large one can go."""
         table = self._rows_of(cut.block.set, cut.span.first, cut.span.first + cut.count)
         people = cut.block.people[cut.start : cut.stop].copy()
-        text = self._alone(cut.block.set, table.column(TEXT), 0, cut.count)
+        text = self._alone(table.column(TEXT), 0, cut.count)
         block = Block(cut.block.set, cut.span.first, text, people, self.loaded)
         return Cut(block, 0, cut.count)
-
-
-def opened(path: Path, size: int) -> Set:
-    """Open a set whose events are so many bytes together; packed it has fewer."""
-    return Set(path, mapped=path.stat().st_size > size)
 
 
 def _codes(encoded: Any) -> Ints:

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from retrofill.errors import CorruptError, InputError
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 class Options(Struct, frozen=True, kw_only=True):

@@ -27,8 +27,8 @@ import xxhash
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill import direct, texts
 from retrofill.backfill import spill as spills
-from retrofill.backfill import texts
 from retrofill.backfill.checkpoint import Dealing, Sorting
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import HotPerson, Options, SetFile
@@ -263,6 +263,7 @@ class Sorter:
         self._person: HotPerson | None = None  # whose rows are being written
         self._lead = _lead(options)
         self._packed = packed
+        self._room = direct.Room()
 
     def run(self, buckets: Sequence[Spill], originals: Originals) -> Sorted:
         """Sort buckets, one after another, into set files, and remove each."""
@@ -344,7 +345,7 @@ class Sorter:
         self._set_bytes, self._set_people = step.set_bytes, step.set_people
         if self._set >= 0:
             path = self.folder / set_name(self._set)
-            self._writer = gone_on(path, self._seq, packed=self._packed)
+            self._writer = gone_on(path, self._seq, packed=self._packed, room=self._room)
 
     def _bucket(self, whole: Whole | Scattered) -> None:
         rows = whole.rows
@@ -527,7 +528,8 @@ class Sorter:
         self._close_person()
         self._close_set()
         self._set += 1
-        self._writer = SetWriter(self.folder / set_name(self._set), packed=self._packed)
+        path = self.folder / set_name(self._set)
+        self._writer = SetWriter(path, packed=self._packed, room=self._room)
 
     def _close_set(self) -> None:
         if self._writer is None:
@@ -551,7 +553,7 @@ def _steps(log: Path) -> Iterator[_Step]:
 
 def set_name(number: int) -> str:
     """Return the name of a set's file."""
-    return f"set-{number}.arrow"
+    return f"set-{number}.rows"
 
 
 def _lead(options: Options) -> bytes:

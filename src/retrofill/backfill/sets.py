@@ -1,24 +1,29 @@
 """Sets on disk: the events of one sender in the order of sending, ready to go.
 
-A set is an Arrow file. Each event stands behind a comma, so that the texts of consecutive rows are, as they lie in the
-file, a part of a request's list: sending them copies nothing and joins nothing. Groups of some thousand rows are read at a
-time, and of those only the columns that are asked for. Small stages are written as they are, and sent from where the
-system keeps the file; large ones are packed with LZ4, which costs about half a CPU second for a million events and saves
-four fifths of the room.
+A set is groups of some thousand rows, each of three parts: what is known of the rows beside (a batch of Arrow), whose they are,
+and their texts. Each event stands behind a comma, so that the texts of consecutive rows are, as they lie in the file, a part
+of a request's list: sending them copies nothing and joins nothing. Of a group only the parts are read that are asked for.
+
+Groups begin at whole blocks, each with a head that says how long it is, and go past the system's cache (`direct`). So a set that
+was begun can be gone on with behind any of them. At the end stand all heads again, and how many. Where room on the disk is
+short, parts are packed with LZ4, which costs about half a CPU second for a million events and saves four fifths of the room.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Sequence
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 
+from retrofill.backfill.direct import BLOCK, File, Room, up
 from retrofill.backfill.people import Ints
+from retrofill.backfill.spill import lz4
 from retrofill.backfill.texts import less
 from retrofill.errors import CorruptError
 
@@ -26,87 +31,155 @@ COMMA: Final = b","
 JSON: Final = "json"  # the event alone, made of TEXT when it is asked for
 TEXT: Final = "text"
 
-_MAGIC_BYTES = 8  # before what is otherwise a stream of Arrow
-
 SCHEMA: Final = pa.schema(
     [
         ("person", pa.int64()),
-        ("seq", pa.int64()),  # place in the set, from 0
+        ("seq", pa.int64()),  # place in the set, from 0; not stored
         ("time_ms", pa.int64()),
         ("device_id", pa.string()),
         ("user_id", pa.string()),
         ("insert_id", pa.string()),
         ("event_type", pa.string()),
         (TEXT, pa.string()),  # a comma and the finished event
-        ("bytes", pa.int32()),  # of the event, UTF-8
+        ("bytes", pa.int32()),  # of the event, UTF-8; not stored
         ("file", pa.int32()),
         ("line", pa.int64()),
     ]
 )
+_NARROW: Final = pa.schema(
+    [field for field in SCHEMA if field.name not in {"person", "seq", TEXT, "bytes"}]
+)
+_OF_TEXT: Final = frozenset({TEXT, JSON, "bytes"})
+
+_PART: Final = 64  # each part begins at a multiple of it, as Arrow wants its memory
+_MARK: Final = b"set3"
+_END: Final = struct.Struct("<4sIQ")  # the mark, the number of groups and where their heads begin
+
+
+_HEAD: Final = struct.Struct("<8Q")
+
+
+class _Head(NamedTuple):
+    """One group: where it begins, its rows, the stored size of each part, that of its texts not packed, and whether it is."""
+
+    at: int
+    rows: int
+    narrow: int
+    person: int
+    edges: int
+    text: int
+    text_bytes: int
+    packed: int
+
+    @property
+    def places(self) -> list[int]:
+        """Where each part begins behind `at`, and where the last one ends."""
+        found = [_HEAD.size]
+        for size in (self.narrow, self.person, self.edges, self.text):
+            found.append(found[-1] + -(-size // _PART) * _PART)
+        return found
+
+    @property
+    def behind(self) -> int:
+        """Where the next group begins."""
+        return up(self.at + self.places[-1])
 
 
 class SetWriter:
     """Writes one set, a group after another. packed: with LZ4."""
 
-    def __init__(self, path: Path, *, packed: bool) -> None:
-        options = pa.ipc.IpcWriteOptions(compression="lz4" if packed else None, use_threads=False)
-        self._writer = pa.ipc.new_file(path, SCHEMA, options=options)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        packed: bool,
+        room: Room | None = None,
+        heads: Sequence[_Head] = (),
+    ) -> None:
+        """room: memory that is not in use. heads: of the groups that are there already and stay."""
+        self._file = File(path, os.O_WRONLY | os.O_CREAT | (0 if heads else os.O_TRUNC))
+        self._packed, self._heads = packed, [*heads]
+        self._room = room or Room()
 
     def write(self, group: pa.RecordBatch) -> None:
         """Write rows that are read together."""
-        self._writer.write_batch(group)
+        text = group.column(TEXT)
+        _valid, offsets, data = text.buffers()
+        edges = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
+        first, last = int(edges[0]), int(edges[-1])
+        narrow = group.select(_NARROW.names)
+        plain = [
+            pa.py_buffer(np.ascontiguousarray(group.column("person").to_numpy())),
+            pa.py_buffer(edges - edges[0]),
+            data.slice(first, last - first) if data is not None else pa.py_buffer(b""),
+        ]
+        if self._packed:
+            parts = [lz4(narrow), *(pa.compress(part, "lz4") for part in plain)]
+        else:
+            parts = [narrow.serialize(), *plain]
+        beside, person, ends, body = (part.size for part in parts)
+        whole, packed = last - first, int(self._packed)
+        head = _Head(self._end, len(text), beside, person, ends, body, whole, packed)
+        self._put(zip([0, *head.places], [_HEAD.pack(*head), *parts], strict=False), head.behind)
+        self._heads.append(head)
 
     def close(self) -> None:
         """Finish the file."""
-        self._writer.close()
+        heads = b"".join(_HEAD.pack(*head) for head in self._heads)
+        behind = up(len(heads) + _END.size)
+        end = _END.pack(_MARK, len(self._heads), self._end)
+        self._put([(0, heads), (behind - _END.size, end)], self._end + behind)
+        self._file.close()
+
+    @property
+    def _end(self) -> int:
+        return self._heads[-1].behind if self._heads else 0
+
+    def _put(self, parts: Iterable[tuple[int, pa.Buffer | bytes]], behind: int) -> None:
+        """Write parts, each at its place, and nothing between them, up to the next block."""
+        size = behind - self._end
+        memory = self._room.of(size)
+        whole = memoryview(memory.bytes)
+        at = 0
+        for place, part in parts:
+            whole[at:place] = bytes(place - at)
+            at = place + len(part)
+            whole[place:at] = memoryview(part).cast("B")
+        whole[at:size] = bytes(size - at)
+        self._file.write(whole[:size], self._end)
+        self._room.back(memory)
 
 
-def gone_on(path: Path, rows: int, *, packed: bool) -> SetWriter:
-    """Return a writer of a set that has so many whole groups, which may be cut off behind them.
-
-    A file of Arrow cannot be added to, so the groups are written again, beside, and take the place of the old ones.
-    """
-    fresh = path.with_suffix(".new")
-    writer = SetWriter(fresh, packed=packed)
-    with pa.OSFile(str(path)) as file:
-        file.seek(_MAGIC_BYTES)
-        reader = pa.ipc.open_stream(file)
+def gone_on(path: Path, rows: int, *, packed: bool, room: Room) -> SetWriter:
+    """Return a writer of a set that has so many rows in whole groups; what is behind these is cut off."""
+    heads: list[_Head] = []
+    with path.open("r+b") as file:
         left = rows
         while left > 0:
-            group = reader.read_next_batch()
-            writer.write(group)
-            left -= group.num_rows
-    assert left == 0, f"{path} has no group that ends at row {rows}"
-    fresh.replace(path)
-    return writer
+            file.seek(heads[-1].behind if heads else 0)
+            heads.append(_Head(*_HEAD.unpack(file.read(_HEAD.size))))
+            left -= heads[-1].rows
+        assert left == 0, f"{path} has no group that ends at row {rows}"
+        file.truncate(heads[-1].behind if heads else 0)
+    return SetWriter(path, packed=packed, room=room, heads=heads)
 
 
 class Set:
     """One set, opened for reading. starts: the first row of each group, and the end."""
 
-    def __init__(self, path: Path, *, mapped: bool = False) -> None:
-        """mapped: rows are looked at where the file lies in the system's memory, not copied. For sets that are not packed."""
+    def __init__(self, path: Path, room: Room | None = None) -> None:
+        """room: memory that is not in use, of all sets that are read together."""
         self.path = path
-        self._map = _mapped(path) if mapped else None
-        self._file = (
-            pa.OSFile(str(path)) if self._map is None else pa.BufferReader(pa.py_buffer(self._map))
-        )
-        self._readers: dict[tuple[str, ...], pa.ipc.RecordBatchFileReader] = {}
+        self._room = room or Room()
+        self._file = File(path, os.O_RDONLY)
         try:
-            self.groups = self._reader(("person",)).num_record_batches
-            counts = [group.num_rows for group in self.batches(["person"])]
-        except pa.ArrowInvalid as error:
-            raise CorruptError(
-                f"A set cannot be read: {error}",
-                where=str(path),
-                mend="Remove the stage folder; it is made anew from the source",
-            ) from error
+            self._heads = self._read_heads()
+        except CorruptError:
+            self._file.close()
+            raise
+        self.groups = len(self._heads)
+        counts = [head.rows for head in self._heads]
         self.starts: Ints = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    @property
-    def mapped(self) -> bool:
-        """Whether rows are looked at where the file lies."""
-        return self._map is not None
 
     @property
     def rows(self) -> int:
@@ -119,18 +192,34 @@ class Set:
 
     def read(self, group: int, columns: Sequence[str]) -> pa.RecordBatch:
         """Return some columns of a group, in the order in which they are asked for."""
-        stored = [TEXT if name == JSON else name for name in columns]
-        found = self._reader(tuple(sorted({*stored}))).get_batch(group)
-        made = [
-            less(found.column(TEXT), front=len(COMMA), back=0) if name == JSON else found.column(at)
-            for name, at in zip(columns, stored, strict=True)
-        ]
-        return pa.RecordBatch.from_arrays(made, names=list(columns))
+        head, wanted = self._heads[group], {*columns}
+        narrow, person, edges, text, end = head.places
+        of_text = not wanted.isdisjoint(_OF_TEXT)
+        begin = narrow if wanted & {*_NARROW.names} else person if "person" in wanted else edges
+        data = self._bytes(head.at + begin, head.at + (end if of_text else edges))
 
-    def let_go(self) -> None:
-        """Hold no memory for what was looked at of a mapped set; rows in use are found again by themselves."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+        def part(place: int, size: int, plain: int) -> pa.Buffer:
+            found = data.slice(place - begin, size)
+            return pa.decompress(found, plain, "lz4") if head.packed else found
+
+        rows = head.rows
+        found: dict[str, pa.Array] = {}
+        if begin == narrow:
+            found |= _batch(data.slice(0, head.narrow))
+        if begin <= person:
+            buffers = [None, part(person, head.person, 8 * rows)]
+            found["person"] = pa.Array.from_buffers(pa.int64(), rows, buffers)
+        if of_text:
+            ends = part(edges, head.edges, 4 * rows + 4)
+            texts = pa.StringArray.from_buffers(rows, ends, part(text, head.text, head.text_bytes))
+            found[TEXT] = texts
+            if JSON in wanted:
+                found[JSON] = less(texts, front=len(COMMA), back=0)
+            if "bytes" in wanted:
+                found["bytes"] = pa.array(np.diff(np.frombuffer(ends, np.int32)) - len(COMMA))
+        if "seq" in wanted:
+            found["seq"] = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
+        return pa.RecordBatch.from_arrays([found[name] for name in columns], names=list(columns))
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of every group."""
@@ -153,7 +242,6 @@ class Set:
 
     def close(self) -> None:
         """Close the file."""
-        self._readers.clear()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -162,22 +250,42 @@ class Set:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _reader(self, columns: tuple[str, ...]) -> pa.ipc.RecordBatchFileReader:
-        """Return a reader of these columns, at least."""
-        if self._map is not None:
-            # Nothing is read of what is not looked at. Where columns are chosen, Arrow clears memory for the whole group
-            # and copies them there: a third of sending.
-            columns = ()
-        if columns not in self._readers:
-            fields = [SCHEMA.get_field_index(name) for name in columns]
-            options = pa.ipc.IpcReadOptions(included_fields=fields or None, use_threads=False)
-            self._readers[columns] = pa.ipc.open_file(self._file, options=options)
-        return self._readers[columns]
+    def _read_heads(self) -> list[_Head]:
+        size = self._file.size
+        if size % BLOCK or not size:
+            raise self._corrupt(f"it has {size:,} bytes, no whole blocks")
+        last = bytes(memoryview(self._bytes(size - BLOCK, size)))
+        mark, count, at = _END.unpack(last[-_END.size :])
+        if mark != _MARK or not 0 <= at < size:
+            raise self._corrupt("it has no end")
+        heads = memoryview(self._bytes(at, size))[: count * _HEAD.size]
+        found = [_Head(*one) for one in _HEAD.iter_unpack(heads[: len(heads) - len(heads) % _PART])]
+        if len(found) != count or (found[-1].behind if found else 0) != at:
+            raise self._corrupt("its end does not fit")
+        return found
+
+    def _corrupt(self, reason: str) -> CorruptError:
+        return CorruptError(
+            f"A set cannot be read: {reason}",
+            where=str(self.path),
+            mend="Remove the stage folder; it is made anew from the source",
+        )
+
+    def _bytes(self, begin: int, end: int) -> pa.Buffer:
+        """Return bytes of the file, in memory that is used again when nobody looks at them any more."""
+        low = begin - begin % BLOCK
+        size = up(end) - low
+        memory = self._room.of(size)
+        there = self._file.read(memoryview(memory.bytes)[:size], low)
+        if there < end - low:
+            raise self._corrupt(f"it ends at byte {low + there:,}")
+        return self._room.lent(memory, begin - low, end - begin)
 
 
-def _mapped(path: Path) -> mmap.mmap | None:
-    """Return the file as memory; None where it is empty, or the system cannot let go of the pages."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
-            return None
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _batch(data: pa.Buffer) -> dict[str, pa.Array]:
+    """Return the columns of a batch of Arrow."""
+    for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(data)):
+        if message.type == "record batch":  # a packed one begins with its schema
+            batch = pa.ipc.read_record_batch(message, _NARROW)
+            return dict(zip(batch.schema.names, batch.columns, strict=True))
+    raise AssertionError("a group has no batch")

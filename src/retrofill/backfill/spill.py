@@ -52,7 +52,7 @@ class Spill:
 
     def add(self, batch: pa.RecordBatch, *, packed: bool = False) -> None:
         """Add rows. packed: with LZ4."""
-        data = _packed(batch) if packed else batch.serialize()
+        data = lz4(batch) if packed else batch.serialize()
         with self.path.open("ab") as file:
             file.write(data)
         self.bytes += len(data)
@@ -85,7 +85,7 @@ def _batches(file: pa.NativeFile, schema: pa.Schema) -> Iterator[tuple[pa.Record
             yield pa.ipc.read_record_batch(message, schema), file.tell()
 
 
-def _packed(batch: pa.RecordBatch) -> pa.Buffer:
+def lz4(batch: pa.RecordBatch) -> pa.Buffer:
     """Return the batch with LZ4. It begins with its schema, which reading passes over."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)

@@ -49,7 +49,7 @@ from retrofill.errors import BusyError, InputError
 
 DEAD_LETTERS = "dead-letters.ndjson"
 # Rows are sorted where they are, in any order, up to so much text; what is more is dealt out to buckets first, read in order, so
-# that no more need be in memory. Sets of larger stages are packed: see `sets`.
+# that no more need be in memory.
 PLAIN_BYTES = 1024 * 1024 * 1024
 _KEPT_SHARE = 0.6  # ours, of the memory that is free for files: so large may a source be that is gone through several times
 # Ours: files of a source that are mapped at once. Each stays open, and a process may have 256 of them, or 1024.
@@ -142,11 +142,11 @@ def _whole(scratch: Path, made: Path, begun: State) -> bool:
         scratch / _READ: int(reading.whole),
         scratch / SPILL: 0 if dealing.whole or sorting.bucket else reading.spill,
         scratch / _SORTED: sorting.log,
-        **{made / order.set_name(number): 1 for number in range(sorting.sets)},
     }
     for number, size in enumerate(dealing.buckets):
         sizes[scratch / _bucket(number)] = size if number >= sorting.bucket else 0
-    return all(
+    sets = (made / order.set_name(number) for number in range(sorting.sets))
+    return all(path.exists() for path in sets) and all(
         path.exists() and path.stat().st_size >= size for path, size in sizes.items() if size
     )
 
@@ -246,7 +246,7 @@ class _Staging:
                 keys=read.keys,
                 wanted=np.concatenate((hot_devices[0], hot_users[0], shared)),
                 refused=lambda file, *rest: self.letters.add_event(self.pieces[file].name, *rest),
-                packed=reading.bytes > PLAIN_BYTES,
+                packed=spills.short(self.made, reading.bytes),
                 log=self.scratch / _SORTED,
                 sorting=self.state.sorting,
                 save=self.save,
