@@ -206,9 +206,10 @@ _laid = msgspec.msgpack.Decoder(Laid).decode
 
 
 def read_changes(path: Path) -> tuple[Changes, Laid]:
-    """Read what an export wrote: values of state, and the rest."""
+    """Read what an export wrote: values of state, and the rest, which keeps no people."""
     laid = _laid(path.read_bytes())
     people = {one.amplitude_id: one for one in map(person.decode, laid.people)}
+    laid.people.clear()
     groups = {(kind, value): properties for kind, value, properties in laid.groups}
     last, late = dict(laid.last), set(laid.late)
     return Changes(laid.devices, laid.users, people, groups, {}, last, late), laid
