@@ -24,7 +24,7 @@ from retrofill.engine import change, imports, refolder
 from retrofill.engine.ingest import Engine
 from retrofill.engine.refolder import Done, Export, Task, ThreadRefolder
 from retrofill.errors import ConflictError, CorruptError, FullError, MissingError, StoreError
-from retrofill.lake import Swap
+from retrofill.lake import Swap, history
 
 SEEN = f"({int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)})"
 Wire = list[dict[str, Any]]
@@ -688,6 +688,26 @@ def test_what_waits_for_an_undo_that_fails_after_its_swap_leaves_its_files_alone
     assert subject.run(subject.engine.undo(1, "old-shop")).state == "undone"
     rows = subject.seen()["rows"]
     assert len(rows) == len({row["insert_id"] for row in rows})
+    subject.close()
+
+
+def test_an_undo_that_takes_more_than_duckdb_may_have_says_so(
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no mistake in the program: with more room it goes on."""
+    subject = Server(tmp_path / "subject", clock)
+    one_import(subject)
+    before = subject.seen()
+    engine: Any = subject.engine
+    engine.rewriting._refolder = ThreadRefolder
+    with monkeypatch.context() as patched:
+        patched.setattr(history, "HISTORY_MEMORY_BYTES", 600_000)
+        with pytest.raises(StoreError, match="600,000 bytes of memory") as problem:
+            subject.run(engine.undo(1, "old-shop"))
+    assert "Raise HISTORY_MEMORY_BYTES" in problem.value.mend
+    assert subject.seen() == before
+    assert engine.problem() is None
+    assert subject.run(engine.undo(1, "old-shop")).state == "undone"
     subject.close()
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.engine.test_changed import lake_file
 
+from retrofill.errors import FullError, StoreError
 from retrofill.lake import history
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.history import History
@@ -57,3 +58,47 @@ def test_a_view_of_no_files_is_empty_and_one_of_others_takes_its_place(tmp_path:
     blocks = pa.chunked_array([[block for (block,) in reader.ask(both).fetchall()]])
     assert blocks.unique().to_pylist() == [3, 5, 7]
     reader.close()
+
+
+SORTED = "SELECT md5(range::VARCHAR) AS m FROM range(500000) ORDER BY m"
+# What DuckDB and the file system really say, and what becomes of it.
+WRONG: list[tuple[str, type[StoreError], str]] = [
+    (SORTED, StoreError, "more than DuckDB may have, 8,000,000 bytes of memory and 1,000,000"),
+    (f"COPY ({SORTED}) TO '/dev/full' (FORMAT csv, USE_TMP_FILE false)", FullError, "No room"),
+    ("SELECT * FROM read_parquet('/gone.parquet')", StoreError, "cannot be read or written"),
+]
+
+
+@pytest.mark.parametrize(("statement", "kind", "words"), WRONG)
+@pytest.mark.parametrize("lazily", [False, True])
+def test_what_memory_and_disk_do_not_give_is_told_with_how_to_mend_it(
+    statement: str,
+    kind: type[StoreError],
+    words: str,
+    lazily: bool,  # noqa: FBT001 - a parameter of the test
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        history, "HISTORY_MEMORY_BYTES", 8_000_000 if statement == SORTED else 10**9
+    )
+    monkeypatch.setattr(history, "LAKE_SPILL_BYTES", 1_000_000)
+    reader = History(tmp_path / "spill")
+
+    def read() -> list[pa.RecordBatch]:
+        found = reader.ask(statement)
+        return list(found.to_arrow_reader(1000)) if lazily else [found.to_arrow_table()]
+
+    with pytest.raises(StoreError) as problem, history.told(tmp_path):
+        read()
+    reader.close()
+    assert type(problem.value) is kind
+    assert words in problem.value.what
+    assert "\n" not in problem.value.what
+    assert problem.value.where == str(tmp_path)
+    assert problem.value.mend
+
+
+def test_a_full_disk_is_told_whoever_meets_it(tmp_path: Path) -> None:
+    with pytest.raises(FullError), history.told(tmp_path):
+        Path("/dev/full").write_bytes(b"x")

@@ -54,7 +54,7 @@ from retrofill.lake.arrival import Wanted, in_arrival, positions
 from retrofill.lake.arrow import MERGES, SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
-from retrofill.lake.history import COLUMNS, History
+from retrofill.lake.history import COLUMNS, History, told
 from retrofill.limits import REFOLD_ROWS, REFOLD_TAIL_BYTES, Limits
 
 _NICE = (
@@ -342,18 +342,21 @@ class Session:
         self._tails: list[LakeFile] = []
 
     def do(self, task: Task) -> Done:
-        """Do a task. Raises StoreError and whatever goes wrong in it."""
-        match task:
-            case Begin():
-                return self._begin(task)
-            case Pass():
-                return self._pass(task)
-            case Tail():
-                return self._tail(task)
-            case Rekey():
-                return self._rekey(task)
-            case Export():
-                return self._export()
+        """Do a task. Raises StoreError, FullError, CorruptError, and what is a mistake in it."""
+        if isinstance(task, Begin):
+            self._begun = task
+        with told(self._begun.scratch):
+            match task:
+                case Begin():
+                    return self._begin(task)
+                case Pass():
+                    return self._pass(task)
+                case Tail():
+                    return self._tail(task)
+                case Rekey():
+                    return self._rekey(task)
+                case Export():
+                    return self._export()
 
     def close(self) -> None:
         """Close what was opened."""
@@ -363,7 +366,6 @@ class Session:
     # The closure.
 
     def _begin(self, task: Begin) -> Done:
-        self._begun = task
         self._project = task.project
         self._mine = [task.project, *task.rule.bounds]
         self._history = self._opened = History(task.scratch / "spill")

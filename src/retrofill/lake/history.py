@@ -5,7 +5,9 @@ Whoever owns the lake pins a snapshot and names its files; what they hold then n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrofill.core.sql import literal
+from retrofill.errors import StoreError
 from retrofill.lake.arrow import SCHEMA
 from retrofill.lake.compact import LakeFile
+from retrofill.lake.files import store_error
 from retrofill.lake.parquet import places_of
 from retrofill.limits import HISTORY_MEMORY_BYTES, LAKE_SPILL_BYTES, LAKE_THREADS
 
@@ -93,6 +97,34 @@ class History:
         paths = [self._columns, *(file.path for file in files)]
         named = ", ".join(literal(str(path)) for path in paths)
         return f"read_parquet([{named}], union_by_name=true)"
+
+
+@contextlib.contextmanager
+def told(where: Path) -> Iterator[None]:
+    """Say in our words what memory and disk did not give to who reads history. Other errors are mistakes, and go on."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as problem:  # that it may spill no more is one of these
+        raise StoreError(
+            f"Reading history takes more than DuckDB may have, {HISTORY_MEMORY_BYTES:,} bytes of memory and "
+            f"{LAKE_SPILL_BYTES:,} on disk: {_first_line(problem)}",
+            where=str(where),
+            mend="Nothing has changed. Raise HISTORY_MEMORY_BYTES or LAKE_SPILL_BYTES in limits.py, and ask again",
+        ) from problem
+    except duckdb.IOException as problem:
+        if "No space left" in str(problem):
+            raise store_error(OSError(errno.ENOSPC, str(problem)), where) from problem
+        raise StoreError(
+            f"Files of the lake cannot be read or written: {_first_line(problem)}",
+            where=str(where),
+            mend="Nothing has changed. Mend the disk, and ask again",
+        ) from problem
+    except OSError as problem:
+        raise store_error(problem, where) from problem
+
+
+def _first_line(problem: duckdb.Error) -> str:
+    return str(problem).split("\n", 1)[0]
 
 
 def _gone(file: LakeFile) -> bytes:
