@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from retrofill.backfill import drive
 from retrofill.backfill import keys as key_ring
 from retrofill.backfill.profile import PROFILES, adjust, choose, target
+from retrofill.backfill.send import LONE_REFUSED_MAX
 from retrofill.cli import report, resend, run, status, undo_recipe, verify
 from retrofill.cli.run import resumable, resume_line
 from retrofill.errors import Error, FinalError, InputError
@@ -117,6 +118,42 @@ def test_a_run_that_cannot_reach_its_destination_never_says_complete(tmp_path: P
     assert "not complete" in found.output
     assert "20 waiting" in found.output
     assert "to go on: retrofill" in found.output
+
+
+@pytest.mark.parametrize("refused", [1, 90])
+def test_what_was_refused_is_sent_again_when_the_destination_is_mended(
+    tmp_path: Path, refused: int
+) -> None:
+    """One event of many, and all of them, where the run ends before it has tried each."""
+    given = source(tmp_path, 90)
+    ids = [f"i-{n % 9}-{n // 9}" for n in range(refused)]
+    to = Misbehaving(poison=frozenset(ids), lists="none")
+    work = ["--work", str(tmp_path / "w"), *KEYS]
+    letters = tmp_path / "w" / "dead-letters-send.ndjson"
+    with listening(to) as url:
+        found = CliRunner().invoke(
+            app, ["run", *given, "--to", url, *work, "--profile", "retrofill", "--yes"]
+        )
+        if refused == 1:
+            assert found.exit_code == 0, found.output
+        else:
+            assert isinstance(found.exception, FinalError)
+            assert "retrofill resend --refused" in found.exception.mend
+            assert to.stored == []
+        told = len(letters.read_text().splitlines())
+        assert min(refused, LONE_REFUSED_MAX) <= told <= refused
+        unclear = CliRunner().invoke(app, ["resend", *work, "--yes"])
+        assert "Give --from and --to, or --refused" in str(unclear.exception)
+        to.poison = frozenset()
+        again = call("resend", "--refused", "--yes", *work)
+        assert again.exit_code == 0, again.output
+        assert f"{told} events were refused" in again.output
+        assert "complete: 90 of 90 acknowledged" in again.output
+    assert (len(to.stored), to.repeats, letters.read_text()) == (90, 0, "")
+    people: dict[str, list[int]] = {}
+    for event in to.stored:
+        people.setdefault(event["user_id"], []).append(event["time"])
+    assert refused == 1 or all(times == sorted(times) for times in people.values())
 
 
 def test_a_run_that_leaves_only_dead_letters_is_complete(tmp_path: Path) -> None:

@@ -439,6 +439,13 @@ class Journal:
             )
         self._mend_letters()
 
+    def revive(self) -> int:
+        """Let what the destination has refused be sent again. Returns how many events."""
+        with self._db:
+            found = self._db.execute("DELETE FROM dead").rowcount
+        self._mend_letters()
+        return found
+
     def lose(self, from_ms: int, to_ms: int, now_ms: int) -> int:
         """Mark what was acknowledged with an upload time from..to (both included) as lost. Returns how many events."""
         with self._db:

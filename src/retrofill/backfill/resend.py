@@ -1,10 +1,12 @@
-"""Sending a window again that the destination lost after it had said 200, and the recipe for taking an import back.
+"""Sending again what the destination lost after it had said 200 or refused, and the recipe for taking an import back.
 
-Both read the ledger: which rows went in which request, and which `server_upload_time` its answer named.
+Windows are read from the ledger: which rows went in which request, and which `server_upload_time` its answer named.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,23 @@ def lose(work: Path, *, from_ms: int, to_ms: int, now_ms: int) -> int:
     """
     if to_ms < from_ms:
         raise InputError("The window ends before it begins", mend="Give --from before --to")
+    with _journal(work) as journal:
+        return journal.lose(from_ms, to_ms, now_ms)
+
+
+def revive(work: Path) -> int:
+    """Take the dead letters of sending out of the journal. Returns how many events. Raises BusyError while a run works here."""
+    with _journal(work) as journal:
+        return journal.revive()
+
+
+@contextlib.contextmanager
+def _journal(work: Path) -> Iterator[Journal]:
     staged(work)
     Ledger(work).close()  # says so if there is no journal
     journal = Journal(work)
     try:
-        return journal.lose(from_ms, to_ms, now_ms)
+        yield journal
     finally:
         journal.close()
 

@@ -653,7 +653,8 @@ class Sender:
         if not self._ever_taken and self._lone_refused > LONE_REFUSED_MAX:
             raise FinalError(
                 f"The destination refuses every event: {reason}",
-                mend="Look at dead-letters-send.ndjson, correct the mapping or --to",
+                mend="Look at dead-letters-send.ndjson and correct the mapping or --to; once the destination is mended, "
+                "`retrofill resend --refused` sends all of it",
             )
         dropped = {self._bury(cut, reason)}
         for work in self._returned(flight, dropped):
