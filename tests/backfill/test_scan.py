@@ -12,13 +12,14 @@ from typing import Any
 
 import numba
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numba.core import caching
 from tests.backfill.staging import rows, run
 
-from retrofill.backfill import hashes, intake, scan
+from retrofill.backfill import hashes, intake, places, scan
 from retrofill.core import glance
 from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX
 
@@ -222,15 +223,54 @@ def test_a_look_finds_what_reading_finds(line: str) -> None:
     assert found.good.tolist() == [True, row is not None, True]
     if row is None:
         return
-    said = {name: texts[1].as_py() for name, texts in found.texts.items()}
-    assert said == {name: row.get(name) for name in said}
+    texts, none = pa.array([ROW, line, ROW]), pa.nulls(3, pa.string())
+    said = {
+        name: places.spelled(name, none, texts, found.places, found.sizes) for name in places.NAMES
+    }
+    assert {name: one[1].as_py() for name, one in said.items()} == {
+        name: row.get(name) for name in said
+    }
     assert found.time_ms[1] == row["time"]
     for mine, name, seed in (
         (found.device, "device_id", hashes.DEVICE),
         (found.user, "user_id", hashes.USER),
         (found.insert, "insert_id", hashes.INSERT),
     ):
-        assert mine.tolist() == hashes.of(found.texts[name], seed=seed).tolist()
+        assert mine.tolist() == hashes.of(said[name], seed=seed).tolist()
+    assert found.kind[0] == found.kind[2] > 0
+    assert (found.kind[0] == found.kind[1]) == (row["event_type"] == "Open")
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_ids_that_stand_too_far_behind_have_no_place(size: int) -> None:
+    head = '{"event_properties":{"a":["' + '","'.join(["x" * 500] * 121)
+    middle = '"]},"device_id":"device-1","event_type":"Open","time":1,"insert_id":"'
+    more = "x" * (places.PLACE_MAX - len(head + middle) + size)
+    found = looked(f'{head}{more}{middle}id-1"}}\n')
+    assert found.good.tolist() == [not size]
+
+
+def test_places_move_with_what_is_put_in_front() -> None:
+    texts = pa.array([ROW, ROW.replace('"device_id":"device-1",', "")])
+    found = looked(*texts.to_pylist())
+    longer = pa.array(["," + "x" * 300 + text for text in texts.to_pylist()])
+    where = (places.moved(found.places, found.sizes, 301), found.sizes)
+    own = pa.nulls(2, pa.string())
+    assert places.spelled("device_id", own, longer, *where).to_pylist() == ["device-1", None]
+    part = longer.slice(1)
+    where = (where[0][1:], where[1][1:])
+    assert places.spelled("insert_id", own[1:], part, *where).to_pylist() == ["id-1"]
+
+
+def test_what_has_no_place_is_in_its_own_column() -> None:
+    found, texts = looked(ROW), pa.array([ROW, "{}"])
+    where = [np.append(one, 0) for one in (found.places, found.sizes)]
+    own = pa.array([None, "a user"])
+    assert places.spelled("user_id", own, texts, *where).to_pylist() == [
+        "zoë-maria@example.example",
+        "a user",
+    ]
+    assert places.spelled("user_id", own, texts, *map(np.zeros_like, where)) is own
 
 
 def test_a_large_source_is_looked_at_and_a_small_one_is_not(

@@ -32,6 +32,7 @@ from retrofill.backfill.compiled import Compiled
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.manifest import Options
 from retrofill.backfill.people import Ints, Pairs
+from retrofill.backfill.places import PLACES, SIZES, spelled
 from retrofill.backfill.records import JSON_SCHEMA, Place
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill, short
@@ -57,7 +58,7 @@ _STEPS = 200
 
 # An event on its way. key: known by device and given insert_id, 0 where that is made. event: a line of JSON, less a made
 # insert_id, which gets its last form when equal events stand together; nothing where it stands in the source, at byte `at` of
-# the file and `size` long. Else `at` is -1.
+# the file and `size` long. Else `at` is -1. Ids and type are there, or they have places in the event, and the type a hash in `kind`.
 SPILLED = pa.schema(
     [
         ("file", pa.int32()),
@@ -70,6 +71,9 @@ SPILLED = pa.schema(
         ("device_node", pa.int64()),
         ("key", pa.int64()),
         ("insert_id", pa.string()),
+        (PLACES, pa.int64()),
+        (SIZES, pa.int64()),
+        ("kind", pa.int64()),
         ("event", pa.string()),
         ("at", pa.int64()),
         ("size", pa.int32()),
@@ -423,6 +427,10 @@ class Intake:
             made["event"] = _empty(batch.num_rows)
         else:
             made["at"] = pa.array(np.full(batch.num_rows, -1, np.int64))
+        if PLACES not in batch.schema.names:
+            made |= dict.fromkeys(
+                (PLACES, SIZES, "kind"), pa.array(np.zeros(batch.num_rows, np.int64))
+            )
         columns = [made[name] if name in made else batch.column(name) for name in SPILLED.names]
         rows = pa.RecordBatch.from_arrays(columns, schema=SPILLED)
         self.taken.note(device, user, key, _numbers(batch, "time_ms"))
@@ -502,7 +510,11 @@ class Intake:
         end = np.int64(np.iinfo(np.int64).max if options.until_ms is None else options.until_ms)
         if not options.until_types:
             return end
-        types = batch.column("event_type").dictionary_encode()
+        kinds = batch.column("event_type")
+        if PLACES in batch.schema.names:
+            where = (_numbers(batch, PLACES), _numbers(batch, SIZES))
+            kinds = spelled("event_type", kinds, batch.column("event"), *where)
+        types = kinds.dictionary_encode()
         ends = [min(end, options.until_types.get(one, end)) for one in types.dictionary.to_pylist()]
         found: Ints = np.asarray(ends, np.int64)[types.indices.to_numpy()]
         return found

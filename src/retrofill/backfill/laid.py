@@ -62,6 +62,10 @@ class Scattered(Struct, frozen=True):
     room: Room
     held: Sequence[object]
 
+    def text(self, row: int) -> bytes:
+        """Return the text of one row, less what stands before it."""
+        return bytes(pa.foreign_buffer(int(self.begins[row]), int(self.sizes[row])))
+
     def ordered(self, order: Ints) -> Callable[[int, int], pa.RecordBatch]:
         """Lay the texts in this order and return what gives rows start … end of it."""
         edges = np.zeros(len(order) + 1, np.int64)

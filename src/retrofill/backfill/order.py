@@ -33,7 +33,8 @@ from retrofill.backfill.checkpoint import Dealing, Sorting
 from retrofill.backfill.intake import SPILLED
 from retrofill.backfill.manifest import HotPerson, Options, SetFile
 from retrofill.backfill.people import Ints, People
-from retrofill.backfill.sets import COMMA, SCHEMA, SetWriter, gone_on
+from retrofill.backfill.places import PLACES, SIZES, moved, spelled
+from retrofill.backfill.sets import COMMA, TEXT, SetWriter, gone_on
 from retrofill.backfill.spill import AT, SIZE, Originals, Spill, Whole
 
 if TYPE_CHECKING:
@@ -53,6 +54,19 @@ DEALT_BYTES = 48 * 1024 * 1024
 STEP_BYTES = 32 * 1024 * 1024  # of sets from one checkpoint to the next, ours: 50,000 rows
 GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
 _PART_ROWS = GROUP_ROWS  # taken, finished and written at once: what was gathered is still near
+_KEY = "key"
+_LIKELY = (1 << 16) - 1  # bits of a node
+_STORED = (
+    "time_ms",
+    "device_id",
+    "user_id",
+    "insert_id",
+    "event_type",
+    "file",
+    "line",
+    PLACES,
+    SIZES,
+)
 _HOT = 100  # people, devices and users listed
 _DAY_MS = 86_400_000
 _BITS = 63  # of a number that is sorted
@@ -253,7 +267,10 @@ class Sorter:
         self._log, self._sorting, self._save = log, sorting, save
         self._days: dict[tuple[int, str], int] = {}  # since the last step
         self._step_bytes = 0
-        self._wanted = np.unique(wanted)
+        self._unnamed = {*wanted.tolist()}
+        self._likely = np.zeros(_LIKELY + 1, np.bool_)
+        self._likely[wanted & _LIKELY] = True
+        self._kinds: dict[int, str] = {}  # types by their hash
         self.refused = refused
         self.found = Sorted()
         self._set = -1
@@ -369,7 +386,8 @@ class Sorter:
             if len(apart)
             else apart
         )
-        take = whole.ordered(order)
+        self._name(whole, order)
+        take = self._less(whole).ordered(order)
         for start, end in pairwise([0, *cuts.tolist(), len(order)]):
             if end > start >= self._sorting.row:
                 self._part(take(start, end), person[start:end])
@@ -379,9 +397,9 @@ class Sorter:
 
     def _part(self, batch: pa.RecordBatch, person: Ints) -> None:
         """Finish and write sorted rows."""
-        batch, person = self._without_doubles(batch, person)
-        batch = self._with_insert_ids(batch, person)
-        self._name(batch)
+        if _KEY in batch.schema.names:
+            batch, person = self._without_doubles(batch, person)
+            batch = self._with_insert_ids(batch, person)
         parts = set_of(person, self.options.sets)
         at = np.flatnonzero(np.diff(parts, prepend=-1))
         for start, end in pairwise([*at.tolist(), len(parts)]):
@@ -429,49 +447,49 @@ class Sorter:
             batch = batch.set_column(batch.schema.get_field_index(name), name, values)
         return batch
 
-    def _name(self, batch: pa.RecordBatch) -> None:
-        """Note how the wanted nodes are spelled."""
-        if len(self._wanted) == 0:
-            return
+    def _less(self, whole: Whole | Scattered) -> Whole | Scattered:
+        """Return the rows less the columns that nobody asks for any more, with the places that texts will have in the events."""
+        rows = whole.rows
+        key = len(self.doubles.keys) > 0 or not _ints(rows, _KEY).all()
+        columns = {name: rows.column(name) for name in (*_STORED, "kind", *([_KEY] if key else []))}
+        where = (_ints(rows, PLACES), _ints(rows, SIZES))
+        columns[PLACES] = pa.array(moved(*where, len(self._lead) - len(b"{")))
+        made = pa.RecordBatch.from_pydict(columns)
+        return msgspec.structs.replace(whole, rows=made)
+
+    def _name(self, whole: Whole | Scattered, order: Ints) -> None:
+        """Note how the wanted nodes are spelled. order: of the rows that stay."""
+        rows = whole.rows
+        stay = np.ones(rows.num_rows, np.bool_)
+        if len(order) < len(stay):
+            stay[:] = False
+            stay[order] = True
         for node, name in (("device_node", "device_id"), ("user_node", "user_id")):
-            nodes = _ints(batch, node)
-            at = np.minimum(np.searchsorted(self._wanted, nodes), len(self._wanted) - 1)
-            rows = np.flatnonzero(self._wanted[at] == nodes)
-            found, first = np.unique(nodes[rows], return_index=True)
-            for number, row in zip(found.tolist(), rows[first].tolist(), strict=True):
-                if number not in self.found.names:
-                    self.found.names[number] = batch.column(name)[row].as_py()
+            nodes = _ints(rows, node)
+            # Few are wanted: by some of their bits most rows are seen to be others.
+            likely = np.flatnonzero(self._likely[nodes & _LIKELY] & stay)
+            found, first = np.unique(nodes[likely], return_index=True)
+            for number, row in zip(found.tolist(), likely[first].tolist(), strict=True):
+                if number in self._unnamed:
+                    self._unnamed.discard(number)
+                    self.found.names[number] = _spelled(whole, row, name)
 
     def _write(self, batch: pa.RecordBatch, person: Ints) -> None:
         assert self._writer is not None
         text = batch.column("event")
         size = pc.subtract(pc.binary_length(text), len(COMMA))
-        seq = np.arange(self._seq, self._seq + len(person))
-        time_ms = batch.column("time_ms")
-        made = {
-            "person": pa.array(person),
-            "seq": pa.array(seq),
-            "time_ms": time_ms,
-            "device_id": batch.column("device_id"),
-            "user_id": batch.column("user_id"),
-            "insert_id": batch.column("insert_id"),
-            "event_type": batch.column("event_type"),
-            "text": text,
-            "bytes": size,
-            "file": batch.column("file"),
-            "line": batch.column("line"),
-        }
+        whole = batch.select([*_STORED]).add_column(0, "person", pa.array(person))
+        whole = whole.append_column(TEXT, text)
         groups = max(1, round(len(person) / GROUP_ROWS))
-        whole = pa.RecordBatch.from_arrays(list(made.values()), schema=SCHEMA)
         step = -(-len(person) // groups)
         for start in range(0, len(person), step):
             self._writer.write(whole.slice(start, step))
-        self._count(time_ms, batch.column("event_type"), int(pc.sum(size).as_py()))
+        self._count(batch, int(pc.sum(size).as_py()))
         self._runs(person)
         self._seq += len(person)
 
-    def _count(self, time_ms: pa.Array, event_type: pa.Array, size: int) -> None:
-        times = time_ms.to_numpy()
+    def _count(self, batch: pa.RecordBatch, size: int) -> None:
+        times = _ints(batch, "time_ms")
         found = self.found
         found.events += len(times)
         found.bytes += size
@@ -480,14 +498,30 @@ class Sorter:
         low, high = int(times.min()), int(times.max())
         found.first_ms = low if found.first_ms is None else min(found.first_ms, low)
         found.last_ms = high if found.last_ms is None else max(found.last_ms, high)
-        kinds = event_type.dictionary_encode()
-        names = kinds.dictionary.to_pylist()
-        each, counts = np.unique(
-            times // _DAY_MS * len(names) + kinds.indices.to_numpy(), return_counts=True
-        )
+        names, codes = self._kinds_of(batch)
+        each, counts = np.unique(times // _DAY_MS * len(names) + codes, return_counts=True)
         for number, count in zip(each.tolist(), counts.tolist(), strict=True):
             key = (number // len(names), names[number % len(names)])
             self._days[key] = self._days.get(key, 0) + count
+
+    def _kinds_of(self, batch: pa.RecordBatch) -> tuple[list[str], Ints]:
+        """Return the event types of some rows, and the place among these of each row's."""
+        own = batch.column("event_type")
+        if own.null_count == len(own):
+            kinds, first, codes = np.unique(
+                _ints(batch, "kind"), return_index=True, return_inverse=True
+            )
+            for kind, row in zip(kinds.tolist(), first.tolist(), strict=True):
+                if kind not in self._kinds:
+                    self._kinds[kind] = self._types(batch.slice(row, 1))[0].as_py()
+            return [self._kinds[kind] for kind in kinds.tolist()], codes
+        types = self._types(batch).dictionary_encode()
+        return types.dictionary.to_pylist(), types.indices.to_numpy().astype(np.int64)
+
+    @staticmethod
+    def _types(batch: pa.RecordBatch) -> pa.StringArray:
+        where = (_ints(batch, PLACES), _ints(batch, SIZES))
+        return spelled("event_type", batch.column("event_type"), batch.column("event"), *where)
 
     def _runs(self, person: Ints) -> None:
         """Follow people through the sorted rows, to count them and to find the largest."""
@@ -541,6 +575,15 @@ class Sorter:
         )
         self.found.people += self._set_people
         self._seq = self._set_bytes = self._set_people = 0
+
+
+def _spelled(whole: Whole | Scattered, row: int, name: str) -> str:
+    """Return an id of one row."""
+    one = whole.rows.slice(row, 1)
+    text = pa.array([b"{" + whole.text(row)], pa.binary()).cast(pa.string())
+    where = (_ints(one, PLACES), _ints(one, SIZES))
+    found: str = spelled(name, one.column(name), text, *where)[0].as_py()
+    return found
 
 
 def _steps(log: Path) -> Iterator[_Step]:

@@ -17,11 +17,10 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-import pyarrow as pa
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill import hashes, texts
+from retrofill.backfill import hashes, places
 from retrofill.backfill.people import Ints
 from retrofill.core import event, glance
 from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX
@@ -31,12 +30,15 @@ Bools = NDArray[np.bool_]
 
 MEMBERS_MAX: Final = 62  # each has a bit
 _KINDS: Final = {"text": 0, "millis": 1, "integer": 1, "object": 2}
-_TEXTS: Final = ("device_id", "user_id", "insert_id", "event_type")  # which are taken out
-_DEVICE, _USER, _INSERT, _TYPE, _MOMENT = range(5)  # roles: theirs, and that of the time
-# What is found of a row: where its texts start, how many bytes and characters they have, the time, hashes of its three ids.
-_START, _SIZE, _CHARACTERS, _TIME, _HASH, _COLUMNS = 0, 4, 8, 12, 13, 16
+_DEVICE, _USER, _INSERT, _TYPE, _MOMENT = range(
+    5
+)  # roles: of the texts in `places`, and that of the time
+# What is found of a row: where its texts stand and how long they are (see `places`), the time, the hashes of its texts.
+_PLACES, _SIZES, _TIME, _HASH, _COLUMNS = 0, 1, 2, 3, 7
+# What is known of its texts meanwhile, one after the other: where they start, how many bytes and characters they have.
+_START, _BYTES, _CHARACTERS, _KNOWN = 0, 4, 8, 12
 _DIGITS_MAX: Final = 18  # of a number that surely fits into 64 bits
-_RULES: Final = 7
+_RULES: Final = 8
 (
     _NEEDED,  # a bit for each member that every row has
     _STRING_BYTES_MAX,
@@ -45,7 +47,9 @@ _RULES: Final = 7
     _ID_LENGTH_MIN,
     _DEPTH_MAX,
     _TIME_MS_MAX,
+    _PLACE_MAX,
 ) = range(_RULES)
+_BITS: Final = places.BITS
 _LEVELS_MAX: Final = 62  # objects and arrays, one inside the other: each has a bit
 
 
@@ -53,11 +57,13 @@ class Found(Struct, frozen=True):
     """What a look has found. good: the rows that pass; the columns are theirs alone."""
 
     good: Bools
+    places: Ints  # of the texts within the row, and their sizes: see `places`
+    sizes: Ints
     time_ms: Ints
-    texts: dict[str, pa.StringArray]  # by name; null where there is none
     device: Ints  # hashes of ids, 0 where there is none
     user: Ints
     insert: Ints
+    kind: Ints  # of the event type
 
 
 class Scanner:
@@ -68,7 +74,7 @@ class Scanner:
     ) -> None:
         """kinds: of each member, by name, MEMBERS_MAX at most. needed: which of them each row must have."""
         assert len(kinds) <= MEMBERS_MAX
-        roles = {name: role for role, name in enumerate((*_TEXTS, "time"))}
+        roles = {name: role for role, name in enumerate((*places.NAMES, "time"))}
         self._names = _joined(list(kinds))
         self._kinds = np.array([_KINDS[kind] for kind in kinds.values()], np.int64)
         self._roles = np.array([roles.get(name, -1) for name in kinds], np.int64)
@@ -83,21 +89,16 @@ class Scanner:
         self._rules[_ID_LENGTH_MIN] = id_length_min
         self._rules[_DEPTH_MAX] = min(DEPTH_MAX, _LEVELS_MAX)
         self._rules[_TIME_MS_MAX] = TIME_MS_MAX
+        self._rules[_PLACE_MAX] = places.PLACE_MAX
         loaded(_look, lambda: self.look(memoryview(b"\n"), np.zeros(0, np.int64)))
 
     def look(self, data: memoryview, ends: Ints) -> Found:
         """Look at rows. data: UTF-8. ends: of each row."""
         good = np.zeros(len(ends), np.bool_)
-        found = np.zeros((len(ends), _COLUMNS), np.int64)
+        found = np.zeros((_COLUMNS, len(ends)), np.int64)
         members = (*self._names, self._kinds, self._roles)
         _look(np.frombuffer(data, np.uint8), ends, *members, *self._words, self._rules, good, found)
-        columns = found.T if good.all() else found[good].T
-        made = {
-            name: texts.pieces(data, columns[_START + at], columns[_SIZE + at])
-            for at, name in enumerate(_TEXTS)
-        }
-        time_ms, *hashed = np.ascontiguousarray(columns[_TIME : _HASH + 3])
-        return Found(good, time_ms, made, *hashed)
+        return Found(good, *(found if good.all() else found[:, good]))
 
 
 def _joined(words: Sequence[str]) -> tuple[Bytes, Ints]:
@@ -334,39 +335,41 @@ def _row(  # noqa: PLR0917  # Numba takes no keywords
     roles: Ints,
     usual: Ints,
     rules: Ints,
-    found: Ints,
-    row: int,
-) -> bool:
-    """Say whether a row's members are as they must be. at: of its opening brace. end: of the row. usual, found: see `_look`."""
-    seen, count = 0, 0
+    known: Ints,
+) -> int:
+    """Return the time of a row whose members are as they must be, else -1. at: of its opening brace. end: of the row.
+
+    usual: see `_look`. known: gets what is known of its texts.
+    """
+    seen, count, time = 0, 0, -1
     while True:
         at = _blank(data, at + 1)
         if data[at] != _QUOTE:
-            return False
+            return -1
         name = _name(data, at + 1, end, names, name_ends, usual[count])
         if name < 0 or (seen >> name) & 1:
-            return False
+            return -1
         usual[count] = name
         count += 1
         seen |= 1 << name
         at = _blank(data, at + name_ends[name] - (name_ends[name - 1] if name else 0) + 2)
         if data[at] != _COLON:
-            return False
+            return -1
         first = _blank(data, at + 1)
         role = roles[name]
         if 0 <= role < _MOMENT and data[first] == _QUOTE:
-            at, found[row, _CHARACTERS + role] = _plain(data, first + 1)
-            found[row, _START + role] = first + 1
-            found[row, _SIZE + role] = at - first - 2
+            at, known[_CHARACTERS + role] = _plain(data, first + 1)
+            known[_START + role] = first + 1
+            known[_BYTES + role] = at - first - 2
         else:
             at = _behind(data, first, kinds[name], rules)
         if at < 0:
-            return False
+            return -1
         if role == _MOMENT:
-            found[row, _TIME] = _value(data, first, at)
+            time = _value(data, first, at)
         at = _blank(data, at)
         if data[at] != _COMMA:
-            return at == end - 2 and seen & rules[_NEEDED] == rules[_NEEDED]
+            return time if at == end - 2 and seen & rules[_NEEDED] == rules[_NEEDED] else -1
 
 
 @_compiled
@@ -434,6 +437,7 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
 ) -> None:
     """Look at rows. ends: of each. good, found: get a row each."""
     usual = np.zeros(len(roles) + 1, np.int64)  # which member stood at each place in the row before
+    known = np.zeros(_KNOWN, np.int64)
     end = 0
     for row in range(len(ends)):
         start, end = end, ends[row]
@@ -441,18 +445,22 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
             continue
         if data[end - 2] != _CLOSE or data[end - 1] != _NEWLINE:
             continue
-        if not _row(data, start, end, names, name_ends, kinds, roles, usual, rules, found, row):
-            continue
-        fine = 0 <= found[row, _TIME] <= rules[_TIME_MS_MAX]
-        for role in range(_MOMENT):
-            at, size = found[row, _START + role], found[row, _SIZE + role]
+        known[:] = 0
+        time = _row(data, start, end, names, name_ends, kinds, roles, usual, rules, known)
+        fine = 0 <= time <= rules[_TIME_MS_MAX]
+        for role in range(_MOMENT if fine else 0):
+            at, size = known[_START + role], known[_BYTES + role]
             if not at:
                 continue
-            known = role != _INSERT and _among(data, at, size, words, word_ends)
-            characters = found[row, _CHARACTERS + role]
-            if known or not _good(role, data[at], size, characters, rules):
+            among = role != _INSERT and _among(data, at, size, words, word_ends)
+            characters = known[_CHARACTERS + role]
+            if among or not _good(role, data[at], size, characters, rules):
                 fine = False
-            elif role != _TYPE:
-                found[row, _HASH + role] = _hash(data, at, size, role + 1)
-        someone = found[row, _HASH + _DEVICE] | found[row, _HASH + _USER]
+            else:
+                found[_HASH + role, row] = _hash(data, at, size, role + 1)
+            fine &= at - start <= rules[_PLACE_MAX]
+            found[_PLACES, row] |= (at - start) << (_BITS * role)
+            found[_SIZES, row] |= size << (_BITS * role)
+        found[_TIME, row] = time
+        someone = found[_HASH + _DEVICE, row] | found[_HASH + _USER, row]
         good[row] = fine and someone != 0

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from retrofill.backfill.direct import BLOCK, File, Room, up
 from retrofill.backfill.people import Ints
+from retrofill.backfill.places import NAMES, PLACES, SIZES, spelled
 from retrofill.backfill.spill import lz4
 from retrofill.backfill.texts import less
 from retrofill.errors import CorruptError
@@ -46,10 +47,15 @@ SCHEMA: Final = pa.schema(
         ("line", pa.int64()),
     ]
 )
+# Ids and types that stand in the texts are not stored beside (see `places`).
 _NARROW: Final = pa.schema(
-    [field for field in SCHEMA if field.name not in {"person", "seq", TEXT, "bytes"}]
+    [
+        *(field for field in SCHEMA if field.name not in {"person", "seq", TEXT, "bytes"}),
+        (PLACES, pa.int64()),
+        (SIZES, pa.int64()),
+    ]
 )
-_OF_TEXT: Final = frozenset({TEXT, JSON, "bytes"})
+_OF_TEXT: Final = frozenset({TEXT, JSON, "bytes", *NAMES})
 
 _PART: Final = 64  # each part begins at a multiple of it, as Arrow wants its memory
 _MARK: Final = b"set3"
@@ -102,12 +108,16 @@ class SetWriter:
         self._room = room or Room()
 
     def write(self, group: pa.RecordBatch) -> None:
-        """Write rows that are read together."""
+        """Write rows that are read together: SCHEMA's columns that are stored, and perhaps places of ids in the texts."""
         text = group.column(TEXT)
         _valid, offsets, data = text.buffers()
         edges = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
         first, last = int(edges[0]), int(edges[-1])
-        narrow = group.select(_NARROW.names)
+        none = pa.array(np.zeros(len(text), np.int64))
+        narrow = pa.RecordBatch.from_arrays(
+            [group.column(name) if name in group.schema.names else none for name in _NARROW.names],
+            schema=_NARROW,
+        )
         plain = [
             pa.py_buffer(np.ascontiguousarray(group.column("person").to_numpy())),
             pa.py_buffer(edges - edges[0]),
@@ -213,6 +223,9 @@ class Set:
             ends = part(edges, head.edges, 4 * rows + 4)
             texts = pa.StringArray.from_buffers(rows, ends, part(text, head.text, head.text_bytes))
             found[TEXT] = texts
+            for name in wanted.intersection(NAMES):
+                where = (found[PLACES].to_numpy(), found[SIZES].to_numpy())
+                found[name] = spelled(name, found[name], texts, *where)
             if JSON in wanted:
                 found[JSON] = less(texts, front=len(COMMA), back=0)
             if "bytes" in wanted:

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 from msgspec import Meta, Raw, Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill import check, memory
+from retrofill.backfill import check, memory, places
 from retrofill.backfill import objects as objects_
 from retrofill.backfill.check import Checker
 from retrofill.backfill.columns import Columns
@@ -334,15 +334,16 @@ def _as_they_stand(
 
 
 def _standing(rows: pa.RecordBatch, found: Found) -> pa.RecordBatch:
-    insert_id, at = found.texts["insert_id"], rows.column("at")
+    at, none = rows.column("at"), pa.nulls(rows.num_rows, pa.string())
     return pa.RecordBatch.from_pydict(
         {
             "file": rows.column("file"),
             "line": rows.column("line"),
             "time_ms": pa.array(found.time_ms),
-            **{name: found.texts[name] for name in ("event_type", "user_id", "device_id")},
-            "given": insert_id,
-            "insert_id": insert_id,
+            **dict.fromkeys((*places.NAMES, "given"), none),
+            places.PLACES: pa.array(found.places),
+            places.SIZES: pa.array(found.sizes),
+            "kind": pa.array(found.kind),
             "event": rows.column("text"),
             "device_node": pa.array(found.device),
             "user_node": pa.array(found.user),
