@@ -13,6 +13,8 @@ from tests.backfill.exporting import Exporting, serving
 from tests.faults.process import API_KEY, SECRET_KEY, Process
 from typer.testing import CliRunner, Result
 
+from retrofill.backfill import drive
+from retrofill.backfill.send import Outcome
 from retrofill.cli import resend, run, status, undo, verify
 from retrofill.errors import Error, FinalError, InputError
 
@@ -119,6 +121,32 @@ def test_an_import_is_undone_shown_as_done_and_brought_back(
     with pytest.raises(FinalError, match="does not accept the keys: 401 Invalid") as refused:
         call("undo", "old", "--to", server.url, "--api-key", API_KEY, "--secret-key", "hush")
     assert "hush" not in str(refused.value)
+
+
+def test_a_run_whose_import_is_undone_meanwhile_is_not_complete(
+    tmp_path: Path, server: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = ["--to", server.url, *KEYS]
+    line = ["run", *history(tmp_path, 9), *to, "--work", str(tmp_path / "work"), "--import", "old"]
+    real = drive.drive
+
+    def undone(asked: drive.Drive) -> Outcome:
+        outcome = real(asked)
+        assert call("undo", "old", *to, "--yes").exit_code == 0
+        return outcome
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drive, "drive", undone)
+        found = call(*line, "--yes")
+    assert found.exit_code == 1
+    assert "not complete: 9 of 9 acknowledged" in found.stderr
+    assert f"import old was undone at {server.url} while it was sent" in found.stderr
+    assert json.loads(server.ask("GET", "/api/1/imports/old")[1])["state"] == "undone"
+    assert server.export() == []
+    again = call(*line, "--yes")
+    assert again.exit_code == 0, again.output
+    assert len(server.export()) == 9
+    assert json.loads(server.ask("GET", "/api/1/imports/old")[1])["state"] == "closed"
 
 
 def test_nothing_of_an_undone_import_is_sent_to_mend_it(

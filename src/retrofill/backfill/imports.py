@@ -148,6 +148,12 @@ def begin(work: Path, to: Target, keys: Keys, name: str) -> Begun:
     return Begun(now, set_aside(work, before) if before < now else None)
 
 
+def undone_meanwhile(to: Target, keys: Keys, name: str, generation: int) -> bool:
+    """Say whether the generation of an import that was sent is undone by now, or is being undone. Raises FinalError, RetryError."""
+    found = show(to, keys, name)
+    return found is not None and (found.state == "undoing" or found.next_generation > generation)
+
+
 def need_not_undone(work: Path, to: Target, keys: Keys) -> None:
     """Raise FinalError if the import of a work directory is undone at our own server: what is missing there is meant to be."""
     if not (keys.secret_key and to.ours and names_retrofill(to.read)):

@@ -141,7 +141,7 @@ def command(  # noqa: PLR0913, PLR0917 - typer makes options of them, nobody cal
     if outcome.progress.dead and query is None:
         _show_rows(work, sources, map_)
     if generation is not None and outcome.complete:
-        _note(imports.closed, where, keys, found.import_id)
+        outcome = _closed(outcome, where, keys, found.import_id, generation)
     end(outcome, work, as_json=as_json)
 
 
@@ -181,6 +181,24 @@ def _show_rows(work: Path, sources: list[str], mapping: str | None) -> None:
     with contextlib.suppress(Error, OSError, ValueError):  # then they show the events
         told = mapping_file.load(mapping or fitting(sources, None, None))
         original.sent(work, sources, told.delimiter, told.format)
+
+
+def _closed(outcome: Outcome, to: Target, keys: Keys, name: str, generation: int) -> Outcome:
+    """Close an import at our own server. What was undone while it was sent is not complete, and stays as it is."""
+    from msgspec.structs import replace
+
+    from retrofill.backfill import imports
+
+    undone = False
+    with contextlib.suppress(
+        SendError, InputError
+    ):  # then nobody knows, and the next run asks again
+        undone = imports.undone_meanwhile(to, keys, name, generation)
+    if undone:
+        reason = f"import {name} was undone at {to.name} while it was sent; the same line sends all of it anew"
+        return replace(outcome, complete=False, reason=reason)
+    _note(imports.closed, to, keys, name)
+    return outcome
 
 
 def _note(tell: Callable[[Target, Keys, str], None], to: Target, keys: Keys, name: str) -> None:
