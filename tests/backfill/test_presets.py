@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.backfill.staging import events, letters, ndjson, run
 
+from retrofill.backfill import manifest as manifests
 from retrofill.backfill import mapping_file
 
 SKIP = {"$skip_user_properties_sync": True}
@@ -377,6 +378,9 @@ def test_a_group_call_of_segment_puts_the_user_in_and_says_what_the_group_is_lik
             "utm_source": "Newsletter",
         },
     }
+    found = manifests.read(tmp_path / "work" / "stage")
+    assert found is not None
+    assert (found.events, found.people) == (3, 1)
     assert described == {
         **SKIP,
         "insert_id": "group-1:group",

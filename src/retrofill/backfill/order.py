@@ -536,7 +536,7 @@ class Sorter:
         if len(at) == 0:
             return
         self._close_person()
-        self._set_people += len(at)
+        self._set_people += int(np.count_nonzero(person[at]))  # what is said of groups is nobody's
         for run in np.argsort(counts[:-1])[-_HOT:].tolist():
             self._hot(
                 HotPerson(
