@@ -20,8 +20,9 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from retrofill.backfill import hashes, places
+from retrofill.backfill import hashes, places, wide
 from retrofill.backfill.people import Ints
+from retrofill.backfill.wide import WIDE, WORD
 from retrofill.core import event, glance
 from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX
 
@@ -35,8 +36,8 @@ _DEVICE, _USER, _INSERT, _TYPE, _MOMENT = range(
 )  # roles: of the texts in `places`, and that of the time
 # What is found of a row: where its texts stand and how long they are (see `places`), the time, the hashes of its texts.
 _PLACES, _SIZES, _TIME, _HASH, _COLUMNS = 0, 1, 2, 3, 7
-# What is known of its texts meanwhile, one after the other: where they start, how many bytes and characters they have.
-_START, _BYTES, _CHARACTERS, _KNOWN = 0, 4, 8, 12
+# What is known of its texts meanwhile, one after the other: where they start and how many bytes they have.
+_START, _BYTES, _KNOWN = 0, 4, 8
 _DIGITS_MAX: Final = 18  # of a number that surely fits into 64 bits
 _RULES: Final = 8
 (
@@ -90,6 +91,7 @@ class Scanner:
         self._rules[_DEPTH_MAX] = min(DEPTH_MAX, _LEVELS_MAX)
         self._rules[_TIME_MS_MAX] = TIME_MS_MAX
         self._rules[_PLACE_MAX] = places.PLACE_MAX
+        self._own = np.zeros(len(kinds) + 1, np.int64), np.zeros(_KNOWN, np.int64)
         loaded(_look, lambda: self.look(memoryview(b"\n"), np.zeros(0, np.int64)))
 
     def look(self, data: memoryview, ends: Ints) -> Found:
@@ -97,15 +99,24 @@ class Scanner:
         good = np.zeros(len(ends), np.bool_)
         found = np.zeros((_COLUMNS, len(ends)), np.int64)
         members = (*self._names, self._kinds, self._roles)
-        _look(np.frombuffer(data, np.uint8), ends, *members, *self._words, self._rules, good, found)
+        _look(
+            np.frombuffer(data, np.uint8),
+            ends,
+            *members,
+            *self._words,
+            self._rules,
+            *self._own,
+            good,
+            found,
+        )
         return Found(good, *(found if good.all() else found[:, good]))
 
 
 def _joined(words: Sequence[str]) -> tuple[Bytes, Ints]:
-    """Return the bytes of some words, and where each ends."""
+    """Return the bytes of some words, and where each ends. Behind them are some more."""
     encoded = [word.encode() for word in words]
     ends = np.cumsum([len(word) for word in encoded], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends
+    return np.frombuffer(b"".join((*encoded, bytes(WIDE))), np.uint8), ends
 
 
 # Compiled. A place is -1 where something is odd. Each row ends in a brace and a newline, and whatever is read stops at a byte
@@ -121,16 +132,21 @@ _TO_SMALL = 32  # from a large letter
 _Function = Callable[..., Any]
 
 
+# None makes or keeps an array. Numba would count who holds those that are given, at each call, and with steps that no other
+# processor may see half done: three quarters of the time of a look.
+_OPTIONS: Final[dict[str, Any]] = {"forceinline": True, "_nrt": False}
+
+
 def _compiled(function: _Function) -> _Function:
     """Compile a function when it is first called. Those before `_look` become parts of it."""
-    made: _Function = numba.njit(forceinline=True)(function)
+    made: _Function = numba.njit(**_OPTIONS)(function)
     return made
 
 
 def kept(function: _Function) -> _Function:
     """Compile a function when it is first called, and keep it where there is room to keep anything."""
     try:
-        made: _Function = numba.njit(cache=True, forceinline=True)(function)
+        made: _Function = numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no folder can be written to
         made = _compiled(function)
     return made
@@ -150,7 +166,7 @@ def loaded(function: Any, call: Callable[[], object]) -> None:
 @_compiled
 def _blank(data: Bytes, at: int) -> int:
     """Return the place behind white space."""
-    while data[at] == _SPACE or data[at] == _TAB or data[at] == _RETURN:
+    while data[at] <= _SPACE and (data[at] == _SPACE or data[at] == _TAB or data[at] == _RETURN):
         at += 1
     return at
 
@@ -162,41 +178,52 @@ def _simple(byte: int) -> bool:
 
 
 @_compiled
+def _stop(data: Bytes, at: int) -> int:
+    """Return the place of the next quote, backslash or control character."""
+    while at + WIDE <= len(data):
+        mask = wide.ends_string(data, at)
+        if mask:
+            return at + wide.lowest(mask)
+        at += WIDE
+    while data[at] != _QUOTE and data[at] != _BACKSLASH and data[at] >= _SPACE:
+        at += 1
+    return at
+
+
+@_compiled
 def _string(data: Bytes, at: int, size_max: int) -> int:
     """Return the place behind a string that has only escapes which every writer of JSON writes so. at: behind its first quote."""
     start = at
     while True:
+        at = _stop(data, at)
         byte = data[at]
         if byte == _QUOTE:
             return at + 1 if at - start <= size_max else -1
         if byte < _SPACE:
             return -1
-        if byte == _BACKSLASH:
-            at += 1
-            byte = data[at]
-            if not (byte == _QUOTE or byte == _BACKSLASH or _simple(byte)):
-                return -1
-        at += 1
+        byte = data[at + 1]
+        if not (byte == _QUOTE or byte == _BACKSLASH or _simple(byte)):
+            return -1
+        at += 2
 
 
 @_compiled
-def _plain(data: Bytes, at: int) -> tuple[int, int]:
-    """Return the place behind a string that has no escapes, and how many characters it has. at: behind its first quote."""
-    characters = 0
-    while data[at] != _QUOTE:
-        if data[at] < _SPACE or data[at] == _BACKSLASH:
-            return -1, 0
-        characters += (data[at] & 0xC0) != 0x80  # not a character's second byte
-        at += 1
-    return at + 1, characters
+def _plain(data: Bytes, at: int) -> int:
+    """Return the place behind a string that has no escapes. at: behind its first quote."""
+    at = _stop(data, at)
+    return at + 1 if data[at] == _QUOTE else -1
 
 
 @_compiled
 def _digits(data: Bytes, at: int) -> int:
     """Return the place behind digits that surely fit into 64 bits."""
     first = at
-    while _ZERO <= data[at] <= _NINE:
-        at += 1
+    if at + WIDE <= len(data):
+        mask = wide.ends_digits(data, at)
+        at += wide.lowest(mask) if mask else WIDE
+    else:
+        while _ZERO <= data[at] <= _NINE:
+            at += 1
     return at if 0 < at - first <= _DIGITS_MAX else -1
 
 
@@ -288,18 +315,26 @@ def _object(data: Bytes, at: int, size_max: int, depth_max: int) -> int:
 
 
 @_compiled
+def _same(data: Bytes, at: int, names: Bytes, start: int, size: int) -> bool:
+    """Say whether so many bytes are the same at both places."""
+    if size < WIDE and at + WIDE <= len(data):
+        wanted = (np.uint32(1) << np.uint32(size)) - np.uint32(1)
+        return wide.same(data, at, names, start) & wanted == wanted
+    place = 0
+    while place < size and data[at + place] == names[start + place]:
+        place += 1
+    return place == size
+
+
+@_compiled
 def _name(data: Bytes, at: int, end: int, names: Bytes, ends: Ints, likely: int) -> int:
     """Return which name a key has, -1 for none. at: behind its opening quote. end: of the row. likely: looked at first."""
     for look in range(-1, len(ends)):
         name = likely if look < 0 else look
         start = ends[name - 1] if name else 0
         size = ends[name] - start
-        if at + size < end and data[at + size] == _QUOTE:
-            place = 0
-            while place < size and data[at + place] == names[start + place]:
-                place += 1
-            if place == size:
-                return name
+        if at + size < end and data[at + size] == _QUOTE and _same(data, at, names, start, size):
+            return name
     return -1
 
 
@@ -358,7 +393,7 @@ def _row(  # noqa: PLR0917  # Numba takes no keywords
         first = _blank(data, at + 1)
         role = roles[name]
         if 0 <= role < _MOMENT and data[first] == _QUOTE:
-            at, known[_CHARACTERS + role] = _plain(data, first + 1)
+            at = _plain(data, first + 1)
             known[_START + role] = first + 1
             known[_BYTES + role] = at - first - 2
         else:
@@ -403,26 +438,44 @@ def _mixed(word: Any) -> Any:
 def _hash(data: Bytes, start: int, size: int, seed: int) -> int:
     """Return the hash of an id, as `hashes` makes it."""
     found = np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed * 128 + size)
-    for at in range(start, start + size, 8):
-        word = np.uint64(0)
-        for place in range(min(8, start + size - at)):
-            word |= np.uint64(data[at + place]) << np.uint64(8 * place)
+    for at in range(start, start + size, WORD):
+        left = start + size - at
+        if at + WORD <= len(data):
+            word = wide.word(data, at)
+            if left < WORD:
+                word &= (np.uint64(1) << np.uint64(8 * left)) - np.uint64(1)
+        else:
+            word = np.uint64(0)
+            for place in range(left):
+                word |= np.uint64(data[at + place]) << np.uint64(8 * place)
         found = _mixed(found ^ word)
     return max(np.int64(found >> np.uint64(1)), np.int64(found != np.uint64(0)))  # type: ignore[return-value]  # an int64
 
 
 @_compiled
-def _good(role: int, first: int, size: int, characters: int, rules: Ints) -> bool:
-    """Say whether a text is good in its role, if it is none of the words. first: its first byte."""
+def _characters(data: Bytes, at: int, size: int) -> int:
+    """Return how many characters a text has."""
+    count = 0
+    for place in range(at, at + size):
+        count += (data[place] & 0xC0) != 0x80  # not a character's second byte
+    return count
+
+
+@_compiled
+def _good(data: Bytes, role: int, at: int, size: int, rules: Ints) -> bool:
+    """Say whether a text is good in its role, if it is none of the words."""
     if role == _TYPE:
         return size > 0 and size <= rules[_TYPE_BYTES_MAX]
     if size == 0 or size > rules[_ID_BYTES_MAX]:
         return False
-    return role == _INSERT or (characters >= rules[_ID_LENGTH_MIN] and first > _SPACE)
+    if role == _INSERT:
+        return True
+    long = size >= 4 * rules[_ID_LENGTH_MIN] or _characters(data, at, size) >= rules[_ID_LENGTH_MIN]
+    return long and data[at] > _SPACE
 
 
 @kept
-def _look(  # noqa: PLR0917  # Numba takes no keywords
+def _look(  # noqa: PLR0913, PLR0917  # Numba takes no keywords
     data: Bytes,
     ends: Ints,
     names: Bytes,
@@ -432,12 +485,15 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
     words: Bytes,
     word_ends: Ints,
     rules: Ints,
+    usual: Ints,
+    known: Ints,
     good: Bools,
     found: Ints,
 ) -> None:
-    """Look at rows. ends: of each. good, found: get a row each."""
-    usual = np.zeros(len(roles) + 1, np.int64)  # which member stood at each place in the row before
-    known = np.zeros(_KNOWN, np.int64)
+    """Look at rows. ends: of each. good, found: get a row each.
+
+    usual: which member stood at each place in the row before. known: room for what is known of a row's texts.
+    """
     end = 0
     for row in range(len(ends)):
         start, end = end, ends[row]
@@ -445,7 +501,8 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
             continue
         if data[end - 2] != _CLOSE or data[end - 1] != _NEWLINE:
             continue
-        known[:] = 0
+        for at in range(_KNOWN):
+            known[at] = 0
         time = _row(data, start, end, names, name_ends, kinds, roles, usual, rules, known)
         fine = 0 <= time <= rules[_TIME_MS_MAX]
         for role in range(_MOMENT if fine else 0):
@@ -453,8 +510,7 @@ def _look(  # noqa: PLR0917  # Numba takes no keywords
             if not at:
                 continue
             among = role != _INSERT and _among(data, at, size, words, word_ends)
-            characters = known[_CHARACTERS + role]
-            if among or not _good(role, data[at], size, characters, rules):
+            if among or not _good(data, role, at, size, rules):
                 fine = False
             else:
                 found[_HASH + role, row] = _hash(data, at, size, role + 1)
