@@ -19,23 +19,17 @@ from retrofill import __version__
 from retrofill.backfill.deadletter import Written
 from retrofill.backfill.records import Place
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _NAME: Final = "checkpoint.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Reading(Struct, kw_only=True):
-    """How far the source is read. piece, place: where the next record is.
+class Counted(Struct, kw_only=True):
+    """What was counted of the rows that are read. bytes: of events, lying: of these, what was left in the source.
 
-    odd: bytes of the rows that were put aside for the query, odd_read: how many of these are through it. spill: bytes of
-    the events. looked_at: rows, once all are read; the others are what was counted.
+    unreadable: rows that only the query found to be no JSON. ids: that were taken away, by why. left_out: by the bound.
     """
 
-    piece: int = 0
-    place: Place = field(default_factory=Place)
-    odd: int = 0
-    odd_read: int = 0
-    spill: int = 0
     rows: int = 0
     events: int = 0
     bytes: int = 0
@@ -43,6 +37,21 @@ class Reading(Struct, kw_only=True):
     unreadable: int = 0
     ids: dict[str, int] = {}
     left_out: dict[str, int] = {}
+
+
+class Reading(Struct, kw_only=True):
+    """How far the source is read. piece, place: where the next record is.
+
+    odd: bytes of the rows that were put aside for the query, odd_read: how many of these are through it. spill: bytes of
+    the events. looked_at: rows, once all are read.
+    """
+
+    piece: int = 0
+    place: Place = field(default_factory=Place)
+    odd: int = 0
+    odd_read: int = 0
+    spill: int = 0
+    counted: Counted = field(default_factory=Counted)
     looked_at: int = 0
     whole: bool = False
 

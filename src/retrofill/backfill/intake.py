@@ -12,7 +12,6 @@ database's answer.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from msgspec import Raw, Struct
 
 from retrofill.backfill import columns, compiled, hashes, records, texts
 from retrofill.backfill.check import Checker
-from retrofill.backfill.checkpoint import Reading
+from retrofill.backfill.checkpoint import Counted, Reading
 from retrofill.backfill.columns import Columns
 from retrofill.backfill.compiled import Compiled
 from retrofill.backfill.deadletter import DeadLetters
@@ -125,14 +124,8 @@ class Thin:
 
 
 class Taken(Struct, kw_only=True):
-    """What the intake has seen."""
+    """What memory holds of all rows that were put down."""
 
-    rows: int = 0
-    events: int = 0
-    bytes: int = 0
-    lying: int = 0  # bytes that were left in the source
-    ids: Counter[str] = msgspec.field(default_factory=Counter)
-    left_out: Counter[str] = msgspec.field(default_factory=Counter)
     pairs: Pairs = msgspec.field(default_factory=Pairs)
     keys: list[Ints] = []
     borders: Thin = msgspec.field(default_factory=Thin)
@@ -183,13 +176,12 @@ class Intake:
         """connect: as the function of this name; called once at most, when the mapping or a row needs it."""
         self.pieces, self.mapping, self.options = pieces, mapping, options
         self._connect, self.letters = connect, letters
-        self.taken = Taken()
+        self.taken, self.counted = Taken(), Counted()
         self._failed: BaseException | None = None
         self._piece, self._place = 0, Place()  # where reading is
         self._odd: Spill | None = None  # rows that are not for the straight way
         self._step = STEP_BYTES
         self._packed = False
-        self._unreadable = 0  # rows that only the query found to be no JSON
         self._checker = Checker(self._refused, id_length_min=options.id_length_min)
         self.source = look(pieces, mapping)
         self.columns = Columns(self.source.style, self.source.types, mapping.columns)
@@ -229,9 +221,10 @@ class Intake:
         self._remember(reading, spill)
 
         def checkpoint() -> None:
-            self._note(reading, spill, odd)
+            reading.piece, reading.place = self._piece, msgspec.structs.replace(self._place)
+            reading.spill, reading.odd = spill.bytes, odd.bytes
             save()
-            self._packed = short(scratch, self.taken.bytes)  # as many as in buckets
+            self._packed = short(scratch, self.counted.bytes)  # as many as in buckets
 
         if self._way is not None:
             self._straight_on(self._way, spill, checkpoint, seen)
@@ -242,25 +235,12 @@ class Intake:
         return self.taken
 
     def _remember(self, reading: Reading, spill: Spill) -> None:
-        taken = self.taken
-        taken.rows, taken.events, taken.bytes = reading.rows, reading.events, reading.bytes
-        taken.lying = reading.lying
-        taken.ids, taken.left_out = Counter(reading.ids), Counter(reading.left_out)
-        self._unreadable = reading.unreadable
+        self.counted = reading.counted  # it goes on being counted there, for the next checkpoint
         self._piece, self._place = reading.piece, msgspec.structs.replace(reading.place)
         for batch, _end in spill.batches():
-            taken.note(*(_numbers(batch, name).copy() for name in _NOTED))
+            self.taken.note(*(_numbers(batch, name).copy() for name in _NOTED))
         size = sum(piece.size for piece in self.pieces)
         self._step = min(STEP_BYTES, max(STEP_BYTES_MIN, size // _STEPS))
-
-    def _note(self, reading: Reading, spill: Spill, odd: Spill) -> None:
-        taken = self.taken
-        reading.rows, reading.events, reading.bytes = taken.rows, taken.events, taken.bytes
-        reading.lying = taken.lying
-        reading.ids, reading.left_out = dict(taken.ids), dict(taken.left_out)
-        reading.unreadable = self._unreadable
-        reading.piece, reading.place = self._piece, msgspec.structs.replace(self._place)
-        reading.spill, reading.odd = spill.bytes, odd.bytes
 
     def _straight_on(
         self,
@@ -272,10 +252,10 @@ class Intake:
         size = 0
         for records_ in self._records():
             for batch, good in way.events((records_,)):
-                self.taken.rows += batch.num_rows
+                self.counted.rows += batch.num_rows
                 found = batch if good else finished(self._checker.mended(batch))
                 self._keep(self._in_bounds(found), spill)
-                seen(self.taken.rows)
+                seen(self.counted.rows)
             size += records_.nbytes
             if size >= self._step and not self._place.last:
                 checkpoint()
@@ -295,11 +275,11 @@ class Intake:
             self._register(iter(rows))
             answers = self._answers(query)
             for batch in answers if self._at_once else _in_order(answers):
-                self.taken.rows += batch.num_rows
+                self.counted.rows += batch.num_rows
                 found = self._in_bounds(self._checker.mended(self._without_bad(batch)))
                 self._count_troubles(found)
                 self._keep(finished(found), spill)
-                seen(self.taken.rows)
+                seen(self.counted.rows)
             if not self._place.last and not self._at_once:
                 checkpoint()
 
@@ -344,7 +324,7 @@ class Intake:
     def unread(self) -> int:
         """Rows that were refused before the query saw them."""
         counts = self.letters.counts
-        return counts["unreadable"] + counts[records.CUT_OFF] - self._unreadable
+        return counts["unreadable"] + counts[records.CUT_OFF] - self.counted.unreadable
 
     # The relation `source`.
 
@@ -406,7 +386,7 @@ class Intake:
         for name, bit in _TROUBLES.items():
             lost = int(np.count_nonzero(_numbers(batch, "trouble") & bit))
             if lost:
-                self.taken.ids[name] += lost
+                _add(self.counted.ids, name, lost)
 
     def _keep(self, batch: pa.RecordBatch, spill: Spill) -> None:
         if batch.num_rows == 0:
@@ -414,8 +394,8 @@ class Intake:
         device, user, key = _hashes(batch)
         key = hashes.both(np.where(device == 0, user, device), key)
         size = pc.binary_length(batch.column("event"))
-        self.taken.events += batch.num_rows
-        self.taken.bytes += pc.sum(size).as_py()
+        self.counted.events += batch.num_rows
+        self.counted.bytes += pc.sum(size).as_py()
         made = {
             "device_node": pa.array(device),
             "user_node": pa.array(user),
@@ -423,7 +403,7 @@ class Intake:
             "size": size,
         }
         if "at" in batch.schema.names:  # it stays there
-            self.taken.lying += pc.sum(size).as_py()
+            self.counted.lying += pc.sum(size).as_py()
             made["event"] = _empty(batch.num_rows)
         else:
             made["at"] = pa.array(np.full(batch.num_rows, -1, np.int64))
@@ -453,11 +433,12 @@ class Intake:
             text = text.strip()  # elements of an array bring along what stands before them
         if self.source.style == "json" and not text.lstrip().startswith("{"):
             bad = compiled.UNREADABLE
-        self._unreadable += bad == compiled.UNREADABLE
+        self.counted.unreadable += bad == compiled.UNREADABLE
         kind, reason = self._reason(bad, row["shown"])
         if bad == compiled.NO_ID and row["trouble"]:
             troubles = [name for name, bit in _TROUBLES.items() if row["trouble"] & bit]
-            self.taken.ids.update(f"{name}, no other" for name in troubles)
+            for name in troubles:
+                _add(self.counted.ids, f"{name}, no other", 1)
             reason = f"{' and '.join(troubles)}, and there is no other"
         self.letters.add(self.pieces[row["file"]].name, row["line"], kind, reason, text)
 
@@ -499,8 +480,8 @@ class Intake:
         )
         late = time_ms >= self._until(batch)
         if early.any() or late.any():
-            self.taken.left_out["since"] += int(early.sum())
-            self.taken.left_out["until"] += int(late.sum())
+            _add(self.counted.left_out, "since", int(early.sum()))
+            _add(self.counted.left_out, "until", int(late.sum()))
             batch = batch.filter(pa.array(~(early | late)))
         return batch
 
@@ -521,12 +502,12 @@ class Intake:
 
     def _judge(self) -> None:
         refused = self.letters.total
-        rows = max(self.taken.rows + self.unread, 1)
+        rows = max(self.counted.rows + self.unread, 1)
         if refused <= rows * self.options.bad_rows:
             return
         firsts = self.letters.firsts
         first = next(firsts[piece.name] for piece in self.pieces if piece.name in firsts)
-        short = any("too short" in name for name in self.taken.ids)
+        short = any("too short" in name for name in self.counted.ids)
         shorter = ", take shorter ids with --min-id-length" if short else ""
         worst = ", ".join(f"{kind} {count:,}" for kind, count in self.letters.counts.most_common(5))
         raise InputError(
@@ -547,6 +528,10 @@ def _in_order(answers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(rows), _ROWS):
         some = table.take(pa.array(rows[start : start + _ROWS])).combine_chunks()
         yield from some.to_batches()
+
+
+def _add(counts: dict[str, int], name: str, more: int) -> None:
+    counts[name] = counts.get(name, 0) + more
 
 
 def _empty(count: int) -> pa.StringArray:

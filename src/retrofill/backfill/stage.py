@@ -35,7 +35,7 @@ from retrofill.backfill import (
     source,
 )
 from retrofill.backfill import spill as spills
-from retrofill.backfill.checkpoint import Checkpoint, State
+from retrofill.backfill.checkpoint import Checkpoint, Counted, State
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.intake import ODD, SPILL, SPILLED, Intake, Taken, connect
 from retrofill.backfill.journal import locked
@@ -120,8 +120,8 @@ def stage(
             for folder in (scratch, made):
                 folder.mkdir(parents=True)
             begun = checkpoint.begin(mark, options.import_id)
-        elif begun.reading.rows:
-            progress("go on", begun.reading.rows)
+        elif begun.reading.counted.rows:
+            progress("go on", begun.reading.counted.rows)
         kept = Checkpoint(scratch, begun)
         try:
             found = _Staging(work, origins, asked, options, kept, progress).make()
@@ -231,7 +231,7 @@ class _Staging:
                 raise
             self._unchanged()
             reading = self.state.reading
-            self.progress("sort", reading.rows)
+            self.progress("sort", reading.counted.rows)
             joined = people.join(read.device, read.user, kiosk_limit=self.options.kiosk_limit)
             hot_devices, hot_users = (
                 _hottest(read.device, read.count),
@@ -246,7 +246,7 @@ class _Staging:
                 keys=read.keys,
                 wanted=np.concatenate((hot_devices[0], hot_users[0], shared)),
                 refused=lambda file, *rest: self.letters.add_event(self.pieces[file].name, *rest),
-                packed=spills.short(self.made, reading.bytes),
+                packed=spills.short(self.made, reading.counted.bytes),
                 log=self.scratch / _SORTED,
                 sorting=self.state.sorting,
                 save=self.save,
@@ -275,9 +275,9 @@ class _Staging:
             types=_by_type(found),
             refused=dict(self.letters.counts.most_common()),
             duplicates=Duplicates(found.same, found.different),
-            ids=dict(reading.ids),
+            ids=dict(reading.counted.ids),
             left_out={
-                **reading.left_out,
+                **reading.counted.left_out,
                 **({"sample": found.left_out} if found.left_out else {}),
             },
             hot_devices=_named(hot_devices, names),
@@ -307,7 +307,7 @@ class _Staging:
                 save=self.save,
                 seen=lambda rows: self.progress("read", rows),
             )
-        reading.looked_at = taken.rows + intake.unread
+        reading.looked_at = reading.counted.rows + intake.unread
         device, user, count = taken.pairs.compact()
         borders = self._borders(taken, device, user)
         found = _Read(
@@ -319,17 +319,18 @@ class _Staging:
         return found
 
     def _borders(self, taken: Taken, device: Ints, user: Ints) -> order.Borders:
+        counted = self.state.reading.counted
         thin_device, thin_user, time_ms = taken.borders.rows()
         sizes = [piece.size for piece in self.pieces if records.lies_there(piece)]
         few = len(sizes) <= MAPPED_FILES_MAX
         # Of files much larger than what is wanted of them (--since), most would be mapped for nothing.
-        as_it_is = not taken.lying or (few and sum(sizes) <= 2 * PLAIN_BYTES)
-        if taken.bytes <= PLAIN_BYTES and as_it_is:
+        as_it_is = not counted.lying or (few and sum(sizes) <= 2 * PLAIN_BYTES)
+        if counted.bytes <= PLAIN_BYTES and as_it_is:
             return order.borders(thin_device, time_ms, buckets=1)
         joined = people.join(device, user, kiosk_limit=self.options.kiosk_limit)
-        left = self.state.dealing.left = few and _stay(taken, sum(sizes))
+        left = self.state.dealing.left = few and _stay(counted, sum(sizes))
         bucket_bytes = order.LAID_BUCKET_BYTES if left else order.BUCKET_BYTES
-        buckets = max(2, -(-taken.bytes // bucket_bytes))
+        buckets = max(2, -(-counted.bytes // bucket_bytes))
         return order.borders(joined.of(thin_device, thin_user), time_ms, buckets=buckets)
 
     def _buckets(self, read: _Read, joined: People, originals: Originals) -> list[Spill]:
@@ -368,13 +369,13 @@ class _Staging:
         original.staged(letters.path, letters.shown, self.pieces, letters.events, told)
 
 
-def _stay(taken: Taken, size: int) -> bool:
+def _stay(counted: Counted, size: int) -> bool:
     """Say whether texts stay in the source until they are sorted: most are there, and the system can keep it in memory.
 
     size: of the files in which they are.
     """
     room = min(order.LAID_SOURCE_BYTES_MAX, int(memory.available() * _KEPT_SHARE))
-    return taken.bytes < 2 * taken.lying and size <= room
+    return counted.bytes < 2 * counted.lying and size <= room
 
 
 def _hottest(node: Ints, count: Ints) -> tuple[Ints, Ints]:
