@@ -12,7 +12,8 @@ import pytest
 from tests.backfill.staging import events, letters, ndjson, run
 
 from retrofill.backfill import manifest as manifests
-from retrofill.backfill import mapping_file
+from retrofill.backfill import mapping_file, plan
+from retrofill.backfill.profile import PROFILES
 
 SKIP = {"$skip_user_properties_sync": True}
 Json = dict[str, Any]
@@ -378,9 +379,13 @@ def test_a_group_call_of_segment_puts_the_user_in_and_says_what_the_group_is_lik
             "utm_source": "Newsletter",
         },
     }
-    found = manifests.read(tmp_path / "work" / "stage")
+    stage = tmp_path / "work" / "stage"
+    found = manifests.read(stage)
     assert found is not None
     assert (found.events, found.people) == (3, 1)
+    planned = plan.plan(found, PROFILES["amplitude"], destination="x", stage=stage)
+    names = {one.name for one in planned.hot_people}
+    assert names == {"97980cfea0067", "nobody, calls about groups"}
     assert described == {
         **SKIP,
         "insert_id": "group-1:group",

@@ -52,7 +52,7 @@ class Busy(Struct, frozen=True):
     @property
     def name(self) -> str:
         """How to call them."""
-        return self.user_id or self.device_id or ""
+        return self.user_id or self.device_id or "nobody, calls about groups"
 
 
 class Plan(Struct, frozen=True, kw_only=True):
