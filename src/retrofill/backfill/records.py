@@ -150,9 +150,15 @@ def _lines(
     blocks: Iterator[tuple[int, bytes]], piece: Piece, letters: DeadLetters, place: Place
 ) -> Iterator[tuple[pa.StringArray, NDArray[np.int64]]]:
     line, rest, end = place.line, b"", 0
+    marks = np.zeros(
+        0, np.bool_
+    )  # used again: fresh memory for each block took longer than looking
     for end, block in blocks:
         buffer = rest + block if rest else block
-        ends = np.flatnonzero(np.frombuffer(buffer, np.uint8) == _NEWLINE) + 1
+        if len(marks) < len(buffer):
+            marks = np.empty(len(buffer) + len(buffer) // 8, np.bool_)
+        found = np.equal(np.frombuffer(buffer, np.uint8), _NEWLINE, out=marks[: len(buffer)])
+        ends = np.flatnonzero(found) + 1
         if len(ends) == 0:
             rest = _bounded(buffer, piece, line, letters)
             continue

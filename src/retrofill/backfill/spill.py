@@ -226,7 +226,13 @@ def placed(batches: Sequence[pa.RecordBatch], schema: pa.Schema, lying: Lying) -
     )
     table = pa.Table.from_batches(batches, schema)
     table = table.drop_columns([name for name in (TEXT, AT, SIZE) if name in schema.names])
-    (rows,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    empty = [name for name in table.column_names if table[name].null_count == len(table)]
+    some = table.drop_columns(empty).combine_chunks()
+    columns = {name: some[name] for name in some.column_names}
+    columns |= {name: pa.nulls(len(table), schema.field(name).type) for name in empty}
+    (rows,) = pa.table(columns, schema=table.schema).to_batches() or [
+        pa.RecordBatch.from_pylist([], table.schema)
+    ]
     return Placed(rows, begins, sizes, batches)
 
 
