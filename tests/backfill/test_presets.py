@@ -362,8 +362,9 @@ def test_a_group_call_of_segment_puts_the_user_in_and_says_what_the_group_is_lik
 ) -> None:
     alias = {"type": "alias", "messageId": "alias-1", "userId": "97980cfea0067"}
     alias |= {"previousId": "old-device-1", "timestamp": "2015-02-23T22:33:00Z"}
+    nothing = [{**GROUP, "groupId": None}, {**alias, "previousId": None}]
     joined, described, known = sorted(
-        staged(tmp_path, "segment", [GROUP, alias]),
+        staged(tmp_path, "segment", [GROUP, alias, *nothing]),
         key=lambda event: event["insert_id"] != "group-1",
     )
     assert joined == {
@@ -402,6 +403,11 @@ def test_a_group_call_of_segment_puts_the_user_in_and_says_what_the_group_is_lik
         "device_id": "old-device-1",
         "time": 1424730780000,
     }
+
+
+def test_a_group_call_of_segment_without_traits_says_nothing_of_the_group(tmp_path: Path) -> None:
+    (joined,) = staged(tmp_path, "segment", [{**GROUP, "traits": None}])
+    assert (joined["event_type"], joined["insert_id"]) == ("$identify", "group-1")
 
 
 def _joining(event: str, **properties: Any) -> Json:
