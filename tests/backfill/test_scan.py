@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
-import runpy
 import string
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numba.core import caching
 from tests.backfill.staging import rows, run
 
 from retrofill.backfill import hashes, intake, places, scan
@@ -286,45 +282,3 @@ def test_a_large_source_is_looked_at_and_a_small_one_is_not(
     small, large = ([row["json"] for row in rows(tmp_path / one)] for one in ("small", "large"))
     assert [ROW[1:-1] in text for text in small + large] == [False, False, True, False]
     assert list(map(json.loads, small)) == list(map(json.loads, large))
-
-
-def test_without_a_folder_to_keep_it_in_it_is_compiled_each_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def njit(**named: bool) -> Any:
-        if "cache" in named:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: ("compiled", function)
-
-    monkeypatch.setattr(numba, "njit", njit)
-    assert scan.kept(len) == ("compiled", len)
-
-
-@pytest.mark.parametrize("damage", [*("nbi cut", "nbi empty", "nbc cut", "nbc empty"), "no room"])
-def test_what_was_kept_and_is_damaged_is_compiled_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    path = tmp_path / "twice.py"
-    path.write_text("def twice(number):\n    return 2 * number\n", encoding="utf-8")
-    twice = runpy.run_path(str(path))["twice"]
-
-    def first() -> Any:
-        kept: Any = scan.kept(twice)
-        scan.loaded(kept, lambda: kept(1))
-        assert kept(4) == 8
-        return kept.stats
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if damage == "no room":
-        with monkeypatch.context() as patched:
-            patched.setattr(caching.IndexDataCacheFile, "_save_data", full)
-            first()
-    else:
-        ending, _, how = damage.partition(" ")
-        (file,) = Path(first().cache_path).glob(f"*.{ending}")
-        file.write_bytes(file.read_bytes()[:90] if how == "cut" else b"")
-        assert not first().cache_hits
-    assert not first().cache_hits  # it is kept again
-    assert first().cache_hits

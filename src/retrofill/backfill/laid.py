@@ -19,9 +19,11 @@ import pyarrow as pa
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from retrofill.backfill.native import native
 from retrofill.backfill.people import Ints
-from retrofill.backfill.scan import Bytes, kept, loaded
 from retrofill.backfill.spill import Mapped, Originals, Placed, taken
+
+Bytes = NDArray[np.uint8]
 
 WINDOW_BYTES: Final = 16 * 1024 * 1024  # ours
 _POPULATE_READ: Final = (
@@ -33,8 +35,7 @@ class Room:
     """Memory that one bucket after another takes: fresh memory costs a quarter of a second for a gigabyte."""
 
     def __init__(self) -> None:
-        none, text = np.zeros(0, np.int64), np.frombuffer(b",", np.uint8)
-        loaded(_copy, lambda: _copy(text, none, none, text, np.zeros(0, np.uint8), none))
+        self.copy = native("copy")
         self._data: Bytes = np.empty(0, np.uint8)
 
     def of(self, size: int) -> Bytes:
@@ -94,7 +95,7 @@ class Scattered(Struct, frozen=True):
             low = int(begins[at][0])
             high = int((begins[at] + self.sizes[rows]).max())
             memory = np.frombuffer(pa.foreign_buffer(low, high - low), np.uint8)
-            _copy(memory, begins[at] - low, self.sizes[rows], lead, room, places[rows])
+            self.room.copy(memory, begins[at] - low, self.sizes[rows], lead, room, places[rows])
             done[at] = True
 
         for file in self.files:
@@ -121,15 +122,3 @@ def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """Yield first and last + 1 of each run of what is wanted."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], wanted.astype(np.int8), [0]))))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-@kept
-def _copy(memory: Bytes, begins: Ints, sizes: Ints, lead: Bytes, to: Bytes, places: Ints) -> None:
-    # Numbers without a sign: else each index might count from the end, which is looked at for every byte, 7 times as slow.
-    for row in range(len(begins)):
-        place, begin = np.uint64(places[row]), np.uint64(begins[row])
-        for at in range(np.uint64(len(lead))):
-            to[place + at] = lead[at]
-        place += np.uint64(len(lead))
-        for at in range(np.uint64(sizes[row])):
-            to[place + at] = memory[begin + at]

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from retrofill.backfill.layout import BITS
 from retrofill.backfill.people import Ints
 from retrofill.backfill.texts import pieces
 
 NAMES: Final = ("device_id", "user_id", "insert_id", "event_type")
-BITS: Final = 16
 PLACE_MAX: Final = (1 << BITS) - 4096  # leaves room for what is put before a text
 PLACES, SIZES = "places", "sizes"  # columns
 

@@ -317,7 +317,7 @@ def _scanner(
     scanner = Scanner(kinds, needed=_NEEDED, id_length_min=checker.id_length_min)
     rows = [row.rstrip(b"\r\n") + b"\n" for row in sample]
     found = scanner.look(memoryview(b"".join(rows)), np.cumsum([len(row) for row in rows]))
-    memory.loaded()  # Numba is: looked through once more at the end, it took 0.2 CPU s
+    memory.loaded()  # Numba may be: looked through once more at the end, it took 0.2 CPU s
     return scanner if np.count_nonzero(found.good) >= _STANDING * len(rows) else None
 
 

@@ -2,20 +2,18 @@
 
 What each function says is a number of 32 bits, the lowest for the first byte. They read so many bytes from a place on, whatever those
 are: the caller sees to it that all are there. Every processor has registers of that size, or two of half of it.
-What was compiled is kept by the file that uses it: whoever changes something here changes `scan` as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-WIDE: Final = 32
-WORD: Final = 8
+from retrofill.backfill.layout import WIDE
 
 ir: Any = vars(cgutils)["ir"]  # LLVM's own words, which Numba builds on
 _BYTE, _MASK, _LONG = ir.IntType(8), ir.IntType(WIDE), ir.IntType(64)
