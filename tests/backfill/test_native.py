@@ -126,3 +126,10 @@ def test_code_is_kept_beside_the_program_or_in_the_cache_of_the_user(
     beside, users = native._folders()
     assert beside == Path(native.__file__).parent / "__pycache__"
     assert users == Path("/somewhere/retrofill")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert native._folders() == [beside]

@@ -94,8 +94,10 @@ def _mark() -> str:
 
 def _folders() -> list[Path]:
     """Return where code is kept, the first choice first."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return [_HERE / "__pycache__", Path(home).expanduser() / "retrofill"]
+    found = [_HERE / "__pycache__"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrofill")
+    return found
 
 
 def _read(path: Path) -> Code | None:
