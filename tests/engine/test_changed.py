@@ -82,7 +82,7 @@ def test_what_differs_is_written_and_nothing_else(
     for name, bound in (
         ("REFOLD_FILE_ROWS", 37),
         ("REFOLD_ASIDE_ROWS", 23),
-        ("REFOLD_GROUP_ROWS", 11),
+        ("REFOLD_ASIDE_BATCH_ROWS", 11),
         ("REFOLD_OUT_ROWS", OUT_ROWS[seed % 2]),
         ("REFOLD_OUT_FILES", OUT_FILES),
     ):

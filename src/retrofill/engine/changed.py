@@ -26,9 +26,9 @@ from retrofill.lake.arrow import FILE, SCHEMA
 from retrofill.lake.compact import LakeFile, merge
 from retrofill.lake.files import Files
 from retrofill.limits import (
+    REFOLD_ASIDE_BATCH_ROWS,
     REFOLD_ASIDE_ROWS,
     REFOLD_FILE_ROWS,
-    REFOLD_GROUP_ROWS,
     REFOLD_OUT_FILES,
     REFOLD_OUT_ROWS,
 )
@@ -83,7 +83,9 @@ class Changed:
             pa.ipc.new_file(out, _SET_ASIDE, options=options) as writer,
         ):
             for file, first, end in zip(files.tolist(), firsts.tolist(), ends, strict=True):
-                some = rows.slice(first, end - first).to_batches(max_chunksize=REFOLD_GROUP_ROWS)
+                some = rows.slice(first, end - first).to_batches(
+                    max_chunksize=REFOLD_ASIDE_BATCH_ROWS
+                )
                 for batch in some:
                     writer.write_batch(batch)
                 batches[file] = range(count, count + len(some))
