@@ -134,7 +134,7 @@ REFOLD_TRIES_MAX = (
     3  # times that a change of history is begun, until it is asked for anew or called off
 )
 REFOLD_LOOK_S = 0.2  # how often it is looked whether more has come, while the lake changes its rows
-REFOLD_SHARE = 0.65  # of its time that the commit loop works while history is changed
+REFOLD_SHARE = 0.7  # of its time that the commit loop works while history is changed
 REFOLD_PACE = 0.6  # of the speed at which history is folded again, for what may come meanwhile
 REFOLD_PACE_ROWS = 20_000  # rows by which that speed is measured
 REFOLD_PACE_WAIT_S = 0.1  # by which a block is put off for either, at most
