@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,57 @@ def test_without_room_it_is_compiled_each_time(
     assert [copied(), copied()] == [b",three\0,one\0"] * 2
     assert made == ["copy"] * 2
     assert [*tmp_path.glob("*/*")] == []
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_code_that_others_may_write_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[str], mode: int
+) -> None:
+    program = tmp_path / "program.py"
+    program.touch(mode=0o644)
+    monkeypatch.setattr(native, "__file__", str(program))
+    copied()
+    (path,) = (tmp_path / "one").iterdir()
+    assert not path.stat().st_mode & 0o022
+    path.chmod(mode)
+    assert [copied(), copied()] == [b",three\0,one\0"] * 2
+    assert made == ["copy"] * 2
+    assert not path.stat().st_mode & 0o022
+    program.chmod(mode)  # whoever may write the program itself needs no other way
+    path.chmod(mode)
+    copied()
+    assert made == ["copy"] * 2
+
+
+def test_code_of_another_user_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, made: list[str]
+) -> None:
+    """The mark of a file is known to all, and so is its checksum: neither says who made it."""
+    copied()
+    fstat = os.fstat
+
+    def owned(handle: int) -> os.stat_result:
+        found = fstat(handle)
+        stranger = 1 + max(found.st_uid, Path(native.__file__).stat().st_uid)
+        return os.stat_result((*found[:4], stranger, *found[5:10]))
+
+    monkeypatch.setattr(os, "fstat", owned)
+    copied()
+    assert made == ["copy"] * 2
+
+
+def test_what_many_write_that_have_one_umask_is_kept_for_themselves(
+    tmp_path: Path, made: list[str]
+) -> None:
+    before = os.umask(0o002)
+    try:
+        copied()
+    finally:
+        os.umask(before)
+    (path,) = (tmp_path / "one").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    copied()
+    assert made == ["copy"]
 
 
 @pytest.mark.parametrize("what", ["numba", "source", "processor"])
