@@ -94,9 +94,25 @@ def test_little_memory_is_kept_and_the_largest_of_it() -> None:
     for memory in taken:
         room.back(memory)
     assert [len(one) for one in room._free] == [8 * BLOCK] * direct._FREE_MAX
-    copied = room.copied(pa.py_buffer(b"some bytes"))
-    assert copied.to_pybytes() == b"some bytes"
-    assert len(room._free) == direct._FREE_MAX - 1
+
+
+def test_many_bytes_are_copied_to_memory_that_fits_and_few_to_the_heap() -> None:
+    room = Room()
+    large, fitting = room.of(64 * direct._MAPPED_MIN), room.of(2 * direct._MAPPED_MIN)
+    room.back(large)
+    room.back(fitting)
+    few = room.copied(pa.py_buffer(b"some bytes"))  # a piece each, and a process may have no more
+    assert few.to_pybytes() == b"some bytes"
+    assert room._free == [fitting, large]
+    text = b"some bytes" * direct._MAPPED_MIN
+    many = room.copied(pa.py_buffer(text[: direct._MAPPED_MIN]))
+    assert many.address == fitting.address
+    another = room.copied(pa.py_buffer(text[: direct._MAPPED_MIN]))
+    assert another.to_pybytes() == many.to_pybytes() == text[: direct._MAPPED_MIN]
+    assert room._free == [large]  # which is much too large
+    del many, another
+    assert room._free[0] is not large
+    assert len(room._free) == 3
 
 
 def test_a_size_is_rounded_to_blocks() -> None:

@@ -24,6 +24,12 @@ BLOCK: Final = 4096  # no disk asks for more
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)  # not every system has it
 
 _FREE_MAX: Final = 16  # ours: pieces of memory kept while they are not in use
+_WASTE_MAX: Final = (
+    4  # ours: times the size that is asked for; what is larger waits for who needs more
+)
+# Ours: what is smaller is copied to the heap. Each Memory is a map of its own, and Linux gives a process 65,530 of them: a destination
+# that refuses rows has each person's copied.
+_MAPPED_MIN: Final = 64 * 1024
 _Do = Callable[[memoryview, int], int]
 
 
@@ -54,7 +60,7 @@ class Room:
     def of(self, size: int) -> Memory:
         """Return memory of at least so many bytes. What is in it is anything."""
         for at, memory in enumerate(self._free):
-            if len(memory) >= size:
+            if size <= len(memory) <= _WASTE_MAX * up(size):
                 return self._free.pop(at)
         return Memory(1 << (size - 1).bit_length() if size > BLOCK else BLOCK)
 
@@ -63,7 +69,9 @@ class Room:
         return pa.foreign_buffer(memory.address + start, size, _Lent(memory, self))
 
     def copied(self, data: pa.Buffer) -> pa.Buffer:
-        """Return the same bytes, in memory that comes back."""
+        """Return the same bytes, in memory that comes back where they are many."""
+        if data.size < _MAPPED_MIN:
+            return pa.py_buffer(data.to_pybytes())
         memory = self.of(data.size)
         memoryview(memory.bytes)[: data.size] = memoryview(data).cast("B")
         return self.lent(memory, 0, data.size)
