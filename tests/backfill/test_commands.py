@@ -142,8 +142,9 @@ def test_what_was_refused_is_sent_again_when_the_destination_is_mended(
             assert to.stored == []
         told = len(letters.read_text().splitlines())
         assert min(refused, LONE_REFUSED_MAX) <= told <= refused
-        unclear = CliRunner().invoke(app, ["resend", *work, "--yes"])
-        assert "Give --from and --to, or --refused" in str(unclear.exception)
+        for window in ([], ["--to", "2026-03-01"], ["--refused", "--from", "2026-03-01"]):
+            unclear = CliRunner().invoke(app, ["resend", *work, "--yes", *window])
+            assert "Give --from and --to, or --refused" in str(unclear.exception)
         to.poison = frozenset()
         again = call("resend", "--refused", "--yes", *work)
         assert again.exit_code == 0, again.output

@@ -38,7 +38,7 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
 
     keys = key_ring.find(api_key, None, key_file)
     key_ring.need_api_key(keys)
-    window = None if refused else _window(from_, to)
+    window = _window(from_, to, refused=refused)
     where, profile = drive.remembered(work)
     imports.need_not_undone(work, where, keys)
     if not yes:
@@ -61,11 +61,15 @@ def command(  # noqa: PLR0917 - typer makes options of them, nobody calls it by 
     end(outcome, work, as_json=as_json)
 
 
-def _window(from_: str | None, to: str | None) -> tuple[int, int]:
+def _window(from_: str | None, to: str | None, *, refused: bool) -> tuple[int, int] | None:
+    """Return the window that was asked for, None if what was refused was."""
     from retrofill.backfill.resend import parse_time
 
-    if from_ is None or to is None:
+    if refused and not (from_ or to):
+        return None
+    if refused or from_ is None or to is None:
         raise InputError(
-            "It is not said what to send again", mend="Give --from and --to, or --refused"
+            "It is not said what to send again",
+            mend="Give --from and --to, or --refused, which has no window",
         )
     return parse_time(from_), parse_time(to)
