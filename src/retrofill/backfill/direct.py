@@ -44,7 +44,7 @@ class Memory:
     __slots__ = ("address", "bytes")
 
     def __init__(self, size: int) -> None:
-        self.bytes = mmap.mmap(-1, up(max(1, size)))
+        self.bytes = mmap.mmap(-1, up(max(1, size)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = int(pa.py_buffer(self.bytes).address)
 
     def __len__(self) -> int:
@@ -124,7 +124,13 @@ class File:
 
     def read(self, data: memoryview, at: int) -> int:
         """Fill some blocks from a place, and return how many bytes there were: fewer at the end of the file."""
-        return self._tried(lambda part, place: os.preadv(self._handle, [part], place), data, at)
+        done, there = 0, BLOCK
+        while done < len(data) and there and there % BLOCK == 0:
+            there = self._tried(
+                lambda part, place: os.preadv(self._handle, [part], place), data[done:], at + done
+            )
+            done += there
+        return done
 
     def close(self) -> None:
         """Close it; twice does nothing."""
