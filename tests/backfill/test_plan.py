@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.backfill.staging import ndjson, run
 from typer.testing import CliRunner
 
 from retrofill.backfill import guess, intake, plan, profile, resend, source, stage
+from retrofill.backfill.sets import TEXT, Set
 from retrofill.cli import map as map_verb
 from retrofill.cli import plan as plan_verb
 from retrofill.cli import run as run_verb
@@ -116,6 +118,36 @@ def test_identify_calls_are_property_updates_whatever_the_flag_says(tmp_path: Pa
     assert any("Its identify calls count" in text for text in made.warnings)
     plain = run(tmp_path / "plain", ndjson(tmp_path / "p.ndjson", history[::2]), told)
     assert not plain.updates
+
+
+@pytest.mark.parametrize("colon", [":", ": ", " :\t"])
+def test_property_updates_count_in_events_that_stand_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colon: str
+) -> None:
+    """White space of the source stays in them: most writers of JSON put some behind a colon."""
+    monkeypatch.setattr(intake, "SCANNED_BYTES", 0)
+    history = [
+        {
+            "user_id": "hot-user",
+            "event_type": event,
+            "time": 1700000000000 + n,
+            "insert_id": f"{event}-{n}",
+            "user_properties": {"n": n},
+        }
+        for n in range(1000)
+        for event in ("Open", "$identify")
+    ]
+    source = ndjson(
+        tmp_path / "s.ndjson", [json.dumps(row, separators=(",", colon)) for row in history]
+    )
+    told = {"event": {name: name for name in history[0]}}
+    ours = profile.adjust(profile.PROFILES["retrofill"], updates_per_h=1800, updates=True)
+    for skip, updates in ((True, 1000), (False, 2000)):
+        work = tmp_path / str(skip)
+        found = run(work, source, told, skip_user_properties_sync=skip, sets=1)
+        with Set(work / "stage" / "set-0.rows") as one:
+            assert f'"event_type"{colon}"Open"' in one.read(0, [TEXT])[TEXT][0].as_py()
+        assert plan.plan(found, ours, destination="x", stage=work / "stage").updates == updates
 
 
 def test_a_plan_names_who_is_held_back_and_for_how_many_days(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from retrofill.backfill import texts
 from retrofill.backfill.direct import Room
 from retrofill.backfill.journal import Rows, Span
 from retrofill.backfill.manifest import Manifest
@@ -45,20 +46,19 @@ HISTORY_PER_S = (
 )
 CACHED_GROUPS = 2  # row groups kept as read, for lanes and for looking rows up
 
-# What stands in every event that is a property update, and hardly in others; in one that is none all the same, unless it is an
-# identify call, which sets properties whatever the flag says.
-_PROPERTIES, _SKIPPED = '"user_properties":{', '"$skip_user_properties_sync":true'
-_IDENTIFY = '"event_type":"$identify"'
-
 DETAILS = ["person", TEXT, "device_id", "user_id", "insert_id", "file", "line"]
 
 Ints = NDArray[np.int64]
 
 
-def updates(texts: pa.Array) -> pa.BooleanArray:
-    """Say which events are property updates."""
-    spared = pc.and_not(pc.match_substring(texts, _SKIPPED), pc.match_substring(texts, _IDENTIFY))
-    return pc.and_not(pc.match_substring(texts, _PROPERTIES), spared)
+def updates(json: pa.Array) -> pa.BooleanArray:
+    """Say which events are property updates: those with user properties, and hardly others.
+
+    Beside the flag they are none all the same, unless they are identify calls, which set properties whatever it says.
+    """
+    identify = texts.telling(json, "event_type", '"$identify"')
+    spared = pc.and_not(texts.telling(json, "$skip_user_properties_sync", "true"), identify)
+    return pc.and_not(texts.telling(json, "user_properties", "{"), spared)
 
 
 class Block:

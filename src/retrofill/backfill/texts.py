@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -38,6 +40,14 @@ def pieces(data: memoryview, starts: Ints, sizes: Ints) -> pa.StringArray:
     edges[-1] = len(data)
     every = pa.StringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges), pa.py_buffer(data))
     return every.take(pa.array(np.arange(0, len(edges) - 1, 2), mask=sizes == 0))
+
+
+def telling(json: pa.StringArray, name: str, begin: str = "") -> pa.BooleanArray:
+    """Say which texts have a member of this name whose value begins so, in whatever object inside.
+
+    White space may be between: events that stand as they are have that of their writer.
+    """
+    return pc.match_substring_regex(json, rf'"{re.escape(name)}"\s*:\s*{re.escape(begin)}')
 
 
 def spoken(json: pa.StringArray) -> pa.StringArray:

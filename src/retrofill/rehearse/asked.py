@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from retrofill.backfill.manifest import Manifest
 from retrofill.backfill.sets import TEXT, Set
+from retrofill.backfill.texts import telling
 from retrofill.errors import InputError
 from retrofill.limits import HISTORY_IDS_MAX
 
@@ -47,7 +48,7 @@ def touched(stage: Path, found: Manifest) -> Touched:
         devices.update(pc.unique(batch["device_id"]).to_pylist())
         users.update(pc.unique(batch["user_id"]).to_pylist())
         inserts.append(batch["insert_id"])
-        addressed = addressed or pc.any(pc.match_substring(batch[TEXT], '"ip":')).as_py() is True
+        addressed = addressed or pc.any(telling(batch[TEXT], "ip")).as_py() is True
         if found.types.get(_GROUP_IDENTIFY):
             mine = pc.equal(batch["event_type"], _GROUP_IDENTIFY)
             groups += batch.filter(mine)["insert_id"].to_pylist()
