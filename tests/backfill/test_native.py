@@ -43,7 +43,9 @@ def copied() -> bytes:
 
 
 def test_code_is_compiled_once_and_does_the_same(tmp_path: Path, made: list[str]) -> None:
+    assert not native.there("copy")
     assert [copied(), copied()] == [b",three\0,one\0"] * 2
+    assert native.there("copy")
     assert made == ["copy"]
     assert len([*(tmp_path / "one").iterdir()]) == 1
     assert not (tmp_path / "two").exists()

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.backfill.staging import rows, run
 
-from retrofill.backfill import hashes, intake, places, scan
+from retrofill.backfill import hashes, intake, native, places, scan
 from retrofill.core import glance
 from retrofill.limits import DEPTH_MAX, STRING_CHARS_MAX, TIME_MS_MAX
 
@@ -269,14 +269,17 @@ def test_what_has_no_place_is_in_its_own_column() -> None:
     assert places.spelled("user_id", own, texts, *map(np.zeros_like, where)) is own
 
 
+@pytest.mark.parametrize("limit", ["SCANNED_BYTES", "SCANNED_BYTES_MIN"])
 def test_a_large_source_is_looked_at_and_a_small_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     path = tmp_path / "s.ndjson"
     path.write_text(ROW + ROW.replace("id-1", "id-2"), encoding="utf-8")
     document = {"event": {name: name for name in KINDS}}
     found = [run(tmp_path / "small", path, document)]
-    monkeypatch.setattr(intake, "SCANNED_BYTES", path.stat().st_size)
+    size = path.stat().st_size
+    monkeypatch.setattr(intake, limit, size)
+    monkeypatch.setattr(native, "there", lambda _name: limit == "SCANNED_BYTES_MIN")
     found.append(run(tmp_path / "large", path, document))
     assert found[0].events == found[1].events == 2
     small, large = ([row["json"] for row in rows(tmp_path / one)] for one in ("small", "large"))

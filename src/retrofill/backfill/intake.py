@@ -35,7 +35,7 @@ from retrofill.backfill.places import PLACES, SIZES, spelled
 from retrofill.backfill.records import JSON_SCHEMA, Place
 from retrofill.backfill.source import Piece
 from retrofill.backfill.spill import Spill, short
-from retrofill.backfill.straight import SCANNED_BYTES, Straight, straight
+from retrofill.backfill.straight import SCANNED_BYTES, SCANNED_BYTES_MIN, Straight, straight
 from retrofill.core.mapping import Field, Mapping
 from retrofill.core.sql import literal
 from retrofill.errors import FullError, InputError
@@ -312,7 +312,8 @@ class Intake:
             yield batch
 
     def _straight(self, found: Compiled) -> Straight | None:
-        large = sum(piece.size for piece in self.pieces) >= SCANNED_BYTES
+        size = sum(piece.size for piece in self.pieces)
+        large = size >= SCANNED_BYTES or (size >= SCANNED_BYTES_MIN and _compiled())
         rows = self.source.rows if large else ()
         return straight(found, self.columns, self._checker, self._set_aside, rows)
 
@@ -515,6 +516,13 @@ class Intake:
             where=f"{first.file}, row {first.line}: {first.row[:300]}",
             mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.shown}",
         )
+
+
+def _compiled() -> bool:
+    """Say whether what looks at rows is compiled."""
+    from retrofill.backfill import native  # noqa: PLC0415  # for large sources alone
+
+    return native.there("look")
 
 
 def _in_order(answers: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

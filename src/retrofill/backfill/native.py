@@ -47,12 +47,16 @@ class Code(Struct, frozen=True):
 
 def native(name: str) -> Native:
     """Return a compiled function by its name: as it was kept, or compiled now."""
-    path = f"{name}-{_mark()}.code"
-    found = next(filter(None, (_read(folder / path) for folder in _folders())), None)
+    found = _found(name)
     if found is None:
         found = compiled(name)
-        _keep(found, path)
+        _keep(found, _named(name))
     return _linked(found, _TAKES[name])
+
+
+def there(name: str) -> bool:
+    """Say whether a function need not be compiled first."""
+    return _found(name) is not None
 
 
 def compiled(name: str) -> Code:
@@ -77,11 +81,16 @@ def compiled(name: str) -> Code:
     return Code(one.fndesc.llvm_func_name, one.library._get_compiled_object())  # noqa: SLF001  # as Numba's own cache
 
 
-def _mark() -> str:
-    """Return what differs where kept code does not count."""
+def _found(name: str) -> Code | None:
+    path = _named(name)
+    return next(filter(None, (_read(folder / path) for folder in _folders())), None)
+
+
+def _named(name: str) -> str:
+    """Return the name under which code is kept: another one wherever it would not count."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update((_HERE / name).read_bytes())
+    for source in _SOURCES:
+        digest.update((_HERE / source).read_bytes())
     said = (
         metadata.version("numba"),
         metadata.version("llvmlite"),
@@ -91,7 +100,7 @@ def _mark() -> str:
         binding.get_host_cpu_features().flatten(),
     )
     digest.update("\n".join(said).encode())
-    return digest.hexdigest()[:24]
+    return f"{name}-{digest.hexdigest()[:24]}.code"
 
 
 def _folders() -> list[Path]:

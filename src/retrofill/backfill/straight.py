@@ -68,8 +68,9 @@ _KINDS: Final[dict[str, tuple[Any, object, frozenset[str]]]] = {
     "integer": (_LONG, None, frozenset({"BIGINT"})),
     "object": (Raw, _ABSENT, frozenset({"JSON"})),
 }
-# ours: of a source; below that loading `scan` takes longer than it saves
+# Ours: of a source. Below that compiling what looks at rows takes longer than it saves; and where that is compiled already, loading it.
 SCANNED_BYTES = 160 * 1024 * 1024
+SCANNED_BYTES_MIN = 16 * 1024 * 1024
 _STANDING = 0.4  # ours: of the sampled rows that pass as they stand; with fewer, looking costs more than it saves
 _SAMPLE_ROWS = 1000
 _NEEDED: Final = frozenset({"event_type", "time", _KEY})  # by a row that passes as it stands
