@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -319,8 +320,11 @@ def test_a_broken_manifest_is_told(tmp_path: Path) -> None:
     found = run(tmp_path / "work", source, MAPPING)
     path = tmp_path / "work" / "stage" / "manifest.json"
     path.write_bytes(msgspec.json.encode(msgspec.structs.replace(found, version=99)))
-    with pytest.raises(InputError, match="has version 99"):
-        manifest.read(tmp_path / "work" / "stage")
+    with pytest.raises(InputError, match=r"has version 99.*no journal\.db") as other:
+        run(tmp_path / "work", source, MAPPING)
+    assert other.value.where == str(path)
+    shutil.rmtree(path.parent)  # as it says
+    assert run(tmp_path / "work", source, MAPPING).events == 1
 
 
 def test_an_empty_source_makes_an_empty_stage(tmp_path: Path) -> None:

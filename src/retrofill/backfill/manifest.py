@@ -142,7 +142,8 @@ def read(stage: Path) -> Manifest | None:
         raise InputError(
             f"The stage has version {found.version}, this program reads {VERSION}",
             where=str(path),
-            mend="Finish the run with the version that began it",
+            mend="Finish the run with the version that began it; where nothing was sent (there is no journal.db), remove "
+            "the folder, and the stage is made anew",
         )
     return found
 
