@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from retrofill.backfill.direct import Room
 from retrofill.backfill.feed import Block
-from retrofill.backfill.sets import JSON, SCHEMA, TEXT, Set, SetWriter
+from retrofill.backfill.sets import JSON, SCHEMA, TEXT, Set, SetWriter, gone_on
 from retrofill.errors import CorruptError
 
 
@@ -90,3 +91,27 @@ def test_a_set_that_is_cut_off_says_so(tmp_path: Path) -> None:
         CorruptError, match=r"A set cannot be read: .*set-0\.rows.*Remove the stage"
     ):
         Set(path)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("rows", [0, 10, 11])
+def test_a_set_that_was_begun_is_gone_on_with_behind_any_group(
+    tmp_path: Path, rows: int, *, packed: bool
+) -> None:
+    groups = [group(0, 10), group(10, 1), group(11, 9)]
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    writer = SetWriter(whole, packed=packed)
+    for one in groups:
+        writer.write(one)
+    writer.close()
+    writer = SetWriter(begun, packed=packed)
+    for one in groups[:2]:
+        writer.write(one)
+    with begun.open("ab") as file:
+        file.write(b"half a group")  # of a process that was killed then
+    writer = gone_on(begun, rows, packed=packed, room=Room())
+    for one in groups:
+        if one["seq"][0].as_py() >= rows:
+            writer.write(one)
+    writer.close()
+    assert begun.read_bytes() == whole.read_bytes()
