@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import typer
+from msgspec.structs import replace
 from tests.backfill.destination import Misbehaving
 from tests.backfill.exporting import Exporting, row, serving
+from tests.backfill.staging import ndjson
+from tests.backfill.staging import run as stage
 from tests.backfill.test_kill import listening
 from tests.faults.process import held_port
 from typer.testing import CliRunner, Result
@@ -321,6 +324,30 @@ def test_a_destination_says_itself_whether_it_is_ours() -> None:
     assert target("http://h/base/").read == "http://h/base"
     with pytest.raises(InputError, match="no profile"):
         choose(target("amplitude"), "x")
+
+
+def test_calls_about_groups_are_no_property_updates_of_a_person(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history: list[dict[str, Any]] = [
+        {
+            "uuid": f"p-{n}",
+            "event": "$groupidentify",
+            "distinct_id": "user-p",
+            "timestamp": "2026-03-01T00:00:00Z",
+            "properties": {"$group_type": "org", "$group_key": "acme", "$group_set": {"seats": n}},
+        }
+        for n in range(1801)
+    ]
+    source = ndjson(tmp_path / "s.ndjson", history)
+    found = stage(tmp_path / "w", source, "posthog", skip_user_properties_sync=False)
+    assert [(one.person, one.events) for one in found.hot_people] == [(0, 1801)]
+    run.warn_of_updates(found, PROFILES["retrofill"], key_ring.Keys("key"))
+    assert capsys.readouterr().err == ""
+    (one,) = found.hot_people
+    someone = replace(found, hot_people=[replace(one, person=7)])
+    run.warn_of_updates(someone, PROFILES["retrofill"], key_ring.Keys("key"))
+    assert "One person may have 1,801 property updates" in capsys.readouterr().err
 
 
 def test_property_updates_count_only_when_they_are_synced() -> None:

@@ -164,7 +164,8 @@ def profile_of(to: Target, name: str | None, keys: Keys, work: Path) -> Profile:
 
 def warn_of_updates(found: Manifest, profile: Profile, keys: Keys) -> None:
     """Say what without the secret key nobody can know: our server takes so many property updates an hour, and no more."""
-    most = max((one.events for one in found.hot_people), default=0)
+    # What is said of groups is nobody's.
+    most = max((one.events for one in found.hot_people if one.person), default=0)
     if found.options.skip_user_properties_sync:
         most = min(most, found.types.get("$identify", 0))
     if profile.name == "retrofill" and not keys.secret_key and most > UPDATES_PER_H:
