@@ -240,6 +240,7 @@ def test_a_checkpoint_of_anything_else_is_begun_anew(
         ("scratch/bucket-5.arrow", "sorted", "empty"),
         ("scratch/sorted.log", "sorted", "empty"),
         ("stage.new/set-0.rows", "sorted", "gone"),
+        ("stage.new/set-0.rows", "sorted", "empty"),
     ],
 )
 def test_a_checkpoint_without_its_files_is_begun_anew(

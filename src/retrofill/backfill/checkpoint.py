@@ -71,13 +71,14 @@ class Dealing(Struct, kw_only=True):
 class Sorting(Struct, kw_only=True):
     """How far the sets are written: rows of a bucket in their order. log: bytes of what was counted, see `order`.
 
-    sets: how many are begun.
+    sets: how many are begun. end: bytes of the last one.
     """
 
     bucket: int = 0
     row: int = 0
     log: int = 0
     sets: int = 0
+    end: int = 0
 
 
 class State(Struct, kw_only=True):

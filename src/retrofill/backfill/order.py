@@ -335,6 +335,7 @@ class Sorter:
             file.write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
         self._sorting.log += _LENGTH_BYTES + len(data)
         self._sorting.sets = self._set + 1
+        self._sorting.end = 0 if self._writer is None else self._writer.end
         self._add_days()
         doubles.fresh, self._step_bytes = [], 0
         self._save()

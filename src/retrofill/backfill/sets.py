@@ -129,7 +129,7 @@ class SetWriter:
             parts = [narrow.serialize(), *plain]
         beside, person, ends, body = (part.size for part in parts)
         whole, packed = last - first, int(self._packed)
-        head = _Head(self._end, len(text), beside, person, ends, body, whole, packed)
+        head = _Head(self.end, len(text), beside, person, ends, body, whole, packed)
         self._put(zip([0, *head.places], [_HEAD.pack(*head), *parts], strict=False), head.behind)
         self._heads.append(head)
 
@@ -137,17 +137,18 @@ class SetWriter:
         """Finish the file."""
         heads = b"".join(_HEAD.pack(*head) for head in self._heads)
         behind = up(len(heads) + _END.size)
-        end = _END.pack(_MARK, len(self._heads), self._end)
-        self._put([(0, heads), (behind - _END.size, end)], self._end + behind)
+        end = _END.pack(_MARK, len(self._heads), self.end)
+        self._put([(0, heads), (behind - _END.size, end)], self.end + behind)
         self._file.close()
 
     @property
-    def _end(self) -> int:
+    def end(self) -> int:
+        """How many bytes its groups have."""
         return self._heads[-1].behind if self._heads else 0
 
     def _put(self, parts: Iterable[tuple[int, pa.Buffer | bytes]], behind: int) -> None:
         """Write parts, each at its place, and nothing between them, up to the next block."""
-        size = behind - self._end
+        size = behind - self.end
         memory = self._room.of(size)
         whole = memoryview(memory.bytes)
         at = 0
@@ -156,7 +157,7 @@ class SetWriter:
             at = place + len(part)
             whole[place:at] = memoryview(part).cast("B")
         whole[at:size] = bytes(size - at)
-        self._file.write(whole[:size], self._end)
+        self._file.write(whole[:size], self.end)
         self._room.back(memory)
 
 

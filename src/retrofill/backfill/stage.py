@@ -145,7 +145,8 @@ def _whole(scratch: Path, made: Path, begun: State) -> bool:
     }
     for number, size in enumerate(dealing.buckets):
         sizes[scratch / _bucket(number)] = size if number >= sorting.bucket else 0
-    sets = (made / order.set_name(number) for number in range(sorting.sets))
+    sets = [made / order.set_name(number) for number in range(sorting.sets)]
+    sizes |= dict.fromkeys(sets[-1:], sorting.end)
     return all(path.exists() for path in sets) and all(
         path.exists() and path.stat().st_size >= size for path, size in sizes.items() if size
     )
