@@ -24,9 +24,8 @@ BLOCK: Final = 4096  # no disk asks for more
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)  # not every system has it
 
 _FREE_MAX: Final = 16  # ours: pieces of memory kept while they are not in use
-_WASTE_MAX: Final = (
-    4  # ours: times the size that is asked for; what is larger waits for who needs more
-)
+# Ours: times the size that is asked for; memory that is larger waits for who needs more.
+_WASTE_MAX: Final = 4
 # Ours: what is smaller is copied to the heap. Each Memory is a map of its own, and Linux gives a process 65,530 of them: a destination
 # that refuses rows has each person's copied.
 _MAPPED_MIN: Final = 64 * 1024
