@@ -149,6 +149,29 @@ def test_a_list_that_does_not_fit_refuses_its_row(tmp_path: Path) -> None:
     assert letter["reason"] == 'each: CAST(items AS JSON[]) does not fit where items = "no list"'
 
 
+def test_letters_of_a_row_that_is_very_many_events_show_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shows the row: all of 2,000 with 200 KB took more memory than there is for it."""
+    items = [{"price": "none" if n else "x" * 200} for n in range(1000)]
+    rows = [{**SOLD[0], "items": items[:count]} for count in (10, 1000)] + [
+        {**SOLD[0], "items": [{"price": n, "more": "x" * 200} for n in range(2000)]}
+    ]
+    told = {
+        **PARTED,
+        "event": {**BASE, "price": "CAST((each->>'$.price') || left(user, 0) AS DOUBLE)"},
+    }
+    monkeypatch.setattr(compiled, "_PARTS_BYTES_MAX", 100_000)
+    run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", rows), told, bad_rows=0.9)
+    assert len(events(tmp_path / "work")) == 2000
+    found = letters(tmp_path / "work")
+    assert [one["line"] for one in found] == [1] * 10 + [2] * 1000
+    assert json.loads(found[0]["row"]) == rows[0]
+    assert found[0]["reason"].endswith('does not fit where user = "user-1"')
+    assert found[-1]["row"] == json.dumps(rows[1], separators=(",", ":"))[:1000] + "…"
+    assert found[-1]["reason"].endswith("does not fit where the row is so")
+
+
 @pytest.mark.parametrize(
     ("each", "words"),
     [
