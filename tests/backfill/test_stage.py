@@ -17,6 +17,7 @@ from tests.backfill.staging import COLUMNS, events, letters, ndjson, rows, run
 from tests.backfill.staging import table as whole
 
 from retrofill.backfill import manifest, order, people, stage
+from retrofill.backfill.sets import TEXT, Set
 from retrofill.errors import CorruptError, InputError
 
 MAPPING = {
@@ -337,6 +338,18 @@ def test_an_empty_source_makes_an_empty_stage(tmp_path: Path) -> None:
     }
     found = run(tmp_path / "work", ndjson(tmp_path / "s.ndjson", []), declared)
     assert (found.events, found.first_ms, [one.events for one in found.sets]) == (0, None, [0, 0])
+
+
+def test_a_group_of_large_rows_is_bounded_by_bytes(tmp_path: Path) -> None:
+    """What a sender reads at once: 4,096 rows of 40 KB would be 160 MB."""
+    large = {"n": {f"key-{n}": "x" * 1000 for n in range(40)}}
+    made = [row(n, user=f"user-{n % 50:02}") | large for n in range(600)]
+    run(tmp_path, ndjson(tmp_path / "s.ndjson", made), MAPPING)
+    for path in (tmp_path / "stage").glob("set-*.rows"):
+        with Set(path) as one:
+            assert one.groups >= 2
+            assert all(group.nbytes < 1.5 * order.GROUP_BYTES for group in one.batches([TEXT]))
+    assert len(rows(tmp_path)) == 600
 
 
 def test_many_small_buckets_give_the_same_stage_as_one(

@@ -53,6 +53,9 @@ LAID_SOURCE_BYTES_MAX = (
 DEALT_BYTES = 48 * 1024 * 1024
 STEP_BYTES = 32 * 1024 * 1024  # of sets from one checkpoint to the next, ours: 50,000 rows
 GROUP_ROWS = 4096  # what a sender reads at once: 8192 took it from 260 to 310 MB
+GROUP_BYTES = (
+    4 * 1024 * 1024
+)  # of texts in it, where rows are of like size: twice what 4096 usual ones have
 _PART_ROWS = GROUP_ROWS  # taken, finished and written at once: what was gathered is still near
 _KEY = "key"
 _LIKELY = (1 << 16) - 1  # bits of a node
@@ -481,11 +484,12 @@ class Sorter:
         size = pc.subtract(pc.binary_length(text), len(COMMA))
         whole = batch.select([*_STORED]).add_column(0, "person", pa.array(person))
         whole = whole.append_column(TEXT, text)
-        groups = max(1, round(len(person) / GROUP_ROWS))
+        total = int(pc.sum(size).as_py())
+        groups = max(1, round(len(person) / GROUP_ROWS), min(total // GROUP_BYTES, len(person)))
         step = -(-len(person) // groups)
         for start in range(0, len(person), step):
             self._writer.write(whole.slice(start, step))
-        self._count(batch, int(pc.sum(size).as_py()))
+        self._count(batch, total)
         self._runs(person)
         self._seq += len(person)
 
