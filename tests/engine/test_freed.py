@@ -20,6 +20,7 @@ from retrofill.engine.check import check
 
 KIOSK = "kiosk-9"
 DEVICES = [KIOSK, "phone-1", "tablet-4"]
+CRM = ["crm-1", "crm-2"]  # the import's own
 USERS = ["ann-111", "bob-222", "eve-333"]
 
 
@@ -210,7 +211,7 @@ def _request(seeded: random.Random, number: int, name: str) -> list[dict[str, An
     wire = []
     for at in range(seeded.randint(1, 3)):
         user = seeded.choice(USERS) if name else seeded.choice([*USERS, None, None, None])
-        device = seeded.choice(["crm-1", "crm-2"] if name else DEVICES)
+        device = seeded.choice(CRM if name else DEVICES)
         event = _event(10 * number + at, device, user, name)
         if seeded.random() < 0.5:
             event["user_properties"] = _properties(seeded)
@@ -225,7 +226,10 @@ def _request(seeded: random.Random, number: int, name: str) -> list[dict[str, An
 def test_lives_with_deletions_end_as_those_that_never_took_the_import_back(
     seed: int, tmp_path: Path, clock: FakeClock
 ) -> None:
-    """As above, and the import is restored, now and then and in the end. Nothing of it comes while it is undone."""
+    """As above, and the import is restored, now and then and in the end. Nothing of it comes while it is undone.
+
+    Apart from the devices of its own that a deletion freed: no row says so, and whoever had one before has it again.
+    """
     seeded = random.Random(seed)
     subject, control = (Server(tmp_path / name, clock) for name in ("subject", "control"))
     undone = False
@@ -251,12 +255,19 @@ def test_lives_with_deletions_end_as_those_that_never_took_the_import_back(
             undone = not undone
     if undone:
         subject.run(subject.engine.restore(1, "old-shop"))
-    same(subject, control)
+    theirs = control.seen()
+    assert _as_freed(subject.seen(), theirs) == theirs
     subject.crash()
-    same(subject, control)
+    assert _as_freed(subject.seen(), theirs) == theirs
     for server in (subject, control):
         server.close()
     assert check(subject.folder, clock, sealer=SealerInside).differences == []
+
+
+def _as_freed(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Take the owners off the import's own devices that are nobody's with them."""
+    gone = [device for device in CRM if theirs["devices"].get(device, 0) is None]
+    return {**mine, "devices": {**mine["devices"], **dict.fromkeys(gone)}}
 
 
 async def _is_there(server: Server) -> bool:
