@@ -369,6 +369,7 @@ TEXTS = st.text(alphabet='{}[],"\\\n\r x1', max_size=60)
 @given(TEXTS, st.sampled_from(["ndjson", "json", "csv"]), st.integers(3, 9))
 @example("[1,2,3,\n4]", "json", 3)
 @example("[1,2,3]x", "json", 3)
+@example("1111,[", "json", 6)
 @example('a,b\n"1\n2",3\n4,5\n6,"7', "csv", 3)
 @example("a\n\n\nb\nc", "ndjson", 3)
 def test_records_are_the_same_wherever_reading_is_gone_on_with(

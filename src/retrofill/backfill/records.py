@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Generator, Iterator
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
 from typing import Final
 
 import numpy as np
@@ -197,6 +197,8 @@ def _elements(
     cut_off = letters.counts[CUT_OFF]
     if place.offset:
         blocks = _behind_comma(blocks)
+    else:
+        blocks = dropwhile(lambda one: not one[1].strip(), blocks)
     row, opened, behind = yield from _array(blocks, piece, letters, place)
     following = (block for _end, block in blocks)
     others = (part for part in chain((behind,), following) if part.strip())
@@ -221,8 +223,8 @@ def _array(
     for block_end, block in blocks:
         buffer = bytearray(rest + block)
         if not opened:
-            start = buffer.find(b"[")
-            if start < 0:
+            start = len(buffer) - len(buffer.lstrip())
+            if not buffer.startswith(b"[", start):
                 behind = bytes(buffer)
                 break
             buffer[start] = 32
