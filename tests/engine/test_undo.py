@@ -711,6 +711,24 @@ def test_an_undo_that_takes_more_than_duckdb_may_have_says_so(
     subject.close()
 
 
+@pytest.mark.parametrize("kept", [slice(0, -50), slice(0, 0)])
+def test_an_undo_that_meets_a_damaged_file_says_how_to_find_it(
+    kept: slice, tmp_path: Path, clock: FakeClock
+) -> None:
+    subject = Server(tmp_path / "subject", clock)
+    one_import(subject)
+    subject.run(subject.engine.seal())
+    engine: Any = subject.engine
+    engine.rewriting._refolder = ThreadRefolder
+    for file in engine.lake.event_files():
+        file.path.write_bytes(file.path.read_bytes()[kept])
+    with pytest.raises(CorruptError, match="cannot be read") as problem:
+        subject.run(engine.undo(1, "old-shop"))
+    assert "retrofill check" in problem.value.mend
+    assert engine.problem() is None
+    subject.close()
+
+
 def test_an_undo_that_fails_keeps_no_other_project_waiting(
     tmp_path: Path, clock: FakeClock
 ) -> None:

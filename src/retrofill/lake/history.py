@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrofill.core.sql import literal
-from retrofill.errors import StoreError
+from retrofill.errors import CorruptError, StoreError
 from retrofill.lake.arrow import SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import store_error
@@ -101,7 +101,7 @@ class History:
 
 @contextlib.contextmanager
 def told(where: Path) -> Iterator[None]:
-    """Say in our words what memory and disk did not give to who reads history. Other errors are mistakes, and go on."""
+    """Say in our words what memory and disk did not give to who reads history. Errors of other kinds are mistakes, and go on."""
     try:
         yield
     except duckdb.OutOfMemoryException as problem:  # that it may spill no more is one of these
@@ -121,9 +121,15 @@ def told(where: Path) -> Iterator[None]:
         ) from problem
     except OSError as problem:
         raise store_error(problem, where) from problem
+    except (duckdb.Error, pa.ArrowInvalid) as problem:
+        raise CorruptError(
+            f"History cannot be read: {type(problem).__name__}: {_first_line(problem)}",
+            where=str(where),
+            mend="Nothing has changed. `retrofill check`, with the server stopped, names a file that is damaged, and how to mend it; if it finds none, this is a mistake in the program: report it",
+        ) from problem
 
 
-def _first_line(problem: duckdb.Error) -> str:
+def _first_line(problem: Exception) -> str:
     return str(problem).split("\n", 1)[0]
 
 
