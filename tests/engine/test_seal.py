@@ -76,6 +76,12 @@ def positions(lake: Lake) -> list[tuple[int, int]]:
         ).fetchall()
 
 
+async def each_sealed(opened: Sealer, blocks: list[Block]) -> None:
+    """Seal blocks, each into a file of its own."""
+    for block in blocks:
+        await opened.seal(block.number, block.number)
+
+
 def expected(blocks: list[Block]) -> list[tuple[int, int]]:
     return [(block.number, row) for block in blocks for row in range(block.rows)]
 
@@ -124,8 +130,7 @@ async def test_many_small_files_become_one(tmp_path: Path) -> None:
     blocks = list(World(people=50).blocks(COMPACT_FILES + 2, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks)
         await opened.compact()
         await opened.compacted()
         assert len(lake.event_files()) == 3
@@ -140,8 +145,7 @@ async def test_files_that_change_under_a_merge_are_chosen_anew(
     blocks = list(World(people=50).blocks(COMPACT_FILES + 2, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks)
         now = lake.event_files
         before = [msgspec.structs.replace(file, deleted=tmp_path / "gone") for file in now()]
         told = iter([before])
@@ -204,8 +208,7 @@ async def test_closing_gives_up_a_compaction_under_way(tmp_path: Path) -> None:
     blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, _):
-        for block in blocks:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks)
         await opened.compact()
         await asyncio.sleep(0)
     async with sealer(tmp_path, path) as (_, lake):
@@ -247,8 +250,7 @@ async def test_a_merge_under_way_is_given_up_and_made_again_later(tmp_path: Path
     blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks)
         async with merging(tmp_path, opened, lake) as half:
             process = opened._compacting._process
             assert process is not None
@@ -269,8 +271,7 @@ async def test_a_merge_under_way_goes_on_where_it_need_not_give_way(tmp_path: Pa
     blocks = list(World(people=50).blocks(COMPACT_FILES + 1, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks[:-1]:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks[:-1])
         async with merging(tmp_path, opened, lake) as half:
             merge, seal = opened._compacting._process, opened._sealing._process
             assert merge is not None
@@ -294,8 +295,7 @@ async def test_a_file_left_by_a_merge_given_up_is_removed_at_the_next_start(
     blocks = list(World(people=50).blocks(COMPACT_FILES, rows=20))
     path = stored(tmp_path, blocks)
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks)
         async with merging(tmp_path, opened, lake) as half:
             monkeypatch.setattr(lake.files, "remove", lambda _: None)
             async with opened.compaction_rests(given_up=True):
@@ -314,8 +314,7 @@ async def test_closing_waits_for_what_is_under_way_in_the_lake(
     path = stored(tmp_path, blocks)
     inside, go_on, ended = threading.Event(), threading.Event(), threading.Event()
     async with sealer(tmp_path, path) as (opened, lake):
-        for block in blocks[:-1]:
-            await opened.seal(block.number, block.number)
+        await each_sealed(opened, blocks[:-1])
         real = getattr(lake, step)
 
         def slow(*values: Any, **named: Any) -> Any:

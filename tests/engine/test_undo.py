@@ -265,13 +265,8 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
         if name != "old-shop":
             control.send(wire, path)
         chance = seeded.random()
-        if chance < 0.1:
-            subject.run(subject.engine.seal())
-        elif chance < 0.15:
-            subject.run(subject.engine.checkpoint())
-        elif chance < 0.2:
-            subject.crash()
-        elif chance < 0.25:
+        _put_down(subject, chance)
+        if 0.2 <= chance < 0.25:
             subject.run(subject.engine.undo(1, "old-shop"))
     subject.run(subject.engine.undo(1, "old-shop"))
     theirs = same(subject, control)
@@ -286,6 +281,16 @@ def test_an_undone_import_leaves_no_trace(seed: int, tmp_path: Path, clock: Fake
     same(subject, control)
     subject.close()
     control.close()
+
+
+def _put_down(server: Server, chance: float) -> None:
+    """Seal, save or stop, each now and then: below 0.2."""
+    if chance < 0.1:
+        server.run(server.engine.seal())
+    elif chance < 0.15:
+        server.run(server.engine.checkpoint())
+    elif chance < 0.2:
+        server.crash()
 
 
 def with_small_tails(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -458,13 +463,8 @@ def test_imports_that_are_all_restored_are_as_if_they_had_never_been_undone(
         clock.ms += seeded.choice([10, 1000, 3_600_000])
         send(seeded.choice([name for name in ("", "", *IMPORTS) if name not in undone]))
         chance = seeded.random()
-        if chance < 0.1:
-            subject.run(subject.engine.seal())
-        elif chance < 0.15:
-            subject.run(subject.engine.checkpoint())
-        elif chance < 0.2:
-            subject.crash()
-        elif chance < 0.5:
+        _put_down(subject, chance)
+        if 0.2 <= chance < 0.5:
             _turn(subject, seeded.choice(IMPORTS), undone)
     while not undone:
         _turn(subject, seeded.choice(IMPORTS), undone)

@@ -60,8 +60,6 @@ _OF_TEXT: Final = frozenset({TEXT, JSON, "bytes", *NAMES})
 _PART: Final = 64  # each part begins at a multiple of it, as Arrow wants its memory
 _MARK: Final = b"set3"
 _END: Final = struct.Struct("<4sIQ")  # the mark, the number of groups and where their heads begin
-
-
 _HEAD: Final = struct.Struct("<8Q")
 
 

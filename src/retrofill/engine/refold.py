@@ -115,10 +115,11 @@ class Freed:
                 before.setdefault(device, at)
             for at in begins:
                 device = devices[at]
-                used = before[device] < at or self._was_used(device)
+                if not device or not (before[device] < at or self._was_used(device)):
+                    continue
                 first = int(np.searchsorted(block[: at + 1], block[at]))
                 # A deletion is a block of its own, or comes before all else in it.
-                if not device or not used or device in devices[first:at]:
+                if device in devices[first:at]:
                     continue
                 if begun < first:
                     yield rows.slice(begun, first - begun)

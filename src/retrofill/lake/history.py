@@ -101,7 +101,7 @@ class History:
 
 @contextlib.contextmanager
 def told(where: Path) -> Iterator[None]:
-    """Say in our words what memory and disk did not give to who reads history. Errors of other kinds are mistakes, and go on."""
+    """Say in our words what who reads history lacks of memory and disk, or cannot read. Errors of other kinds are mistakes, and go on."""
     try:
         yield
     except duckdb.OutOfMemoryException as problem:  # that it may spill no more is one of these
