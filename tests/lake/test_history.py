@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 from pathlib import Path
 
@@ -89,9 +90,12 @@ def test_what_memory_and_disk_do_not_give_is_told_with_how_to_mend_it(
         found = reader.ask(statement)
         return list(found.to_arrow_reader(1000)) if lazily else [found.to_arrow_table()]
 
-    with pytest.raises(StoreError) as problem, history.told(tmp_path):
-        read()
-    reader.close()
+    with Path("/dev/full").open("wb") as disk:
+        # DuckDB locks what it writes, and this disk is everybody's.
+        fcntl.flock(disk, fcntl.LOCK_EX)
+        with pytest.raises(StoreError) as problem, history.told(tmp_path):
+            read()
+        reader.close()
     assert type(problem.value) is kind
     assert words in problem.value.what
     assert "\n" not in problem.value.what
