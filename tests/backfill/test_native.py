@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from retrofill.backfill.native import Code
 @pytest.fixture(scope="module")
 def code() -> Code:
     return native.compiled("copy")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What counts is asked once in a process."""
+    native._counted.cache_clear()
+    yield
+    native._counted.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +166,7 @@ def test_code_of_another_version_or_processor_does_not_count(
         monkeypatch.setattr(native, "_HERE", tmp_path)
     else:
         monkeypatch.setattr(native.binding, "get_host_cpu_name", lambda: "another")
+    native._counted.cache_clear()
     copied()
     assert made == ["copy"] * 2
 

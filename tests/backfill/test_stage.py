@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import shutil
 from collections import Counter
@@ -10,13 +11,16 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.backfill import killing
 from tests.backfill.staging import COLUMNS, events, letters, ndjson, rows, run
 from tests.backfill.staging import table as whole
 
-from retrofill.backfill import manifest, order, people, stage
+from retrofill.backfill import intake, manifest, order, people, records, spill, stage
 from retrofill.backfill.sets import TEXT, Set
 from retrofill.errors import CorruptError, InputError
 
@@ -350,6 +354,68 @@ def test_a_group_of_large_rows_is_bounded_by_bytes(tmp_path: Path) -> None:
             assert one.groups >= 2
             assert all(group.nbytes < 1.5 * order.GROUP_BYTES for group in one.batches([TEXT]))
     assert len(rows(tmp_path)) == 600
+
+
+def test_parts_are_bounded_by_bytes() -> None:
+    """Arrow counts the bytes of a part's texts with 32 bits: 4,096 rows of 525 KB do not fit."""
+    most = order.PART_BYTES
+    sizes = np.array([525 * 1024] * 4096 + [most, 1, most - 1, 1, 3 * most, 2], np.int64)
+    found = [*order.bounded(sizes, 7)]
+    assert found[-5:] == [
+        (4103, 4104), (4104, 4106), (4106, 4107), (4107, 4108), (4108, 4109),
+    ]  # fmt: skip
+    assert [7, *(end for _, end in found)] == [*(start for start, _ in found), 7 + len(sizes)]
+    for start, end in found:
+        assert end - start == 1 or sizes[start - 7 : end - 7].sum() <= most
+    assert most + records.RECORD_BYTES_MAX < 2**31
+
+
+def test_more_bytes_than_arrow_counts_are_not_made_texts() -> None:
+    most = 2**31 - 1
+    room = pa.py_buffer(mmap.mmap(-1, most + 1))  # of which no page is ever touched
+    edges = np.array([0, 5, most], np.int64)
+    found = spill.strings(edges, room)
+    assert pc.binary_length(found).to_pylist() == [5, most - 5]
+    edges[-1] += 1
+    with pytest.raises(AssertionError, match="2 rows have 2,147,483,648 bytes"):
+        spill.strings(edges, room)
+
+
+@pytest.mark.parametrize("how", ["in one", "laid"])
+def test_equal_events_are_told_apart_across_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """All events of a person may have one time: a history by day has. They are as many parts as their bytes take."""
+    draw = random.Random(3)
+    equal = {"event": {**killing.PLAIN, "event_properties": "event_properties"}}
+    source: list[Any] = []
+    for _ in range(1200):
+        own = {"insert_id": f"id-{draw.randrange(200)}"} if draw.random() < 0.6 else {}
+        ids = {"user_id": f"user-{draw.randrange(3)}", "device_id": f"device-{draw.randrange(2)}"}
+        at = {"event_type": "Open", "time": 1_700_000_000_000 + draw.randrange(2)}
+        source.append({**ids, **at, **own, "event_properties": {"n": draw.randrange(4)}})
+    ndjson(tmp_path / "s.ndjson", source)
+    monkeypatch.setattr(intake, "SCANNED_BYTES", 0)
+    one = run(tmp_path / "one", tmp_path / "s.ndjson", equal, bad_rows=0.5)
+    made: list[int] = []
+    part = order.Sorter._part
+
+    def noted(self: order.Sorter, batch: pa.RecordBatch, person: Any) -> None:
+        made.append(batch.num_rows)
+        part(self, batch, person)
+
+    monkeypatch.setattr(order.Sorter, "_part", noted)
+    monkeypatch.setattr(order, "PART_BYTES", 2000)
+    if how == "laid":
+        monkeypatch.setattr(stage, "PLAIN_BYTES", 0)
+        monkeypatch.setattr(order, "LAID_BUCKET_BYTES", 60_000)
+    many = run(tmp_path / "many", tmp_path / "s.ndjson", equal, bad_rows=0.5)
+    assert len(made) > 40
+    assert max(made) < 20
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+    assert msgspec.structs.replace(many, hot_people=[]) == msgspec.structs.replace(
+        one, hot_people=[]
+    )
 
 
 def test_many_small_buckets_give_the_same_stage_as_one(

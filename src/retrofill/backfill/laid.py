@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from retrofill.backfill.native import native
 from retrofill.backfill.people import Ints
-from retrofill.backfill.spill import Mapped, Originals, Placed, taken
+from retrofill.backfill.spill import Mapped, Originals, Placed, strings, taken
 
 Bytes = NDArray[np.uint8]
 
@@ -31,7 +31,7 @@ _POPULATE_READ: Final = (
 )
 
 
-class Room:
+class Arena:
     """Memory that one bucket after another takes: fresh memory costs a quarter of a second for a gigabyte."""
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Room:
         return self._data[:size]
 
 
-def scattered(found: Placed, originals: Originals, room: Room, *, before: bytes) -> Scattered:
+def scattered(found: Placed, originals: Originals, arena: Arena, *, before: bytes) -> Scattered:
     """Return rows to be taken in one order. before: put before each text, in place of its brace."""
     begins, sizes = found.begins + 1, found.sizes - 2
-    return Scattered(found.rows, begins, sizes, before, originals.files, room, found.held)
+    return Scattered(found.rows, begins, sizes, before, originals.files, arena, found.held)
 
 
 class Scattered(Struct, frozen=True):
@@ -60,7 +60,7 @@ class Scattered(Struct, frozen=True):
     sizes: Ints
     lead: bytes
     files: Sequence[Mapped]
-    room: Room
+    arena: Arena
     held: Sequence[object]
 
     def text(self, row: int) -> bytes:
@@ -74,12 +74,14 @@ class Scattered(Struct, frozen=True):
         places = np.empty(len(self.begins), np.int64)
         places.fill(-1)  # rows that are left out of the order
         places[order] = edges[:-1]
-        room = self.room.of(int(edges[-1]))
+        room = self.arena.of(int(edges[-1]))
         self._lay(room, places)
         data = pa.py_buffer(room)
 
         def take(start: int, end: int) -> pa.RecordBatch:
-            return taken(self.rows, order[start:end], _sliced(data, edges[start : end + 1]))
+            first, last = int(edges[start]), int(edges[end])
+            text = strings(edges[start : end + 1] - first, data.slice(first, last - first))
+            return taken(self.rows, order[start:end], text)
 
         return take
 
@@ -95,7 +97,7 @@ class Scattered(Struct, frozen=True):
             low = int(begins[at][0])
             high = int((begins[at] + self.sizes[rows]).max())
             memory = np.frombuffer(pa.foreign_buffer(low, high - low), np.uint8)
-            self.room.copy(memory, begins[at] - low, self.sizes[rows], lead, room, places[rows])
+            self.arena.copy(memory, begins[at] - low, self.sizes[rows], lead, room, places[rows])
             done[at] = True
 
         for file in self.files:
@@ -110,12 +112,6 @@ class Scattered(Struct, frozen=True):
                     file.data.madvise(mmap.MADV_DONTNEED, start, size)
         for first, last in _runs(~done):  # whose texts the bucket has itself
             lay(slice(first, last))
-
-
-def _sliced(data: pa.Buffer, edges: Ints) -> pa.StringArray:
-    first, last = int(edges[0]), int(edges[-1])
-    ends = pa.py_buffer((edges - first).astype(np.int32))
-    return pa.StringArray.from_buffers(len(edges) - 1, ends, data.slice(first, last - first))
 
 
 def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -87,7 +88,13 @@ def _found(name: str) -> Code | None:
 
 
 def _named(name: str) -> str:
-    """Return the name under which code is kept: another one wherever it would not count."""
+    """Return the name under which code is kept."""
+    return f"{name}-{_counted()}.code"
+
+
+@cache
+def _counted() -> str:
+    """Return what tells code that counts here from any other: neither program nor machine change while this runs."""
     digest = hashlib.sha256()
     for source in _SOURCES:
         digest.update((_HERE / source).read_bytes())
@@ -100,7 +107,7 @@ def _named(name: str) -> str:
         binding.get_host_cpu_features().flatten(),
     )
     digest.update("\n".join(said).encode())
-    return f"{name}-{digest.hexdigest()[:24]}.code"
+    return digest.hexdigest()[:24]
 
 
 def _folders() -> list[Path]:

@@ -14,6 +14,7 @@ log beside; a checkpoint says how long the log is, and up to which row of which 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ from retrofill.backfill.sets import COMMA, TEXT, SetWriter, gone_on
 from retrofill.backfill.spill import AT, SIZE, Originals, Spill, Whole
 
 if TYPE_CHECKING:
-    from retrofill.backfill.laid import Room, Scattered
+    from retrofill.backfill.laid import Arena, Scattered
 
 BUCKET_BYTES = (
     64 * 1024 * 1024
@@ -57,6 +58,8 @@ GROUP_BYTES = (
     4 * 1024 * 1024
 )  # of texts in it, where rows are of like size: twice what 4096 usual ones have
 _PART_ROWS = GROUP_ROWS  # taken, finished and written at once: what was gathered is still near
+# Of their texts, ours: those of a part are one column, and Arrow counts its bytes with 32 bits.
+PART_BYTES = 32 * 1024 * 1024
 _KEY = "key"
 _LIKELY = (1 << 16) - 1  # bits of a node
 _STORED = (
@@ -281,6 +284,7 @@ class Sorter:
         self._writer: SetWriter | None = None
         self._set_bytes = self._set_people = 0
         self._person: HotPerson | None = None  # whose rows are being written
+        self._equal = _Equal()
         self._lead = _lead(options)
         self._packed = packed
         self._room = direct.Room()
@@ -307,7 +311,7 @@ class Sorter:
     def _found(self, originals: Originals, *, alone: bool) -> Callable[[Spill], Whole | Scattered]:
         """Return what finds the rows of a bucket. alone: there is but one; then all of the source is mapped for it."""
         lying = originals.mapped if alone else originals.addressed
-        rooms: list[Room] = []
+        arenas: list[Arena] = []
 
         def found(bucket: Spill) -> Whole | Scattered:
             rows = spills.placed(list(bucket.mapped()), bucket.schema, lying)
@@ -315,8 +319,8 @@ class Sorter:
                 return spills.whole(rows, before=self._lead)
             from retrofill.backfill import laid  # noqa: PLC0415  # see `scan`
 
-            rooms[:] = rooms or [laid.Room()]
-            return laid.scattered(rows, originals, rooms[0], before=self._lead)
+            arenas[:] = arenas or [laid.Arena()]
+            return laid.scattered(rows, originals, arenas[0], before=self._lead)
 
         return found
 
@@ -382,22 +386,16 @@ class Sorter:
                 self.found.left_out += int(np.count_nonzero(~kept))
             order = order[kept]
         person, time_ms = person[order], time_ms[order]
-        # What shares person and time stays together, so that equal events are seen side by side.
-        apart = np.flatnonzero((person[1:] != person[:-1]) | (time_ms[1:] != time_ms[:-1])) + 1
-        wanted = np.arange(_PART_ROWS, len(order), _PART_ROWS)
-        cuts = (
-            np.unique(apart[np.searchsorted(apart, wanted[wanted <= apart[-1]])])
-            if len(apart)
-            else apart
-        )
         self._name(whole, order)
         take = self._less(whole).ordered(order)
-        for start, end in pairwise([0, *cuts.tolist(), len(order)]):
-            if end > start >= self._sorting.row:
+        for first, last in pairwise(_cuts(person, time_ms)):
+            if last <= self._sorting.row:
+                continue
+            for start, end in bounded(whole.sizes[order[first:last]] + len(self._lead), first):
                 self._part(take(start, end), person[start:end])
-                if self._step_bytes >= STEP_BYTES:
-                    self._sorting.row = end
-                    self._checkpoint()
+            if self._step_bytes >= STEP_BYTES:
+                self._sorting.row = last
+                self._checkpoint()
 
     def _part(self, batch: pa.RecordBatch, person: Ints) -> None:
         """Finish and write sorted rows."""
@@ -436,7 +434,7 @@ class Sorter:
         column = batch.column("insert_id")
         rows = np.flatnonzero(made)
         content = column.take(pa.array(rows))
-        place = _places(person[rows], _ints(batch, "time_ms")[rows], content)
+        place = self._equal.places(person[rows], _ints(batch, "time_ms")[rows], content)
         own = content.to_pylist()
         for at in np.flatnonzero(place).tolist():
             own[at] = f"{own[at]}-{place[at]}"
@@ -612,6 +610,49 @@ def _lead(options: Options) -> bytes:
     if options.skip_user_properties_sync:
         said["$skip_user_properties_sync"] = True
     return COMMA + msgspec.json.encode(said)[:-1] + b","
+
+
+def _cuts(person: Ints, time_ms: Ints) -> list[int]:
+    """Return where to cut sorted rows, both ends too: what shares person and time, and so may be equal, stays together."""
+    apart = np.flatnonzero((person[1:] != person[:-1]) | (time_ms[1:] != time_ms[:-1])) + 1
+    wanted = np.arange(_PART_ROWS, len(person), _PART_ROWS)
+    if len(apart):
+        apart = np.unique(apart[np.searchsorted(apart, wanted[wanted <= apart[-1]])])
+    return [0, *apart.tolist(), len(person)] if len(person) else [0]
+
+
+def bounded(sizes: Ints, first: int) -> Iterator[tuple[int, int]]:
+    """Cut rows from `first` on into parts of at most PART_BYTES, or one row; yield where each begins and ends. sizes: of the texts."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + PART_BYTES, side="right")))
+        yield first + start, first + end
+        start = end
+
+
+class _Equal:
+    """Counts equal events of one person and time, across parts too. The rows come sorted by person and time."""
+
+    def __init__(self) -> None:
+        self._last = (-1, -1)  # person and time of the last row
+        self._before: Counter[str] = Counter()  # of these two, by content
+
+    def places(self, person: Ints, time_ms: Ints, content: pa.Array) -> Ints:
+        """Return each row's place among those of its person, time and content."""
+        place = _places(person, time_ms, content)
+        last = (int(person[-1]), int(time_ms[-1]))
+        for at, of in enumerate(zip(person.tolist(), time_ms.tolist(), strict=True)):
+            if of != self._last:
+                break
+            place[at] += self._before[content[at].as_py()]
+        if last != self._last:
+            self._last, self._before = last, Counter()
+        run = len(person) - int(np.searchsorted(person, last[0]))
+        run = int(np.count_nonzero(time_ms[-run:] == last[1]))
+        self._before.update(content.slice(len(person) - run).to_pylist())
+        return place
 
 
 def _places(person: Ints, time_ms: Ints, content: pa.Array) -> Ints:

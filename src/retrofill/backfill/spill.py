@@ -173,12 +173,13 @@ def changed(name: str) -> InputError:
 
 
 class Whole(Struct, frozen=True):
-    """Rows with their texts wherever those lie. texts: a gap behind each; last what stands before every one of them.
+    """Rows with their texts wherever those lie. sizes: of each text. texts: a gap behind each; last what stands before them.
 
     held: the memory in which they lie.
     """
 
     rows: pa.RecordBatch
+    sizes: Ints
     texts: pa.LargeStringArray
     held: Sequence[object]
 
@@ -195,9 +196,7 @@ class Whole(Struct, frozen=True):
         pieces = self.texts.take(pa.array(both))
         _valid, offsets, data = pieces.buffers()
         ends = np.frombuffer(offsets, np.int64)[: len(both) + 1 : 2 if led else 1]
-        assert ends[-1] <= _TEXT_BYTES_MAX, f"{len(rows)} rows have {ends[-1]:,} bytes"
-        edges = pa.py_buffer(ends.astype(np.int32))
-        return taken(self.rows, rows, pa.StringArray.from_buffers(len(rows), edges, data))
+        return taken(self.rows, rows, strings(ends, data))
 
     def text(self, row: int) -> bytes:
         """Return the text of one row, less what stands before it."""
@@ -242,12 +241,18 @@ def whole(found: Placed, *, before: bytes | None) -> Whole:
     if before is not None:  # less the brace and the end of line
         begins, sizes = begins + 1, sizes - 2
     lead = pa.py_buffer(before or b"{")
-    return Whole(found.rows, _spanned(begins, sizes, lead), (lead, found.held))
+    return Whole(found.rows, sizes, _spanned(begins, sizes, lead), (lead, found.held))
 
 
 def some(rows: pa.RecordBatch, order: Ints) -> list[pa.Array]:
     """Return the columns of some rows, in this order. One column after the other: all at once took Arrow twice as long."""
     return [_some(column, order) for column in rows.columns]
+
+
+def strings(edges: Ints, data: pa.Buffer) -> pa.StringArray:
+    """Return texts that lie in memory one behind another. edges: where each begins, and where the last one ends."""
+    assert edges[-1] <= _TEXT_BYTES_MAX, f"{len(edges) - 1} rows have {edges[-1]:,} bytes"
+    return pa.StringArray.from_buffers(len(edges) - 1, pa.py_buffer(edges.astype(np.int32)), data)
 
 
 def _some(column: pa.Array, order: Ints) -> pa.Array:
