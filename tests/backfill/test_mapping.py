@@ -320,6 +320,23 @@ def test_an_expression_that_fails_in_one_row_refuses_that_row_alone(
     assert re.match(r"\w+(\.\w+)*: .* does not fit where n = ", letter["reason"])
 
 
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "nan"])
+def test_a_row_that_holds_what_is_no_json_is_refused_alone(tmp_path: Path, text: str) -> None:
+    rows = [json.dumps(ROW)] * 40
+    rows[20] = json.dumps({**ROW, "at": "%"}).replace('"%"', text)
+    rows[21] = json.dumps({**ROW, "at": "soon", "n": "%"}).replace('"%"', text)
+    path = tmp_path / "source.ndjson"
+    path.write_text("\n".join(rows))
+    event = "event: {user_id: user, event_type: event, time: at * 1000}\n"
+    found = run(tmp_path / "work", path, event, bad_rows=0.1)
+    assert found.events == 38
+    told = {letter["line"]: letter for letter in letters(tmp_path / "work")}
+    assert [told[line]["row"] for line in told] == rows[20:22]
+    assert told[21]["reason"].startswith("time: at * 1000 does not fit where ")
+    assert told[22]["reason"].startswith("time: at * 1000 does not fit where ")
+    assert '"soon"' in told[22]["reason"]
+
+
 def test_too_many_bad_rows_stop_everything_naming_the_worst(tmp_path: Path) -> None:
     rows = [ROW] * 90 + [{**ROW, "at": "soon"}] * 10
     with pytest.raises(InputError) as caught:

@@ -134,6 +134,29 @@ def test_what_the_destination_refuses_shows_its_row(
         assert {letter["line"]: letter["row"] for letter in shown} == told
 
 
+def test_a_row_of_what_python_has_no_value_for_is_shown(tmp_path: Path) -> None:
+    """As pandas writes times by default: nanoseconds."""
+    rows = pa.table(
+        {
+            "user": ["user-1"] * 40,
+            "event": ["Open"] * 40,
+            "at": [1700000000000 + n for n in range(40)],
+            "seen": pa.array([1577836800123456789] * 40, pa.timestamp("ns")),
+            "late": pa.array([[10**18]] * 40, pa.list_(pa.timestamp("us"))),
+            "id": [f"i-{n}" for n in range(40)],
+            "props": ['{"a": 1}'] * 20 + [ENDLESS] + ['{"a": 1}'] * 19,
+        }
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(rows, path, row_group_size=16)
+    assert run(tmp_path / "work", path, MAPPING, bad_rows=0.1).events == 39
+    (letter,) = letters(tmp_path / "work")
+    shown = json.loads(letter["row"])
+    assert (letter["line"], shown["id"], shown["props"]) == (21, "i-20", ENDLESS)
+    assert shown["seen"] == "2020-01-01 00:00:00.123456789"
+    assert shown["late"] == ["33658-09-27 01:46:40"]
+
+
 def test_a_stop_between_the_table_and_the_file_is_mended_by_the_next_run(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     journal = Journal(tmp_path / "work", threaded=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -344,6 +346,24 @@ def test_a_first_mapping_of_shop_clickstream_can_be_run_as_it_is(
     (tmp_path / "m.yaml").write_text(text)
     staged = run(tmp_path / "work", data / "shop-clickstream.csv.gz", str(tmp_path / "m.yaml"))
     assert (staged.events, staged.people) == (31_106, 600)
+
+
+def test_a_first_mapping_of_parquet_knows_its_times_whatever_their_unit(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = {
+        "user": ["user-1", "user-2"],
+        "on": pa.array([1577836800123456789, 1577836800123456790], pa.timestamp("ns")),
+        "price": [1.5, float("nan")],
+        "device": [{"model": "A"}, {"model": "B"}],
+    }
+    pq.write_table(pa.table(rows), path)
+    text = first_mapping(tmp_path, path)
+    assert "2 rows" in text
+    fields = {field.path: field.expression for field in mapping.parse(yaml.safe_load(text)).fields}
+    assert (fields["user_id",], fields["time",]) == ("user", "on")
+    days = {"user": ["user-1"], "day": pa.array([18262], pa.date32())}
+    pq.write_table(pa.table(days), path)
+    assert "time: day" in first_mapping(tmp_path, path)
 
 
 def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:

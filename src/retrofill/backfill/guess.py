@@ -8,9 +8,9 @@ property.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from datetime import date
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECONDS_MAX, _MILLIS_MAX = 1e11, 1e14
 _LISTED = 200
 _MOMENT = re.compile(r"(19|20)\d\d-[01]\d-[0-3]\d[T ][0-2]\d:[0-5]\d.*")
+_TIMES = ("DATE", "TIMESTAMP")  # as the types of Parquet begin
 _SECONDS = re.compile(r"1\d{9}(\d{3}){0,2}")  # 2001 to 2033, also in milli- and microseconds
 
 # For each field the names that mean it, best first, compared without case, `_`, `-` and spaces.
@@ -139,19 +140,17 @@ def preset(source: Source) -> str:
 
 
 def _sample(source: Source) -> list[dict[str, Any]]:
-    if source.style == "json":
+    if source.style != "cells":
         found = []
         for row in source.rows:
             try:
-                value = msgspec.json.decode(row or "")
-            except msgspec.DecodeError:
+                value = json.loads(row or "")  # which knows NaN, as DuckDB writes it
+            except ValueError:
                 continue
             if isinstance(value, dict):
                 found.append(value)
         return found
     rows: list[dict[str, Any]] = source.table.to_pylist()
-    if source.style == "native":
-        return rows
     return [{name: row[f"cell_{at}"] for at, name in enumerate(source.names)} for row in rows]
 
 
@@ -184,7 +183,9 @@ def _unnamed_time(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> It
         if _folded(name) in others:
             continue
         values = [row.get(name) for row in rows]
-        if values and all(map(_reads_as_time, values)):
+        if values and (
+            (kind.startswith(_TIMES) and None not in values) or all(map(_reads_as_time, values))
+        ):
             guess = _guess("time", name, kind, values)
             if guess is not None:
                 yield replace(guess, why=f"by its values alone: {guess.why}")
@@ -192,8 +193,6 @@ def _unnamed_time(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> It
 
 
 def _reads_as_time(value: object) -> bool:
-    if isinstance(value, date):  # a datetime is one
-        return True
     text = str(value)
     return bool(_MOMENT.fullmatch(text) or _SECONDS.fullmatch(text))
 

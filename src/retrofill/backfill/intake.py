@@ -460,14 +460,16 @@ class Intake:
         if bad in _REASONS:
             return _REASONS[bad]
         field = self._asked.get(bad) or self.compiled.fields[bad]
-        held = msgspec.json.decode(
-            shown or "{}", type=dict[str, Raw]
-        )  # no decoder holds every number
-        values = ", ".join(
-            f"{name} = {bytes(one).decode()[:200]}"
-            for name, one in held.items()
-            if _names(field.expression, name)
-        )
+        try:  # no decoder holds every number
+            held = msgspec.json.decode(shown or "{}", type=dict[str, Raw])
+        except msgspec.DecodeError:  # NaN and Infinity: DuckDB takes them for JSON
+            values = (shown or "")[:500]
+        else:
+            values = ", ".join(
+                f"{name} = {bytes(one).decode()[:200]}"
+                for name, one in held.items()
+                if _names(field.expression, name)
+            )
         return field.name, f"{field.expression} does not fit where {values or 'the row is so'}"
 
     def _in_bounds(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -591,11 +593,12 @@ def _hashes(batch: pa.RecordBatch) -> tuple[Ints, Ints, Ints]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    """Return what DuckDB says, less the query of ours that it shows."""
+    return " ".join(str(error).partition("\nLINE ")[0].split())[:500]
 
 
 class Source(Struct, frozen=True):
-    """What a look at the source tells. names: of CSV cells. rows: the sample, as text or cells."""
+    """What a look at the source tells. names: of CSV cells, and `table` the sample of these. rows: that of others, as JSON."""
 
     style: columns.Style
     types: dict[columns.Path, str]
@@ -663,9 +666,10 @@ def _look_native(pieces: Sequence[Piece]) -> Source:
             found = connection.execute(
                 f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # names are quoted
             ).fetchall()
-            table = connection.execute(
+            sample = connection.execute(
                 f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # the same
             ).to_arrow_table()
+            rows: list[str | None] = [*records.as_json(connection, sample)]
     except duckdb.Error as error:
         raise InputError(
             f"This is no Parquet that can be read: {_one_line(error)}",
@@ -677,7 +681,7 @@ def _look_native(pieces: Sequence[Piece]) -> Source:
             where=", ".join(piece.name for piece in pieces[:3]),
             mend="Write the file with another name for it",
         )
-    return Source("native", {(row[0],): row[1] for row in found}, [], None, [], table)
+    return Source("native", {(row[0],): row[1] for row in found}, [], None, rows)
 
 
 def _style(piece: Piece) -> columns.Style:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterator
 from itertools import chain, dropwhile, islice
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,9 @@ from retrofill.backfill import database, unpack
 from retrofill.backfill.deadletter import DeadLetters
 from retrofill.backfill.source import Piece
 from retrofill.errors import InputError
+
+if TYPE_CHECKING:
+    import duckdb
 
 CHUNK_BYTES = 1024 * 1024  # read at once; more would be fresh memory each time
 RECORD_BYTES_MAX = 16 * 1024 * 1024  # a longer record is no event: Amplitude takes 20 MB a request
@@ -52,6 +55,15 @@ class Place(Struct):
     offset: int = 0
     line: int = 1
     last: bool = False
+
+
+def as_json(connection: duckdb.DuckDBPyConnection, rows: pa.Table) -> list[str]:
+    """Return rows of Parquet as JSON. Python has no value for some of theirs: nanoseconds, years after 9999."""
+    connection.register("rows", rows)
+    told = "rows of Parquet"  # no column's name, which would be taken first
+    found = connection.execute(f'SELECT to_json("{told}") FROM rows "{told}"').fetchall()
+    connection.unregister("rows")
+    return [text for (text,) in found]
 
 
 def cells_schema(names: list[str]) -> pa.Schema:
