@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tests.engine.stored import PROJECT, Stored, block
 from tests.engine.test_ingest import batch, opened
 from tests.lake.blocks import START_MS
@@ -163,7 +164,31 @@ def test_opening_again_changes_nothing_and_an_undone_import_begins_anew(tmp_path
         known.put(1, Import("a", "undone", 5))
         with pytest.raises(ConflictError, match="is undone"):
             imports.closed(known, 1, "a")
-        assert imports.opened(known, 1, "a", now_ms=9) == Import("a", "open", 9, 2)
+        anew = Import("a", "undone", 5, again="open", again_ms=9)
+        for now_ms in (9, 10):
+            assert imports.opened(known, 1, "a", now_ms=now_ms) == anew
+        assert imports.closed(known, 1, "a") == replace(anew, again="closed")
+        assert imports.opened(known, 1, "a", now_ms=11) == anew
+        assert imports.closed(known, 1, "a", rows=True) == Import("a", "closed", 9, 2)
+
+
+def test_what_was_undone_and_opened_again_is_kept_until_there_are_rows(tmp_path: Path) -> None:
+    ago = Import("a", "undone", 5, 3, 2, 7, 9)
+    with closing(Imports(tmp_path / "imports.sqlite")) as known:
+        known.put(1, ago)
+        anew = imports.opened(known, 1, "a", now_ms=11)
+        assert imports.to_purge(anew, 12) == imports.to_purge(ago, 12) == 2
+        assert imports.to_restore(known, 1, "a", again=False, now_ms=12) == anew
+        assert imports.restored(anew) == Import("a", "open", 5, 3, 2, 2)
+        imports.not_again(known, 1, "a")
+        assert _known(known) == ago
+        imports.opened(known, 1, "a", now_ms=13)
+        imports.begun_again(known, 1, "a")
+        assert _known(known) == Import("a", "open", 13, 4, 7, 7)
+        with pytest.raises(ConflictError, match="is open, not undone"):
+            imports.to_restore(known, 1, "a", again=False, now_ms=14)
+        with pytest.raises(ConflictError, match="is open, not undone"):
+            imports.to_restore(known, 1, "rows-alone", again=False, now_ms=14)
 
 
 @pytest.mark.parametrize("state", ["open", "closed"])

@@ -108,11 +108,43 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         # As an undo that is under way leaves it.
         with closing(sqlite3.connect(tmp_path / "data" / "imports.sqlite")) as file, file:
             file.execute(
-                "INSERT INTO imports VALUES (1, 'going', 'undoing', 5, 1, 0, 0, 0, 'open', 0, 0)"
+                "INSERT INTO imports (project, name, state, opened_ms, generation, after, until, undone_ms, former) "
+                "VALUES (1, 'going', 'undoing', 5, 1, 0, 0, 0, 'open')"
             )
         assert call(live, "POST", "/api/1/imports", {"name": "going"})[0] == 409
         status, said = call(live, "POST", "/api/1/imports/going/close")
         assert (status, said["error"]["message"]) == (409, "The import going is being undone")
+
+
+def test_an_undone_import_that_is_opened_again_can_be_restored_until_it_has_rows(
+    tmp_path: Path,
+) -> None:
+    path = "/api/1/imports/old"
+
+    def shown(method: str, more: str = "") -> tuple[int, str, int]:
+        status, said = call(live, method, f"{path}{more}")
+        return status, said["state"], said["generation"]
+
+    def opened() -> tuple[int, str, int]:
+        status, said = call(live, "POST", "/api/1/imports", {"name": "old"})
+        return status, said["state"], said["generation"]
+
+    with Live(tmp_path) as live:
+        assert send(live, of("old", insert_id="a")) == 200
+        status, said = call(live, "POST", f"{path}/restore")
+        assert (status, said["error"]["message"]) == (409, "The import old is open, not undone")
+        assert shown("DELETE") == (200, "undone", 1)
+        assert opened() == (200, "open", 2)
+        assert shown("POST", "/close") == (200, "closed", 2)
+        assert shown("POST", "/restore") == (200, "open", 1)
+        assert call(live, "GET", path)[1]["events"] == 1
+        assert shown("DELETE") == (200, "undone", 1)
+        assert opened() == (200, "open", 2)
+        assert shown("DELETE") == (200, "undone", 1)
+        assert call(live, "POST", f"{path}/close")[0] == 409
+        assert send(live, of("old", insert_id="b")) == 200
+        assert shown("POST", "/close") == (200, "closed", 2)
+        assert call(live, "POST", f"{path}/restore")[0] == 409
 
 
 def test_verify_reads_back_the_import_alone(

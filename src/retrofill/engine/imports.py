@@ -28,7 +28,7 @@ from retrofill.core.block import Kind
 from retrofill.core.event import Batch, Envelope, Event, import_name
 from retrofill.engine.duplicates import IMPORT_SOURCE, import_of
 from retrofill.engine.query import Reader, Statement, View
-from retrofill.errors import ConflictError, MissingError
+from retrofill.errors import ConflictError
 from retrofill.hot.imports import NAME, Counted, Import, Imports, State
 from retrofill.hot.intents import Tried
 from retrofill.limits import (
@@ -148,13 +148,15 @@ def figures(
 
 def _shown(known: Import, rows: Stored, counted: Counted, tried: Tried) -> Figures:
     state, generation = known.state, known.generation
-    if state == "undone" and rows != Stored():  # what came since begins the next generation
-        state, generation = "open", generation + 1
+    opened_ms = known.opened_ms
+    if state == "undone" and (known.again or rows != Stored()):
+        anew = _next(known)  # what came since begins it
+        state, generation, opened_ms = anew.state, anew.generation, anew.opened_ms
     return Figures(
         known.name,
         state,
         generation,
-        known.opened_ms,
+        opened_ms,
         rows.events,
         rows.identifies,
         rows.people,
@@ -173,10 +175,10 @@ def _shown(known: Import, rows: Stored, counted: Counted, tried: Tried) -> Figur
 
 
 def opened(known: Imports, project: int, name: str, *, now_ms: int) -> Import:
-    """Open an import, again if it is closed or undone: an undone one begins its next generation.
+    """Open an import, again if it is closed or undone: rows of an undone one are of its next generation.
 
-    Opening one that is open changes nothing but that it is known, so who resumes may ask each time. Raises ConflictError
-    while it is being undone.
+    Opening one that is open changes nothing but that it is known, so who resumes may ask each time. Nor does an undone one
+    lose anything by it: until there are rows again it can be restored. Raises ConflictError while it is being undone.
     """
 
     def make(before: Import | None) -> Import:
@@ -184,7 +186,7 @@ def opened(known: Imports, project: int, name: str, *, now_ms: int) -> Import:
             return Import(name, "open", now_ms)
         _not_undoing(before)
         if before.state == "undone":
-            return _next(before, now_ms)
+            return replace(before, again="open", again_ms=before.again_ms or now_ms)
         since = now_ms if before.opened_ms is None else before.opened_ms
         return replace(before, state="open", opened_ms=since)
 
@@ -193,14 +195,21 @@ def opened(known: Imports, project: int, name: str, *, now_ms: int) -> Import:
     return made
 
 
-def closed(known: Imports, project: int, name: str) -> Import:
-    """Note that all of an import was sent. What arrives all the same is stored. Raises ConflictError if it is undone."""
+def closed(known: Imports, project: int, name: str, *, rows: bool = False) -> Import:
+    """Note that all of an import was sent. What arrives all the same is stored.
+
+    rows: there are some. Raises ConflictError if it is undone, and was not begun anew.
+    """
 
     def make(before: Import | None) -> Import:
         if before is None:
             return Import(name, "closed")
         _not_undoing(before)
-        if before.state == "undone":
+        if before.state == "undone" and rows:
+            before = _next(before)
+        elif before.state == "undone" and before.again:
+            return replace(before, again="closed")
+        elif before.state == "undone":
             raise ConflictError(f"The import {name} is undone", mend="Open it again first")
         return replace(before, state="closed")
 
@@ -209,12 +218,12 @@ def closed(known: Imports, project: int, name: str) -> Import:
     return made
 
 
-def _next(before: Import, now_ms: int | None) -> Import:
+def _next(before: Import) -> Import:
     """Begin the generation after an undone one."""
     return Import(
         before.name,
-        "open",
-        now_ms,
+        before.again or "open",
+        before.again_ms or None,
         before.generation + 1,
         before.until,
         before.until,
@@ -246,6 +255,15 @@ def as_before(known: Imports, project: int, name: str) -> None:
     known.change(project, name, make)
 
 
+def not_again(known: Imports, project: int, name: str) -> None:
+    """Note that an undone import, opened again since and without a row, is undone once more: what it was before."""
+    known.change(
+        project,
+        name,
+        lambda before: replace(before, again="", again_ms=0) if before and before.again else None,
+    )
+
+
 def undone(before: Import, *, until: int, now_ms: int) -> Import:
     """Return what an import is whose rows up to block `until` are hidden now. Said again it is the same."""
     closed = before.former == "closed" if before.former else before.closed
@@ -257,7 +275,16 @@ def undone(before: Import, *, until: int, now_ms: int) -> Import:
 def restored(before: Import) -> Import:
     """Return what an import is that was undone and whose rows are shown again: closed if it was. Said again it is the same."""
     state: State = "closed" if before.closed or before.state == "closed" else "open"
-    return replace(before, state=state, until=before.after, undone_ms=0, former="", closed=0)
+    return replace(
+        before,
+        state=state,
+        until=before.after,
+        undone_ms=0,
+        former="",
+        closed=0,
+        again="",
+        again_ms=0,
+    )
 
 
 def begun_again(known: Imports, project: int, name: str) -> None:
@@ -265,18 +292,16 @@ def begun_again(known: Imports, project: int, name: str) -> None:
     known.change(
         project,
         name,
-        lambda before: _next(before, None) if before and before.state == "undone" else None,
+        lambda before: _next(before) if before and before.state == "undone" else None,
     )
 
 
 def to_restore(known: Imports, project: int, name: str, *, again: bool, now_ms: int) -> Import:
     """Return an undone import that may be brought back, or one whose bringing back broke off: it is asked for again.
 
-    again: its next generation has rows. Raises ConflictError, MissingError.
+    again: its next generation has rows. Raises ConflictError.
     """
-    one = known.get(project, name)
-    if one is None:
-        raise MissingError("There is no such import", where=name)
+    one = known.get(project, name) or Import(name)  # one with rows and no entry is open
     if one.state == "restoring":
         return one
     if one.state != "undone" or again:

@@ -81,9 +81,11 @@ class Undoing:
 
     def _to_undo(self, project: int, name: str) -> Import:
         """Return the import as it is; an undone one that has rows since is in its next generation."""
-        one = self._known(project, name)
+        one, known = self._known(project, name), self._host.imports
         if one.state == "undone" and self._host.lake.holds_import(project, name, one.until):
-            imports.begun_again(self._host.imports, project, name)
+            imports.begun_again(known, project, name)
+        elif one.state == "undone":
+            imports.not_again(known, project, name)
         return self._known(project, name)
 
     def _to_restore(self, project: int, name: str) -> Import:

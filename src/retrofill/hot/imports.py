@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS imports (
     project INTEGER, name TEXT, state TEXT NOT NULL, opened_ms INTEGER, generation INTEGER NOT NULL,
     after INTEGER NOT NULL, until INTEGER NOT NULL, undone_ms INTEGER NOT NULL,
     former TEXT NOT NULL DEFAULT '', purged INTEGER NOT NULL DEFAULT 0, closed INTEGER NOT NULL DEFAULT 0,
+    again TEXT NOT NULL DEFAULT '', again_ms INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (project, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counted (
@@ -42,12 +43,14 @@ CREATE TABLE IF NOT EXISTS aside (
 CREATE TABLE IF NOT EXISTS counted_to (only INTEGER PRIMARY KEY CHECK (only = 1), block INTEGER NOT NULL);
 """
 
-_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms, former, purged, closed"
+_FIELDS = "name, state, opened_ms, generation, after, until, undone_ms, former, purged, closed, again, again_ms"
 # What a file of an earlier version lacks.
 _LATER = (
     "former TEXT NOT NULL DEFAULT ''",
     "purged INTEGER NOT NULL DEFAULT 0",
     "closed INTEGER NOT NULL DEFAULT 0",
+    "again TEXT NOT NULL DEFAULT ''",
+    "again_ms INTEGER NOT NULL DEFAULT 0",
 )
 _ADD = """
 INSERT INTO counted VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
@@ -62,7 +65,8 @@ class Import(Struct, frozen=True):
     after, until: the rows of the generation that is undone (or being undone, or restored) are those of blocks after
     `after` up to `until`; without one both are the last block of the generation before, 0 for the first. former: its
     state before it was being undone or restored. purged: hidden rows up to this block are deleted. closed: not 0
-    if it was closed when it was undone, and so will be when it is restored.
+    if it was closed when it was undone, and so will be when it is restored. again: the state of the next generation of
+    an undone one, opened at again_ms, while it has no rows: until then what was undone can be restored. Else empty and 0.
     """
 
     name: str
@@ -75,6 +79,8 @@ class Import(Struct, frozen=True):
     former: State | Literal[""] = ""
     purged: int = 0
     closed: int = 0
+    again: Literal["open", "closed", ""] = ""
+    again_ms: int = 0
 
 
 class Counted(Struct, frozen=True):

@@ -114,8 +114,10 @@ class ImportRoutes:
         number, name = request.state.project.number, request.path_params["id"]
 
         def ask() -> Figures:
-            self._one(number, name)  # nothing is closed that is not there
-            imports.closed(self._engine.imports, number, name)
+            one = self._one(number, name)  # nothing is closed that is not there
+            imports.closed(
+                self._engine.imports, number, name, rows=one.first_arrival_ms is not None
+            )
             return self._one(number, name)
 
         return await self._answer(request, ask)
