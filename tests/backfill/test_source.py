@@ -24,6 +24,7 @@ from tests.backfill.staging import events, letters, ndjson, rows, run
 
 from retrofill.backfill import database, records, source
 from retrofill.backfill.deadletter import DeadLetters
+from retrofill.backfill.journal import Journal
 from retrofill.backfill.plan import plan
 from retrofill.backfill.profile import PROFILES
 from retrofill.errors import InputError
@@ -126,6 +127,25 @@ def test_what_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     data.touch()
     queries = [f"sqlite:///{data}?query=SELECT+{n}" for n in (1, 2, 1)]
     assert len(source.locate(queries)) == 2
+
+
+@pytest.mark.parametrize("name", [".", "{}", "*.ndjson", "**/*.ndjson", "*/*.ndjson"])
+def test_a_work_directory_inside_of_the_source_is_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "day").mkdir()
+    for path in ("a.ndjson", "day/b.ndjson"):
+        (tmp_path / path).write_bytes(lines(ROWS) + b"no row\n")
+    named = name.format(tmp_path)
+    before = source.locate([named])
+    found = run(tmp_path / "retrofill-work", named, MAPPING, bad_rows=0.9)
+    Journal(tmp_path / "retrofill-work", threaded=False).close()  # a run was begun: it must go on
+    assert (tmp_path / "retrofill-work" / "dead-letters.ndjson").exists()
+    assert source.locate([named]) == before
+    assert run(tmp_path / "retrofill-work", named, MAPPING, bad_rows=0.9) == found
+    letters = source.locate(["retrofill-work/dead*.ndjson"])  # told outright
+    assert [one.name for one in letters] == ["retrofill-work/dead-letters.ndjson"]
 
 
 def test_a_folder_without_history_is_told(tmp_path: Path) -> None:

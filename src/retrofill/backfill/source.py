@@ -14,6 +14,8 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
@@ -44,6 +46,8 @@ _SAID: Final[dict[str, Format]] = {
 }
 _PACKED: Final[dict[str, unpack.Packing]] = {".gz": "gz", ".zst": "zst"}
 _QUERIES: Final = ("sqlite", "duckdb", "postgresql", "postgres")
+# What a work directory holds beside its lock: each a sign that it is one.
+_WORK: Final = ("stage", "stage.new", "scratch", "dead-letters.ndjson", "journal.db", "live.json")
 _FAR_LOOKED_AT = 3  # ours: objects fetched for a look
 _NATURAL = re.compile(r"(\d+)")
 
@@ -146,15 +150,33 @@ def _paths(name: str) -> list[Path]:
     if path.is_dir():
         inside = [one for one in path.rglob("*") if one.is_file() and _wanted(str(one))]
         inside = [one for one in inside if not unpack.hidden(one.relative_to(path))]
+        inside = _not_ours(inside, path)
     elif path.exists():
         return [path]
     else:
         inside = [Path(one) for one in glob.glob(str(path), recursive=True)]  # noqa: PTH207  # Path.glob takes no absolute pattern
-        inside = [one for one in inside if one.is_file()]
+        inside = _not_ours([one for one in inside if one.is_file()], _told(path))
     if not inside:
         what = f"No file of history is in {name}" if path.is_dir() else f"There is no source {name}"
         raise InputError(what, mend=f"Files end in {', '.join(_FORMATS)}, also .gz, .zst")
     return sorted(inside, key=lambda one: natural(str(one)))
+
+
+def _told(pattern: Path) -> Path:
+    """Return the folders of a glob that it names outright."""
+    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _not_ours(files: Sequence[Path], told: Path) -> list[Path]:
+    """Leave out what lies in work directories below a folder: the same line shall find the same source again."""
+    ours = cache(_is_work)
+    inside = [(file, file.relative_to(told).parents) for file in files]
+    return [file for file, above in inside if not any(ours(told / one) for one in above[:-1])]
+
+
+def _is_work(folder: Path) -> bool:
+    there = _WORK if (folder / "lock").is_file() else ()
+    return any((folder / name).exists() for name in there)
 
 
 def _wanted(name: str) -> bool:
