@@ -7,11 +7,12 @@ AWS_PROFILE, AWS_ENDPOINT_URL …); an endpoint given by the user wins.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from msgspec import Struct
 
+from retrofill.backfill.unpack import hidden
 from retrofill.errors import InputError
 
 _GLOB = "*?["
@@ -44,9 +45,13 @@ def listing(url: str, *, endpoint: str | None) -> list[Object]:
             ]
     if at >= 0:
         return [one for one in found if fnmatchcase(one.key, pattern)]
-    exact = [one for one in found if one.key == pattern]
     folder = pattern if not pattern or pattern.endswith("/") else f"{pattern}/"
-    return exact or [one for one in found if one.key.startswith(folder)]
+    # Some tools keep an empty object with the name of a folder, so that it is there.
+    exact = [one for one in found if one.key == pattern != folder]
+    inside = [one for one in found if one.key.startswith(folder)]
+    return exact or [
+        one for one in inside if not hidden(PurePosixPath(one.key.removeprefix(folder)))
+    ]
 
 
 def download(url: str, to: Path, *, endpoint: str | None) -> Path:
