@@ -554,6 +554,23 @@ def test_a_query_on_sqlite_and_duckdb(tmp_path: Path) -> None:
         assert numbers(tmp_path / f"{kind}-inside") == list(range(10))
 
 
+def test_a_text_of_sqlite_that_is_no_utf8_refuses_its_row_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "history.sqlite") as lite:
+        lite.execute("CREATE TABLE history (user TEXT, event TEXT, at INTEGER, n INTEGER, x BLOB)")
+        lite.executemany(
+            "INSERT INTO history VALUES ('user-1', CAST(? AS TEXT), 1700000000000, ?, x'ff')",
+            [(b"caf\xe9" if n == 5_500 else "café".encode(), n) for n in range(6_000)],
+        )
+    lite.close()
+    place = f"sqlite://{tmp_path}/history.sqlite"
+    run(tmp_path / "work", place, MAPPING, query="SELECT * FROM history")
+    assert sorted(numbers(tmp_path / "work")) == [n for n in range(6_000) if n != 5_500]
+    (letter,) = letters(tmp_path / "work")
+    assert letter["line"] == 5_501
+    assert letter["reason"].startswith("unreadable: not UTF-8")
+    assert '"n": 5500' in letter["row"]
+
+
 def test_moments_of_duckdb_with_a_zone_are_given_in_utc(tmp_path: Path) -> None:
     place = f"duckdb:{tmp_path / 'history.duckdb'}"
     with duckdb.connect(str(tmp_path / "history.duckdb")) as duck:
@@ -636,6 +653,8 @@ def test_objects_of_an_s3_server(tmp_path: Path, s3: str, monkeypatch: pytest.Mo
             Bucket="history", Key=f"y/part-{at}.ndjson", Body=lines([{**ROWS[0], "n": at}])
         )
     client.put_object(Bucket="history", Key="y/notes.md", Body=b"no history")
+    for key in ("y/", "y/.part.ndjson", "y/_delta_log/1.json", "y/_temporary/0/part.parquet"):
+        client.put_object(Bucket="history", Key=key, Body=b"")
     run(tmp_path / "folder", "s3://history/y/", MAPPING, endpoint=s3)
     assert numbers(tmp_path / "folder") == [1, 2, 10]
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
@@ -691,6 +710,15 @@ def test_a_query_on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert events(tmp_path / "work")[3]["time"] == ROWS[3]["at"]
         with pytest.raises(InputError, match='relation "nothing" does not exist'):
             run(tmp_path / "wrong", url, MAPPING, query="SELECT * FROM nothing")
+        odd = "SELECT 'user-1' AS user, 'Open' AS event, to_timestamp(1700000000 + n) AS at, n, {} FROM generate_series(1, 6000) n"
+        query = odd.format("CASE n WHEN 5500 THEN DATE 'infinity' END AS until, TIME '24:00' AS t")
+        plain, found = (
+            list(msgspec.json.Decoder().decode_lines(b"".join(database.lines(url, one))))
+            for one in (odd.format("1 AS one"), query)
+        )
+        assert [row["at"] for row in found] == [row["at"] for row in plain]
+        assert [row["until"] for row in found if row["until"]] == ["infinity"]
+        assert {row["t"] for row in found} == {"24:00:00"}
     finally:
         server.cleanup()
         shutil.rmtree(home)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from retrofill.errors import InputError
+
+if TYPE_CHECKING:
+    import psycopg
 
 _ROWS = 5_000  # rows fetched at once
 
@@ -36,9 +40,20 @@ def lines(place: str, query: str) -> Iterator[bytes]:
 
 def _encoded(batches: Iterator[tuple[list[str], Sequence[Sequence[Any]]]]) -> Iterator[bytes]:
     for names, rows in batches:
-        yield _encoder.encode_lines(
-            [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
-        )
+        found = [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
+        try:
+            yield _encoder.encode_lines(found)
+        except UnicodeEncodeError:  # a text that is none, see `_text`
+            yield b"".join(map(_as_it_is, found))
+
+
+def _as_it_is(row: dict[str, Any]) -> bytes:
+    """Return a row as a line that is no UTF-8 where its text is none: whoever reads it refuses that row alone."""
+    try:
+        return _encoder.encode_lines([row])
+    except UnicodeEncodeError:
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        return text.encode(errors="surrogateescape") + b"\n"
 
 
 def _different(names: list[str]) -> list[str]:
@@ -63,12 +78,30 @@ def _plain(value: object) -> object:
 def _sqlite(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
     try:
         with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as connection:
-            cursor = connection.execute(query)
+            connection.execute("BEGIN")  # asked twice, the query answers the same
+            cursor, seen = connection.execute(query), 0
             names = _different([column[0] for column in cursor.description or ()])
-            while rows := cursor.fetchmany(_ROWS):
+            while True:
+                try:
+                    rows = cursor.fetchmany(_ROWS)
+                except sqlite3.OperationalError as error:
+                    if "decode" not in str(error) or connection.text_factory is _text:
+                        raise
+                    connection.text_factory = _text  # which is slow, so not for everybody
+                    cursor = connection.execute(query)
+                    cursor.fetchmany(seen)
+                    continue
+                if not rows:
+                    return
+                seen += len(rows)
                 yield names, rows
     except sqlite3.Error as error:
         raise InputError(f"SQLite said: {error}", where=path) from error
+
+
+def _text(raw: bytes) -> str:
+    """Decode a text of SQLite, which takes any bytes for one."""
+    return raw.decode(errors="surrogateescape")
 
 
 def _duckdb(path: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
@@ -98,6 +131,48 @@ def _without_zones(query: str, zoned: list[str]) -> str:
     return f"SELECT * REPLACE ({moments}) FROM (\n{query.rstrip().removesuffix(';')}\n)"
 
 
+def _fetched(cursor: psycopg.ServerCursor[Any]) -> Sequence[Sequence[Any]]:
+    """Return the next rows, with text for what Python has no value for: `infinity`, years before 1 and after 9999."""
+    import psycopg  # noqa: PLC0415  # as in `_postgresql`
+    from psycopg.adapt import Transformer  # noqa: PLC0415  # as above
+
+    try:
+        return cursor.fetchmany(_ROWS)
+    except psycopg.DataError:
+        found = cursor.pgresult
+        if found is None:
+            raise
+        for name, loader in _loaders().items():
+            cursor.adapters.register_loader(name, loader)
+        lenient = Transformer(cursor)  # slow, so not for everybody
+        lenient.set_pgresult(found)
+        return lenient.load_rows(0, found.ntuples, tuple)
+
+
+def _loaders() -> dict[str, Any]:
+    import psycopg  # noqa: PLC0415  # as in `_postgresql`
+    from psycopg.types import datetime as kinds  # noqa: PLC0415  # as above
+
+    def lenient(loader: Any) -> Any:
+        def load(self: Any, data: Any) -> Any:
+            try:
+                return loader.load(self, data)
+            except psycopg.DataError:
+                return bytes(data).decode()
+
+        return type("Lenient", (loader,), {"load": load})
+
+    every = {
+        "date": kinds.DateLoader,
+        "time": kinds.TimeLoader,
+        "timetz": kinds.TimetzLoader,
+        "timestamp": kinds.TimestampLoader,
+        "timestamptz": kinds.TimestamptzLoader,
+        "interval": kinds.IntervalLoader,
+    }
+    return {name: lenient(loader) for name, loader in every.items()}
+
+
 def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequence[Any]]]]:
     import psycopg  # noqa: PLC0415  # only this source needs it
 
@@ -107,7 +182,7 @@ def _postgresql(url: str, query: str) -> Iterator[tuple[list[str], Sequence[Sequ
             cursor.itersize = _ROWS
             cursor.execute(query.encode())
             names = _different([column.name for column in cursor.description or ()])
-            while rows := cursor.fetchmany(_ROWS):
+            while rows := _fetched(cursor):
                 yield names, rows
     except psycopg.Error as error:
         parts = urlsplit(url)  # of which some hold passwords
