@@ -244,6 +244,14 @@ def test_a_repair_takes_unsure_rows_that_were_found(tmp_path: Path, data: Export
             {"user_properties": {"a": 1}},
             "user_properties.$x",
         ),
+        (
+            {
+                "user_properties": {"$append": {"a": [1]}, "$clearAll": "-", "a": 2, "b": 3},
+                "$skip_user_properties_sync": True,
+            },
+            {"user_properties": {"a": [2, 1], "b": 4}},
+            "user_properties.b",
+        ),
         ({"event_properties": {"a": 1}}, {"event_properties": {"a": 1.0, "$revenue": 3}}, None),
         ({"event_properties": {"a": None}}, {"event_properties": {}}, None),
         ({"event_properties": {"a": True}}, {"event_properties": {"a": 1}}, "event_properties.a"),

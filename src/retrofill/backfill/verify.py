@@ -549,9 +549,17 @@ def _object(event: Json, row: Json, name: str) -> Iterator[tuple[str, object, ob
     sent, back = event.get(name), row.get(name) or {}
     if not isinstance(sent, dict):
         return
+    # Null says nothing, and operations are no values: nor is what one of them names the one that is said plainly.
+    none: set[str] = set()
+    if name == "user_properties":
+        said = [operand for key, operand in sent.items() if key in OPERATIONS]
+        none = {
+            *OPERATIONS,
+            *(key for operand in said if isinstance(operand, dict) for key in operand),
+        }
     for key, value in sent.items():
-        if value is None or (name == "user_properties" and key in OPERATIONS):
-            continue  # null says nothing; operations are no values
+        if value is None or key in none:
+            continue
         if not _same(value, back.get(key)):
             yield f"{name}.{key}", value, back.get(key)
 
