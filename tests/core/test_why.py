@@ -259,6 +259,8 @@ def test_a_value_inherited_at_a_merge() -> None:
     merged = found.facts[-1]
     assert (merged.before, merged.absorbed, merged.after) == (None, "pro", "pro")
     assert merged.merge == (absorbed, surviving)
+    nothing = explained(history, Asked("property", "never.said", user="ann"))
+    assert (nothing.value, nothing.facts) == (None, [])
 
 
 def test_columns_that_are_set_together() -> None:
@@ -336,6 +338,7 @@ def test_a_merge() -> None:
     found = explained(history, Asked("merge", amplitude_id=merge.absorbed))
     assert found.value == merge.surviving
     assert rules(found) == [(0, "identity", True), (1, "identity", True), (2, "merged", True)]
+    assert (found.facts[-1].before, found.facts[-1].after) == (None, merge.surviving)
 
 
 def test_a_long_history_shows_the_newest_and_counts_the_rest(

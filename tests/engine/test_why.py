@@ -159,6 +159,7 @@ def test_what_cannot_be_asked_is_refused(server: Server) -> None:
         ({"property": "plan", "uuid": "x", "user_id": "ann-111"}, InputError),
         ({"property": "plan", "uuid": "x", "insert_id": "y"}, InputError),
         ({"first_seen": True, "uuid": "x"}, InputError),
+        ({"merge": 100_000_000_001, "user_id": "ann-111"}, InputError),
         ({"column": "plan", "user_id": "ann-111"}, InputError),
         ({"property": "size", "group_type": "org"}, InputError),
         (

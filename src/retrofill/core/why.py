@@ -44,7 +44,7 @@ RULES = {
     "skipped": "$skip_user_properties_sync: the table was neither read nor written",
     "coupled": "it said others of the columns that are set together, which takes away this one",
     "default": "nobody said it: derived from what the event says else",
-    "merged": "two people were shown to be one: the value of the table changed last stays",
+    "merged": "two people were shown to be one: of two values that of the table changed last stays, of two dates the earlier",
     "identity": "it says whose a device or a user is: without it other rows would be this person's, or these not",
     "limit": "it used up the hourly property updates, so that a later one was dropped",
     "newer": "it changed its table, and of two tables that are joined the one changed last counts",
@@ -240,6 +240,10 @@ class Trace:
         if asked.what == "merge" and merge.absorbed != asked.amplitude_id:
             return
         said = [] if asked.what == "merge" else self._says(rows, outcome, at) or []
+        if asked.what == "merge":
+            after = merge.surviving
+        elif before is None and absorbed is None and after is None and not said:
+            return  # neither had a value
         both = (merge.absorbed, merge.surviving)
         fact = Fact(place, rows.block[at], rows.row[at], "merged", before, after, said)
         self._note(replace(fact, absorbed=absorbed, merge=both))

@@ -199,8 +199,10 @@ def _whose(view: View, question: Question) -> _Whose:
             )
         return _Whose(asked, [], None, asked.group)
     if asked.what == "merge":
+        if people:
+            raise InputError("A merge is asked by the amplitude_id that was merged away, alone")
         merges = view.merges()
-        if question.merge not in merges or people:
+        if question.merge not in merges:
             raise _not_merged(view, question.merge)
         return _Whose(asked, _everyone(merges, merges[question.merge]))
     if len(people) != 1:
