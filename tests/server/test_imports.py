@@ -105,6 +105,14 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
             status, said = call(live, method, f"/api/1/imports/none{path}")
             assert (status, said["error"]["http_code"]) == (404, 404)
         assert call(live, "GET", "/api/1/imports")[1] == {"imports": []}
+        assert send(live, of("old")) == 200
+        for method, path in (("DELETE", "/old"), ("GET", ""), ("POST", "/old/close")):
+            status, said = call(live, method, f"/api/1/imports{path}?dry_run=true")
+            assert (status, said["error"]["message"]) == (
+                400,
+                "Parameters that are not supported: dry_run",
+            )
+        assert call(live, "GET", "/api/1/imports/old")[1]["state"] == "open"
         # As an undo that is under way leaves it.
         with closing(sqlite3.connect(tmp_path / "data" / "imports.sqlite")) as file, file:
             file.execute(

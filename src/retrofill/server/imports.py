@@ -28,7 +28,7 @@ from retrofill.errors import InputError, MissingError
 from retrofill.hot.imports import NAME
 from retrofill.limits import IMPORT_BYTES_MAX, READS_PER_PROJECT
 from retrofill.server import body as bodies
-from retrofill.server.read import Reads
+from retrofill.server.read import Given, Reads
 
 if TYPE_CHECKING:
     from retrofill.engine.ingest import Engine
@@ -80,11 +80,13 @@ class ImportRoutes:
 
     async def list(self, request: Request) -> Response:
         """GET /api/1/imports."""
+        Given(request)
         number = request.state.project.number
         return await self._answer(request, lambda: {"imports": self._figures(number)})
 
     async def open(self, request: Request) -> Response:
         """POST /api/1/imports: who resumes may ask again."""
+        Given(request)
         number, name = request.state.project.number, await _name(request)
 
         def ask() -> Figures:
@@ -95,12 +97,12 @@ class ImportRoutes:
 
     async def show(self, request: Request) -> Response:
         """GET /api/1/imports/{id}."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
         return await self._answer(request, lambda: self._one(number, name))
 
     async def effects(self, request: Request) -> Response:
         """GET /api/1/imports/{id}/effects: what an undo will change."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
 
         def ask() -> Effects:
             self._one(number, name)  # 404 if there is none
@@ -111,7 +113,7 @@ class ImportRoutes:
 
     async def close(self, request: Request) -> Response:
         """POST /api/1/imports/{id}/close."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
 
         def ask() -> Figures:
             one = self._one(number, name)  # nothing is closed that is not there
@@ -124,21 +126,21 @@ class ImportRoutes:
 
     async def undo(self, request: Request) -> Response:
         """DELETE /api/1/imports/{id}: answers when all of it is undone; again it answers the same."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
         await self._answer(request, lambda: self._one(number, name))  # 404 if there is none
         await self._engine.undo(number, name)
         return await self._answer(request, lambda: self._one(number, name))
 
     async def restore(self, request: Request) -> Response:
         """POST /api/1/imports/{id}/restore."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
         await self._answer(request, lambda: self._one(number, name))
         await self._engine.restore(number, name)
         return await self._answer(request, lambda: self._one(number, name))
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/1/imports/{id}/cancel: an undo or restore that has changed nothing yet is called off."""
-        number, name = request.state.project.number, request.path_params["id"]
+        number, name = _asked(request)
         # To look for its rows may be to wait for the very change, where events came late.
         if name not in await self._reads.run(lambda: self._engine.tried(number)):
             await self._answer(request, lambda: self._one(number, name))
@@ -147,7 +149,7 @@ class ImportRoutes:
 
     async def export(self, request: Request) -> Response:
         """GET /api/1/imports/{id}/export."""
-        name, empty = request.path_params["id"], "No events of such an import"
+        (_, name), empty = _asked(request), "No events of such an import"
         if not _can_be(name):
             raise HTTPException(404, empty)
         return await self._reads.archive(request, hours_of_import(name), bytes_max=0, empty=empty)
@@ -160,11 +162,21 @@ class ImportRoutes:
     def _one(self, project: int, name: str) -> Figures:
         found = self._figures(project, name) if _can_be(name) else ()
         if not found:
-            raise MissingError("There is no such import", where=name[:64])
+            raise MissingError(
+                "There is no such import",
+                where=name[:64],
+                mend="GET /api/1/imports lists those of the project whose keys are given",
+            )
         return found[0]
 
     async def _answer(self, request: Request, ask: Callable[[], object]) -> Response:
         return await self._reads.answer(request, "reads", READS_PER_PROJECT, ask)
+
+
+def _asked(request: Request) -> tuple[int, str]:
+    """Return the project and the import. There are no parameters: one that is misunderstood must not end in an undo."""
+    Given(request)
+    return request.state.project.number, request.path_params["id"]
 
 
 def _can_be(name: str) -> bool:

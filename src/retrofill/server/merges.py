@@ -58,12 +58,14 @@ def routes(engine: Engine, reader: Reader, reads: Reads) -> list[Route]:
         return await answer(request, lambda view, _: {"held": guard.listed(view, allowed, most)})
 
     async def take_back(request: Request) -> Response:
+        Given(request)
         place = _place(request.path_params["id"])
         bar = await engine.unmerge(request.state.project.number, *place)
         asked = unmerge.Asked("unmerged", bar.absorbed, (bar.block, bar.row + 1), 1)
         return await answer(request, lambda view, barred: unmerge.listed(view, barred, asked)[0])
 
     async def restore(request: Request) -> Response:
+        Given(request)
         place = _place(request.path_params["id"])
         bar = await engine.restore_merge(request.state.project.number, *place)
         asked = unmerge.Asked(before=(bar.block, bar.row + 1), limit=1)
