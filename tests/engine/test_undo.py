@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pytest
 from tests.stateful.test_engine import FakeClock, SealerInside
 
@@ -490,11 +491,23 @@ def _turn(server: Server, name: str, undone: list[str]) -> None:
             undone.append(name)
 
 
+@pytest.mark.parametrize("hashes", ["as they are", "all alike"])
 @pytest.mark.parametrize("key", ["insert_id", "event_id"])
 def test_what_repeats_a_restored_import_is_left_out_again(
-    key: str, tmp_path: Path, clock: FakeClock
+    key: str, hashes: str, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the undo, while the import was hidden, and while it is restored: as where it was never undone."""
+    if hashes == "all alike":
+        monkeypatch.setattr(refolder, "_HASH", "1::UBIGINT")
+    found: list[list[Any]] = []
+    taken = refolder.Session._taken
+
+    def noted(*given: Any) -> pa.Table:
+        rows = taken(*given)
+        found.append(sorted(rows[key].to_pylist()))
+        return rows
+
+    monkeypatch.setattr(refolder.Session, "_taken", noted)
     subject = Server(tmp_path / "subject", clock)
     control = Server(tmp_path / "control", clock)
     origin = {"ingestion_metadata": {"source_name": "retrofill", "source_version": "old-shop"}}
@@ -528,6 +541,7 @@ def test_what_repeats_a_restored_import_is_left_out_again(
     assert not waiting
     control.send(live[2])
     same(subject, control)
+    assert found[0] == (["i-0", "i-1"] if key == "insert_id" else [0, 1])
     subject.crash()
     for server in (subject, control):
         server.send(live[3])
