@@ -237,10 +237,14 @@ READS_PER_PROJECT = 5  # requests of a project at once: contract, read 1
 PERSON_READS_PER_PROJECT = 10  # user search and user activity: contract, read 1
 EXPORT_SLICE_BYTES = 8 * 1024 * 1024  # lake rows that an export holds and puts in order at a time
 EXPORT_SLICES = 64  # slices whose rows one reading of the lake sets apart
-EXPORT_RELEASE_SLICES = 4  # after so many slices memory that was freed goes back to the system
+EXPORT_READ_BYTES = 16 * 1024 * 1024  # rows that it reads of the lake at a time, by their mean
+EXPORT_RELEASE_SLICES = 2  # after so many slices memory that was freed goes back to the system
 EXPORT_CHUNK_ROWS = 4096  # rows that become JSON lines at a time
 EXPORT_THREADS = 2  # of one export, that make lines and compress them
-EXPORT_MEMBER_ROWS = 25_000  # lines of one file in the archive
+EXPORT_CHUNK_BYTES = 8 * 1024 * 1024  # or as many as take so much, more than one
+EXPORT_MEMBER_ROWS = 8_192  # lines of one file in the archive
+EXPORT_ALONE_S = 300  # for which no merge of lake files begins beside an export
+EXPORT_MEMBER_BYTES = 16 * 1024 * 1024  # or rows of this size, before the chunk that goes beyond it
 ACTIVITY_EVENTS_MAX = 1000  # contract, read 4
 PERSON_LOOKS = (
     2  # at a state that goes by event time; if late events go on coming, commits wait for the next

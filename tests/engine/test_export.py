@@ -5,12 +5,14 @@ import io
 import itertools
 import json
 import threading
+import time
 import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,11 +22,12 @@ from tests.lake.blocks import START_MS, World
 from retrofill.core.block import Block, Flag, Kind
 from retrofill.core.row import EXPORT_KEYS, event_id_of, uuid_of
 from retrofill.engine import export as module
-from retrofill.engine import lines
+from retrofill.engine import lines, query
 from retrofill.engine.export import Hours, export, hours_of
 from retrofill.errors import InputError
 
 ALL = hours_of("20260101T00", "20260131T23")
+MB = 1_000_000
 
 
 def archive(
@@ -266,6 +269,47 @@ def test_an_export_that_is_left_lets_its_snapshot_go(tmp_path: Path) -> None:
         assert stored.pins == [2]
         found.close()
         assert stored.pins == []
+
+
+@pytest.mark.parametrize("sealed", [12, 0])
+def test_memory_is_bounded_however_large_rows_are_and_whoever_reads(
+    sealed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 MB of rows some are held at a time, by count of bytes: the next ones wait for whoever takes the archive."""
+    large = {"event_properties": {"said": "x" * 20_000}}
+    blocks = [
+        block(number, [{"insert_id": f"{number}.{row}", **large} for row in range(400)])
+        for number in range(1, 13)
+    ]
+    stored = Stored(tmp_path, blocks, sealed=sealed)
+    monkeypatch.setattr(module, "EXPORT_SLICE_BYTES", 4 * MB)
+    monkeypatch.setattr(module, "EXPORT_READ_BYTES", 4 * MB)
+    monkeypatch.setattr(module, "EXPORT_MEMBER_BYTES", 2 * MB)
+    monkeypatch.setattr(lines, "EXPORT_CHUNK_BYTES", MB)
+    monkeypatch.setattr(query, "UNSEALED_CHUNK_BYTES", 4 * MB)
+    counted = pa.proxy_memory_pool(pa.system_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(counted)
+    try:
+        found = export(stored.reader, PROJECT, ALL, bytes_max=0)
+        assert found is not None
+        pieces = [next(found)]
+        # Nobody reads on: what is made ahead comes to an end, and waits.
+        still = pa.total_allocated_bytes(), 0
+        while still[1] < 5:
+            time.sleep(0.02)
+            now = pa.total_allocated_bytes()
+            still = (now, still[1] + 1 if now == still[0] else 0)
+        assert counted.bytes_allocated() < 40 * MB
+        pieces += found
+        found.close()
+    finally:
+        pa.set_memory_pool(before)
+    assert counted.max_memory() < 60 * MB
+    assert len(pieces) > 30
+    texts = members(zipfile.ZipFile(io.BytesIO(b"".join(pieces)))).values()
+    assert sum(text.count(b"\n") for text in texts) == 4800
+    assert max(map(len, texts)) < 4 * MB
 
 
 def test_an_answer_over_the_limit_is_refused_before_its_first_byte(tmp_path: Path) -> None:

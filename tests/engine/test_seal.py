@@ -288,6 +288,32 @@ async def test_a_merge_under_way_goes_on_where_it_need_not_give_way(tmp_path: Pa
 
 
 @on_loop
+async def test_no_merge_begins_beside_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was put off comes when the last one ends; one that goes on and on keeps it from nothing."""
+    blocks = list(World(people=50).blocks(2 * COMPACT_FILES, rows=20))
+    path = stored(tmp_path, blocks)
+    async with sealer(tmp_path, path) as (opened, lake):
+        async with opened.export_goes_on():
+            async with opened.export_goes_on():
+                await each_sealed(opened, blocks[:COMPACT_FILES])
+                await opened.compact()
+                await opened.compacted()
+            await opened.compacted()
+            assert len(lake.event_files()) == COMPACT_FILES
+        await opened.compacted()
+        assert len(lake.event_files()) == 1
+        monkeypatch.setattr(seal_module, "EXPORT_ALONE_S", 0)
+        async with opened.export_goes_on():
+            await each_sealed(opened, blocks[COMPACT_FILES:])
+            await opened.compact()
+            await opened.compacted()
+            assert len(lake.event_files()) == 2
+        assert positions(lake) == expected(blocks)
+
+
+@on_loop
 async def test_a_file_left_by_a_merge_given_up_is_removed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import json
 import threading
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -71,11 +72,21 @@ class Site:
             limits=lambda _: self.limits,
             clock=self.clock,
             settle=self.settle,
+            export_goes_on=self.export_goes_on,
         )
+        self.exports = [0, 0]  # begun, ended
         self.engine = FakeEngine()
         self.engine.projects = {KEY: Project(PROJECT, "shop", KEY, SECRET)}
         self.app = App(clock=Clock())
         self.app.open(self.engine, self.reads.routes())
+
+    @contextlib.asynccontextmanager
+    async def export_goes_on(self) -> AsyncIterator[None]:
+        self.exports[0] += 1
+        try:
+            yield
+        finally:
+            self.exports[1] += 1
 
     async def settle(self, project: int) -> None:
         for one in self.late.get(project, ()):
@@ -118,6 +129,7 @@ def test_an_export_is_a_zip_of_gzipped_lines(site: Site) -> None:
     text = b"".join(gzip.decompress(whole.read(name)) for name in whole.namelist())
     assert [json.loads(line)["$insert_id"] for line in text.splitlines()] == ["1", "2"]
     assert site.stored.pins == []
+    assert site.exports == [1, 1]
 
 
 def test_an_export_of_nothing_is_404_and_one_over_the_limit_400(site: Site) -> None:
@@ -126,6 +138,7 @@ def test_an_export_of_nothing_is_404_and_one_over_the_limit_400(site: Site) -> N
     answer = site.get("/api/2/export", **HOURS)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid")
     assert site.stored.pins == []
+    assert site.exports == [2, 2]
 
 
 def test_people_are_searched_and_shown(site: Site) -> None:

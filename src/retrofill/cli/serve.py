@@ -128,7 +128,14 @@ def _open(settings: Settings, named: list[tuple[str, str, str]]) -> Opened:
         raise
     reader = engine.reader()
     late = engine.event_time
-    reads = Reads(reader, deletions, limits=engine.limits, clock=clock, settle=late.settle)
+    reads = Reads(
+        reader,
+        deletions,
+        limits=engine.limits,
+        clock=clock,
+        settle=late.settle,
+        export_goes_on=engine.export_goes_on,
+    )
 
     def close() -> None:
         reads.close()

@@ -2,8 +2,11 @@
 
 A lake file is sorted by person, an export by position. So the blocks of each hour are cut into slices of at most
 EXPORT_SLICE_BYTES, and a slice is put in order in memory. Several slices are read at once: their rows wait in files
-without a name, one a slice, rather than one large lake file being read again for each. Memory is bounded by a slice,
-some chunks of lines and one compressed member.
+without a name, one a slice, rather than one large lake file being read again for each.
+
+Memory is bounded, however large rows are and however slowly it is read: two readings of EXPORT_READ_BYTES, or two slices; one
+member that is collected, EXPORT_THREADS and one that wait to be made or taken, with the chunk that each thread makes lines of.
+Unsealed rows are built some thousand at a time and kept for nobody.
 
 The ZIP stores each member as it is, gzipped already. Source: contract, read 2.
 """
@@ -36,7 +39,9 @@ from retrofill.lake import arrow
 from retrofill.limits import (
     EXPORT_CHUNK_ROWS,
     EXPORT_DAYS_MAX,
+    EXPORT_MEMBER_BYTES,
     EXPORT_MEMBER_ROWS,
+    EXPORT_READ_BYTES,
     EXPORT_RELEASE_SLICES,
     EXPORT_SLICE_BYTES,
     EXPORT_SLICES,
@@ -50,7 +55,8 @@ from retrofill.limits import (
 T = TypeVar("T")
 
 _SAMPLE_ROWS = 1000
-_READ_ROWS = 16_384  # of the lake at a time; smaller pieces cost more to set apart
+_READ_ROWS = 16_384  # of the lake at a time at most; smaller pieces cost more to set apart
+_READ_ROWS_MIN = 256
 _PARTS_MAX = 100_000
 _GZIP = 31  # zlib's name for a gzip stream with a window of 2^15
 _LEVEL = 1  # of isal: level 2 saves 4 % of the bytes and costs half as much time again
@@ -185,7 +191,7 @@ def _in(hours: Hours) -> str:
 def _fresh(view: View, hours: Hours) -> Iterator[pa.Table]:
     """Yield the unsealed rows of the project, in order of position."""
     first, after = hours.first * MS_PER_HOUR, (hours.last + 1) * MS_PER_HOUR
-    for table in view.tables():
+    for table in view.tables(keep=False):
         time = table["server_upload_time"]
         of_us = pc.and_(
             pc.equal(table["project"], view.project), pc.equal(table["kind"], int(Kind.EVENT))
@@ -229,11 +235,12 @@ def _weigh(view: View, hours: Hours, parts: Any, bytes_max: int) -> None:
 def _sealed(view: View, hours: Hours, parts: Any) -> Iterator[pa.Table]:
     """Yield the lake's rows, worded, in order of position."""
     slices = _slices(parts)
+    read_rows = _read_rows(parts)
     for at in range(0, len(slices), EXPORT_SLICES):
         some = slices[at : at + EXPORT_SLICES]
         starts = np.array([first for first, _ in some])
         with _Spool(len(some)) as spool:
-            found = _read(view, hours, some).to_arrow_reader(_READ_ROWS)
+            found = _read(view, hours, some).to_arrow_reader(read_rows)
             for batch in _ahead(found):
                 block = batch.column(_BLOCK).to_numpy()
                 rows = worded(pa.Table.from_batches([batch]))
@@ -265,6 +272,12 @@ def _slices(parts: Any) -> list[tuple[int, int]]:
             slices.append([first, last])
             size = weight
     return [(first, last) for first, last in slices]
+
+
+def _read_rows(parts: Any) -> int:
+    """Return how many rows to read of the lake at a time."""
+    rows, weight = parts[:, 2].sum(), parts[:, 3].sum()
+    return int(min(_READ_ROWS, max(_READ_ROWS_MIN, EXPORT_READ_BYTES * rows // max(1, weight))))
 
 
 def _read(view: View, hours: Hours, slices: list[tuple[int, int]]) -> Any:
@@ -327,7 +340,7 @@ class _Spool(AbstractContextManager["_Spool"]):
 
 
 class _Member(Struct, frozen=True):
-    """One file of the archive: rows of one hour, EXPORT_MEMBER_ROWS and a chunk at most."""
+    """One file of the archive: rows of one hour, EXPORT_MEMBER_ROWS or EXPORT_MEMBER_BYTES and a chunk at most."""
 
     name: str
     chunks: list[pa.RecordBatch]
@@ -367,15 +380,16 @@ def _made(member: _Member) -> tuple[str, bytes]:
 def _members(project: int, tables: Iterable[pa.Table]) -> Iterator[_Member]:
     hour, number = -1, 0
     waiting: list[pa.RecordBatch] = []
+    rows = size = 0
     for its_hour, chunk in _by_hour(tables):
-        if waiting and (
-            its_hour != hour or sum(chunk.num_rows for chunk in waiting) >= EXPORT_MEMBER_ROWS
-        ):
+        full = rows >= EXPORT_MEMBER_ROWS or size >= EXPORT_MEMBER_BYTES
+        if waiting and (full or its_hour != hour):
             yield _Member(_name(project, hour, number), waiting)
-            number, waiting = number + 1, []
+            number, waiting, rows, size = number + 1, [], 0, 0
         if its_hour != hour:
             hour, number = its_hour, 0
         waiting.append(chunk)
+        rows, size = rows + chunk.num_rows, size + chunk.nbytes
     if waiting:
         yield _Member(_name(project, hour, number), waiting)
 

@@ -776,6 +776,10 @@ class Engine:
         """Begin no compaction meanwhile. given_up: nor go on with one that is under way."""
         return self._sealer.compaction_rests(given_up=given_up)
 
+    def export_goes_on(self) -> AbstractAsyncContextManager[None]:
+        """Begin no compaction meanwhile, if it does not take long."""
+        return self._sealer.export_goes_on()
+
     async def children_rest(self) -> None:
         """Have those who seal and compact give their memory back, unless they have something to do."""
         await self._sealer.children_rest()

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from retrofill.core.block import Flag
 from retrofill.core.row import EXPORT_KEYS
 from retrofill.lake import arrow
-from retrofill.limits import EXPORT_CHUNK_ROWS, MS_PER_DAY, MS_PER_S
+from retrofill.limits import EXPORT_CHUNK_BYTES, EXPORT_CHUNK_ROWS, MS_PER_DAY, MS_PER_S
 
 # What a line is made of. Left out: what was sent, and the kind (always an event's).
 _LEFT_OUT = {"sent", "kind", "said", "sent_groups", "updates_max", "merges_max"}
@@ -55,7 +55,6 @@ WORDED = pa.schema(
         ("hash", pa.string()),
     ]
 )
-_CHUNK_BYTES = 64 * 1024 * 1024  # an Arrow column of text ends at 2 GiB
 _NULL = pa.array(["null"])
 _PLAIN = np.ones(256, bool)  # bytes that stand in a JSON string as they are
 _PLAIN[:0x20] = _PLAIN[ord('"')] = _PLAIN[ord("\\")] = False
@@ -72,7 +71,7 @@ def chunks(table: pa.Table) -> Iterator[pa.RecordBatch]:
     """Cut a worded table for `lines`."""
     for chunk in table.to_batches(max_chunksize=EXPORT_CHUNK_ROWS):
         rows = len(chunk)
-        step = max(1, rows * _CHUNK_BYTES // max(chunk.get_total_buffer_size(), _CHUNK_BYTES))
+        step = max(1, rows * EXPORT_CHUNK_BYTES // max(chunk.nbytes, EXPORT_CHUNK_BYTES))
         for at in range(0, rows, step):
             yield chunk.slice(at, step)
 

@@ -276,11 +276,16 @@ class View:
         )
         return pa.RecordBatchReader.from_batches(schema, batches)
 
-    def tables(self, first: int = 0, last: int | None = None) -> Iterator[pa.Table]:
-        """Yield the unsealed rows of blocks first … last, all projects and kinds, in order of position."""
+    def tables(
+        self, first: int = 0, last: int | None = None, *, keep: bool = True
+    ) -> Iterator[pa.Table]:
+        """Yield the unsealed rows of blocks first … last, all projects and kinds, in order of position.
+
+        keep: for the next reader; else no more of them is held than what was yielded last.
+        """
         start = max(first, self.first_unsealed)
         end = self.last if last is None else min(last, self.last)
-        return self._unsealed.tables(start, end)
+        return self._unsealed.tables(start, end, keep=keep)
 
     def rows_of(self, people: Sequence[int]) -> pa.Table:
         """Return the unsealed rows of these amplitude_ids, all kinds, in order of position."""
@@ -410,14 +415,14 @@ class Unsealed:
             for number in [number for number in self._seen if number <= sealed]:
                 del self._seen[number]
 
-    def tables(self, first: int, last: int) -> Iterator[pa.Table]:
+    def tables(self, first: int, last: int, *, keep: bool = True) -> Iterator[pa.Table]:
         """Yield the rows of blocks first … last in order of position."""
         number = first
         while number <= last:
-            table, number = self._next(number, last)
+            table, number = self._next(number, last, keep=keep)
             yield table
 
-    def _next(self, first: int, last: int) -> tuple[pa.Table, int]:
+    def _next(self, first: int, last: int, *, keep: bool) -> tuple[pa.Table, int]:
         """Return rows from block `first` on, and the block that comes after them."""
         with self._lock:
             for one in self._segments:
@@ -427,7 +432,8 @@ class Unsealed:
                 (one.first for one in self._segments if one.first > first), default=last + 1
             )
             built = self._build(first, min(last, following - 1))
-            self._keep(built)
+            if keep:
+                self._keep(built)
             return built.table, built.last + 1
 
     def _build(self, first: int, last: int) -> _Segment:

@@ -31,7 +31,7 @@ from retrofill.lake import Lake, arrow, compact, parquet
 from retrofill.lake.arrow import MergeRow
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
-from retrofill.limits import SEAL_BYTES_MAX
+from retrofill.limits import EXPORT_ALONE_S, SEAL_BYTES_MAX
 
 log = structlog.get_logger()
 
@@ -105,6 +105,8 @@ class Sealer:
         self._round: asyncio.Task[None] | None = None
         self._merging: asyncio.Task[Done] | None = None  # what the child has to do of a round
         self._resting = 0
+        self._exports: list[float] = []  # until when each may be alone, by the loop's clock
+        self._put_off = False
         self._in_lake: set[asyncio.Task[object]] = set()
 
     async def seal(self, first: int, last: int) -> SealResult:
@@ -137,7 +139,10 @@ class Sealer:
 
         Nothing is lost by a compaction that fails: it is told in the log and tried again with the next call.
         """
-        if not self._resting and (self._round is None or self._round.done()):
+        if self._rests():
+            self._put_off = True
+        elif self._round is None or self._round.done():
+            self._put_off = False
             self._round = asyncio.create_task(self._compact())
 
     @contextlib.asynccontextmanager
@@ -155,6 +160,25 @@ class Sealer:
         finally:
             self._resting -= 1
 
+    @contextlib.asynccontextmanager
+    async def export_goes_on(self) -> AsyncIterator[None]:
+        """Begin to merge nothing meanwhile, for EXPORT_ALONE_S at most; then do what was put off.
+
+        An export and a merge want some hundred megabytes each, and a merge can wait.
+        """
+        until = asyncio.get_running_loop().time() + EXPORT_ALONE_S
+        self._exports.append(until)
+        try:
+            yield
+        finally:
+            self._exports.remove(until)
+            if self._put_off:
+                await self.compact()
+
+    def _rests(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        return self._resting > 0 or any(until > now for until in self._exports)
+
     async def children_rest(self) -> None:
         """Have children with nothing to do give their memory back: they end, and the next task starts another."""
         await self._sealing.rest()
@@ -167,6 +191,7 @@ class Sealer:
 
     async def close(self) -> None:
         """Stop the children. A compaction under way is given up, but for what it has begun in the lake: see `_of_lake`."""
+        self._resting += 1  # nothing is begun any more
         if self._round is not None:
             self._round.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -187,16 +212,17 @@ class Sealer:
 
     async def _compact(self) -> None:
         try:
-            while not self._resting and await self._merge_some():
+            while not self._rests() and await self._merge_some():
                 pass
-            if self._resting:
+            if self._rests():
+                self._put_off = True
                 await self._compacting.stop()
         except StoreError as problem:
             log.warning("compaction_failed", reason=str(problem))
 
     async def _merge_some(self) -> bool:
         sources = compact.choose(await self._of_lake(self._lake.event_files))
-        if not sources or self._resting:
+        if not sources or self._rests():
             return False
         # An undo leaves files whose blocks overlap those of others.
         file = self._lake.new_file(sources[0].first, max(source.last for source in sources))

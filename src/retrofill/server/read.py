@@ -61,7 +61,8 @@ class Reads:
     """The read endpoints of one server. close: waits for what runs.
 
     settle: waits until what came late to a project shows. A view waits too, but in a thread, which is then missing to
-    all other projects: as long as a change of history takes that is under way.
+    all other projects: as long as a change of history takes that is under way. export_goes_on: keeps what needs much
+    memory and can wait from beginning beside an export.
     """
 
     def __init__(
@@ -72,8 +73,11 @@ class Reads:
         limits: Callable[[int], Limits],
         clock: Clock,
         settle: Callable[[int], Awaitable[None]] = _nobody_waits,
+        export_goes_on: Callable[
+            [], contextlib.AbstractAsyncContextManager[None]
+        ] = contextlib.nullcontext,
     ) -> None:
-        self._settle = settle
+        self._settle, self._export_goes_on = settle, export_goes_on
         self._reader = reader
         self._deletions = deletions
         self._limits = limits
@@ -269,8 +273,9 @@ class Reads:
     ) -> Response:
         """Answer with an archive of rows. empty: what is said if there are none."""
         number = _project(request)
-        with contextlib.ExitStack() as held:
+        async with contextlib.AsyncExitStack() as held:
             held.enter_context(self.place(number, "reads", READS_PER_PROJECT))
+            await held.enter_async_context(self._export_goes_on())
             await self._settle(number)
             found = await self.run(lambda: export(self._reader, number, hours, bytes_max=bytes_max))
             if found is None:
@@ -331,7 +336,11 @@ class _Archive(Response):
     """An export on its way: each piece is made in a reader's thread when the one before it was taken."""
 
     def __init__(
-        self, found: Export, threads: ThreadPoolExecutor, held: contextlib.ExitStack, project: int
+        self,
+        found: Export,
+        threads: ThreadPoolExecutor,
+        held: contextlib.AsyncExitStack,
+        project: int,
     ) -> None:
         self._found = found
         self._threads = threads
@@ -354,7 +363,7 @@ class _Archive(Response):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._held.close()
+            await self._held.aclose()
             # A piece that is being made ends first: one thread at a time may use the snapshot.
             await asyncio.shield(loop.run_in_executor(self._threads, self._found.close))
 
