@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.backfill.staging import events, letters, ndjson, run
 from tests.backfill.staging import rows as staged_rows
 
-from retrofill.backfill import columns, compiled
+from retrofill.backfill import columns, compiled, mapping_file
 from retrofill.errors import InputError
 
 ROW = {
@@ -335,6 +335,74 @@ def test_a_row_that_holds_what_is_no_json_is_refused_alone(tmp_path: Path, text:
     assert told[21]["reason"].startswith("time: at * 1000 does not fit where ")
     assert told[22]["reason"].startswith("time: at * 1000 does not fit where ")
     assert '"soon"' in told[22]["reason"]
+
+
+NESTED = """
+source: {columns: {props.none: BIGINT, props.b.none: JSON, props.city: VARCHAR}}
+event:
+  user_id: user
+  event_type: event
+  time: at * 1000
+  city: props.city
+  event_properties: {a: props.a, twice: props.a * 2, c: props.b.c, b: props.b, n: props.none, m: props.b.none}
+"""
+
+
+@pytest.mark.parametrize(
+    "form", ["text.ndjson", "object.ndjson", "text.csv", "text.parquet", "object.parquet"]
+)
+def test_a_column_inside_of_an_object_is_found_also_where_the_object_is_text(
+    tmp_path: Path, form: str
+) -> None:
+    """As warehouses, CSV and Parquet have the properties of events."""
+    inner = [{"a": at, "city": 'Köln "x"', "b": {"c": [at, 2]}} for at in range(40)]
+    texts = [json.dumps(one) for one in inner]
+    texts[30], texts[31] = "{no object", '{"a": "x", "b": null}'
+    props = inner if form.startswith("object") else texts
+    rows = [{**ROW, "props": one} for one in props]
+    path = tmp_path / form
+    if form.endswith("ndjson"):
+        ndjson(path, rows)
+    elif form.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w") as file:
+            writer = csv.DictWriter(file, list(ROW))
+            writer.writeheader()
+            writer.writerows(rows)
+    run(tmp_path / "work", path, NESTED, bad_rows=0.1)
+    found = {one.get("event_properties", {}).get("a"): one for one in events(tmp_path / "work")}
+    expected = {"a": 7, "twice": 14, "c": [7, 2], "b": {"c": [7, 2]}}
+    assert (found[7]["event_properties"], found[7]["city"]) == (expected, 'Köln "x"')
+    told = {letter["line"]: letter["reason"] for letter in letters(tmp_path / "work")}
+    if form.startswith("object"):
+        assert (len(found), told) == (40, {})
+    else:  # a text that is no object has nothing inside, one that holds another type is refused
+        assert len(found) == 39
+        assert "event_properties" not in found[None]
+        (reason,) = told.values()
+        assert reason.startswith("event_properties.twice: props.a * 2 does not fit where")
+
+
+def test_what_no_struct_of_parquet_holds_is_told_with_its_field(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "rows.parquet")
+    document = {"event": {**BASE, "event_properties": {"a": "props.a", "x": "props.aa"}}}
+    with pytest.raises(
+        InputError, match=r"event_properties\.x cannot be: The source has no column"
+    ):
+        run(tmp_path / "work", tmp_path / "rows.parquet", document)
+
+
+def test_a_star_is_no_expression(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="city cannot be: A star is no expression"):
+        mapped(tmp_path, [ROW], {"city": "*"})
+
+
+def test_a_name_that_stands_twice_in_a_mapping_is_told(tmp_path: Path) -> None:
+    text = "event: {user_id: user, event_type: event, time: at}\n"
+    (tmp_path / "m.yaml").write_text(text.replace("{", "{user_id: device, "))
+    with pytest.raises(InputError, match=r"'user_id' stands there twice\s+in .*, line 1, column"):
+        mapping_file.load(str(tmp_path / "m.yaml"))
 
 
 def test_too_many_bad_rows_stop_everything_naming_the_worst(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -581,7 +582,12 @@ def test_posthog(tmp_path: Path) -> None:
          "properties": {**seen, "$session_id": "17f-old"}}
         for n in (3, 1)
     ]  # fmt: skip
-    found = staged(tmp_path, "posthog", [view, login, group, alias, *old])
+    rows = [view, login, group, alias, *old]
+    found = staged(tmp_path, "posthog", rows)
+    as_text = [one | {"properties": json.dumps(one["properties"])} for one in rows]
+    pq.write_table(pa.Table.from_pylist(as_text), tmp_path / "rows.parquet")
+    run(tmp_path / "parquet", tmp_path / "rows.parquet", "posthog")
+    assert events(tmp_path / "parquet") == found
     first, second, third, *later = sorted(found, key=lambda event: event["time"])
     assert [event["session_id"] for event in later] == [1719828001000] * 2
     assert first == {

@@ -55,9 +55,33 @@ def json_types(rows: Iterable[str]) -> dict[Path, str]:
             found.append(msgspec.json.decode(row))
         except (msgspec.DecodeError, RecursionError):
             continue
+    whole = [one for one in found if isinstance(one, dict)]
     seen: dict[Path, Counter[str]] = {}
-    _see([one for one in found if isinstance(one, dict)], (), seen)
+    _see(whole, (), seen)
+    for key, values in _by_key(whole, _PATHS_MAX).items():
+        _see(_told(values), (key,), seen)
     return {path: _one_type(kinds) for path, kinds in seen.items()}
+
+
+def text_types(name: str, values: Iterable[Any]) -> dict[Path, str]:
+    """Return the types of what is inside of a column whose texts are JSON objects, as `json_types` does; else none."""
+    seen: dict[Path, Counter[str]] = {}
+    _see(_told(values), (name,), seen)
+    return {path: _one_type(kinds) for path, kinds in seen.items()}
+
+
+def _told(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the objects that a column's texts hold, if all of them look like one."""
+    texts = [value for value in values if value is not None]
+    found = []
+    for text in texts:
+        if not isinstance(text, str) or not text.lstrip().startswith("{"):
+            return []
+        try:
+            found.append(msgspec.json.decode(text))
+        except (msgspec.DecodeError, RecursionError):
+            continue
+    return found
 
 
 def _see(found: Sequence[dict[str, Any]], above: Path, seen: dict[Path, Counter[str]]) -> None:
@@ -111,7 +135,7 @@ def cell_type(values: Sequence[str | None]) -> str:
 class Columns:
     """The columns of one source, and which of them are used.
 
-    types: by path; the path of a CSV or Parquet column has one part. declared: types that a mapping states; such a
+    types: by path; of CSV and Parquet also what is inside of a column. declared: types that a mapping states; such a
     column may be missing from the source and is then null.
     """
 
@@ -120,7 +144,10 @@ class Columns:
     ) -> None:
         stated = {tuple(name.split(".")): kind for name, kind in declared.items()}
         self.style = style
-        self.here = dict(types)
+        self.here = {
+            path: kind for path, kind in types.items() if style == "json" or len(path) == 1
+        }
+        self.inside = {_fold(path) for path in types if len(path) > 1}
         self.types = {**types, **stated}
         self.used: list[Path] = []
         self._folded: dict[Path, list[Path]] = {}
@@ -141,8 +168,8 @@ class Columns:
     def _find(self, path: Path) -> Path:
         if path in self.types or path == WHOLE:
             return path
-        if self.style == "native" and (path[0],) in self.here:
-            return path  # DuckDB knows what is inside
+        if self.style == "native" and self._may_hold(path):
+            return path
         alike = self._folded.get(_fold(path), [])
         if len(alike) == 1:
             return alike[0]
@@ -157,10 +184,24 @@ class Columns:
             else f"It has {', '.join(sorted(known)[:20])}",
         )
 
+    def _may_hold(self, path: Path) -> bool:
+        """Whether Parquet may have a column inside of another: what is inside of a struct is known, DuckDB knows the rest."""
+        above = [self.types[path[:end]] for end in range(1, len(path)) if path[:end] in self.types]
+        return bool(above) and not (above[-1].startswith("STRUCT(") and above[-1].endswith(")"))
+
     def kind(self, number: int) -> str:
         """Return the DuckDB type of a used column."""
         path = self.used[number]
         return "JSON" if path == WHOLE else self.types.get(path, "VARCHAR")
+
+    def typed(self, number: int) -> bool:
+        """Whether a used column has its type already, so that no text is cast to it."""
+        return self.style == "native" and not self._in_text(self.used[number])
+
+    def _in_text(self, path: Path) -> bool:
+        """Whether a column is inside of another one that holds JSON objects as text."""
+        texts = {"VARCHAR"} if self.style == "json" else {"VARCHAR", "JSON"}
+        return len(path) > 1 and self.here.get(path[:1]) in texts
 
     def frame(self) -> str:
         """Return SQL that selects from `source`: file, line, text, unreadable and the used columns' forms."""
@@ -174,21 +215,32 @@ class Columns:
         return f"SELECT {place}, {text} AS text, false AS unreadable{more} FROM source"  # names are quoted
 
     def _json_frame(self) -> str:
-        pointers = ", ".join(literal(_pointer(path)) for path in self.used) or "'/'"
+        outer = (path[:1] if self._in_text(path) else path for path in self.used)
+        pointers = ", ".join(literal(_pointer(path)) for path in outer) or "'/'"
         values = "".join(
-            f", nullif(CAST(x[{number + 1}] AS VARCHAR), 'null') AS j{number}"
-            for number in range(len(self.used))
+            f", {self._found(number, path)} AS j{number}" for number, path in enumerate(self.used)
         )
         plain = "".join(
-            f", CASE WHEN j{number} IS NOT NULL THEN x[{number + 1}] END AS o{number}"
+            (
+                f", CAST(j{number} AS JSON) AS o{number}"
+                if self._in_text(path)
+                else f", CASE WHEN j{number} IS NOT NULL THEN x[{number + 1}] END AS o{number}"
+            )
             if self.kind(number) == "JSON"
             else f", {unquote(f'j{number}')} AS u{number}"
-            for number in range(len(self.used))
+            for number, path in enumerate(self.used)
         )
         return (
             f"SELECT * EXCLUDE (x){plain} FROM (SELECT file, line, text, x, x IS NULL AS unreadable{values} "  # names are constants
             f"FROM (SELECT file, line, text, TRY(json_extract(text, [{pointers}])) AS x FROM source))"
         )
+
+    def _found(self, number: int, path: Path) -> str:
+        """Return SQL for the JSON of one of the values `x` that were taken out of a row."""
+        value = f"x[{number + 1}]"
+        if self._in_text(path):
+            return _inner(f"json_extract_string({value}, '$')", path)
+        return f"nullif(CAST({value} AS VARCHAR), 'null')"
 
     def _row(self) -> str:
         """Return SQL for the text of all columns as one JSON object."""
@@ -210,7 +262,15 @@ class Columns:
     def _forms(self, number: int, path: Path) -> str:
         if path == WHOLE:
             return f"CAST({self._row()} AS JSON) AS u{number}, {self._row()} AS j{number}"
-        if (path[0],) not in self.here:
+        known = path[:1] in self.here
+        if self._in_text(path):
+            at = list(self.here).index(path[:1])
+            name = quoted(path[0] if self.style == "native" else f"cell_{at}")
+            json = _inner(name, path)
+            return f"{json if self.kind(number) == 'JSON' else unquote(json)} AS u{number}, {json} AS j{number}"
+        if known and self.style == "native" and len(path) > 1 and path in self.types:
+            known = _fold(path) in self.inside  # else it is only declared
+        if not known:
             kind = self.types[path]
             return f"CAST(NULL AS {kind}) AS u{number}, CAST(NULL AS VARCHAR) AS j{number}"
         if self.style == "native":
@@ -240,6 +300,12 @@ class Columns:
 
 def _fold(path: Path) -> Path:
     return tuple(part.lower() for part in path)
+
+
+def _inner(text: str, path: Path) -> str:
+    """Return SQL for the JSON of a column inside of another one's text; null where that is no JSON."""
+    found = f"json_extract(TRY_CAST({text} AS JSON), {literal(_pointer(path[1:]))})"
+    return f"nullif(CAST({found} AS VARCHAR), 'null')"
 
 
 def _pointer(path: Path) -> str:

@@ -290,6 +290,8 @@ class _Compiler:
         if not alone or node["from_table"]["type"] != "EMPTY" or node["where_clause"]:
             raise InputError("This is not one expression")
         expression_node: dict[str, Any] = node["select_list"][0]
+        if expression_node["class"] == "STAR":
+            raise InputError("A star is no expression: the whole row is source_row")
         if _contains(expression_node, "SUBQUERY"):
             raise InputError("A query inside of an expression is not possible")
         return expression_node
@@ -337,7 +339,7 @@ class _Compiler:
     def _typed(self, number: int, *, lenient: bool = False) -> str:
         """Return SQL of a column in its own type, an error where the value does not fit."""
         kind = self.columns.kind(number)
-        if self.columns.style == "native" or kind == "VARCHAR":
+        if kind == "VARCHAR" or self.columns.typed(number):
             return f"u{number}"
         if kind == "JSON" and self.columns.style == "json":
             return f"o{number}"

@@ -654,6 +654,9 @@ def _look_cells(pieces: Sequence[Piece], told: str | None) -> Source:
         (name,): columns.cell_type(table.column(f"cell_{at}").to_pylist())
         for at, name in enumerate(names)
     }
+    for at, name in enumerate(names):
+        if types[name,] == "VARCHAR":
+            types |= columns.text_types(name, table.column(f"cell_{at}").to_pylist())
     return Source("cells", types, names, schema, [], table)
 
 
@@ -663,25 +666,36 @@ def _look_native(pieces: Sequence[Piece]) -> Source:
     names = ", ".join(literal(piece.place) for piece in pieces)
     try:
         with duckdb.connect() as connection:
-            found = connection.execute(
-                f"DESCRIBE SELECT * FROM read_parquet([{names}], union_by_name = true)"  # names are quoted
-            ).fetchall()
-            sample = connection.execute(
-                f"SELECT * FROM read_parquet([{names}], union_by_name = true) LIMIT {_SAMPLE_ROWS}"  # the same
-            ).to_arrow_table()
+            relation = connection.sql(
+                f"FROM read_parquet([{names}], union_by_name = true)"
+            )  # names are quoted
+            types: dict[columns.Path, str] = {}
+            for name, kind in zip(relation.columns, relation.types, strict=True):
+                types |= dict(_members((name,), kind))
+            sample = relation.limit(_SAMPLE_ROWS).to_arrow_table()
             rows: list[str | None] = [*records.as_json(connection, sample)]
     except duckdb.Error as error:
         raise InputError(
             f"This is no Parquet that can be read: {_one_line(error)}",
             where=", ".join(piece.name for piece in pieces[:3]),
         ) from error
-    if any(row[0].lower() == "file_row_number" for row in found):
+    if any(path[0].lower() == "file_row_number" for path in types):
         raise InputError(
             "A column of Parquet cannot be named file_row_number",
             where=", ".join(piece.name for piece in pieces[:3]),
             mend="Write the file with another name for it",
         )
-    return Source("native", {(row[0],): row[1] for row in found}, [], None, rows)
+    told = columns.json_types(row for row in rows if row)
+    inner = {path: kind for path, kind in told.items() if len(path) > 1}
+    return Source("native", inner | types, [], None, rows)
+
+
+def _members(path: columns.Path, kind: Any) -> Iterator[tuple[columns.Path, str]]:
+    """Yield a column of Parquet, and what is inside of it where it is a struct, each with its type."""
+    yield path, str(kind)
+    if kind.id == "struct":
+        for name, inner in kind.children:
+            yield from _members((*path, name), inner)
 
 
 def _style(piece: Piece) -> columns.Style:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -32,9 +33,24 @@ def presets() -> list[str]:
     return sorted(one.name.removesuffix(".yaml") for one in inside if one.name.endswith(".yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML in which no name stands twice in one block: YAML itself lets the last one win unsaid."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # as in yaml
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def _read(text: str, name: str) -> Mapping:
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"The mapping is no YAML: {error}", where=name) from error
     try:
