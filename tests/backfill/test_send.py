@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from tests.backfill.virtual import START_S, VirtualClock, run
 
 from retrofill.backfill import manifest as manifests
 from retrofill.backfill import send as sending
-from retrofill.backfill import unsure
+from retrofill.backfill import status, unsure
 from retrofill.backfill.feed import Feed
 from retrofill.backfill.journal import Journal, Ledger
 from retrofill.backfill.profile import PROFILES, Profile, adjust
@@ -303,6 +304,29 @@ def test_a_quota_answer_rests_the_id_until_the_next_full_hour(tmp_path: Path) ->
     assert asked[1] >= (START_S // 3600 + 1) * 3600
     assert asked[1] < (START_S // 3600 + 1) * 3600 + 5
     check_whole(tmp_path, made, to)
+
+
+def test_a_run_that_gives_up_while_an_id_rests_says_so_and_how_long(tmp_path: Path) -> None:
+    made = staged.history({1: 20, 2: 20})
+    staged.write(tmp_path, made)
+    to = Misbehaving()
+    honest = to.handle
+    text = json.dumps({"code": 429, "exceeded_daily_quota_users": {"user-1": 500_000}})
+
+    def handle(body: bytes, at: float) -> Any:
+        return Reply(429, text.encode()) if b"user-1" in body else honest(body, at)
+
+    to.handle = handle  # type: ignore[method-assign]  # the script of this test
+    outcome = send(tmp_path, to, OPEN, give_up_after_s=5)
+    assert not outcome.complete
+    found = re.search(r"1 throttled ids wait, the last for ([\d,]+) s more", outcome.reason)
+    assert found is not None
+    rest = int(found[1].replace(",", ""))
+    assert rest == pytest.approx(3600 - START_S % 3600, abs=30)
+    one = outcome.progress
+    assert one.left == 20
+    assert status.facts(one)["seconds_left"] == pytest.approx(rest, abs=2)
+    assert status.line(one).endswith("left")
 
 
 def test_an_unknown_key_ends_the_run_at_once(tmp_path: Path) -> None:

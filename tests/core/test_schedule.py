@@ -307,6 +307,8 @@ def test_a_held_id_waits_and_nobody_else() -> None:
     assert schedule.take(START + 29.9) is None
     assert schedule.wake == START + 30
     assert schedule.held(START + 29.9) == 1
+    assert schedule.held_until(START + 29.9) == START + 30
+    assert schedule.held_until(START + 31) == START + 31
     later = schedule.take(START + 30)
     assert later is not None
     assert [piece.work.key for piece in later.pieces] == [1]

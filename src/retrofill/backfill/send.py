@@ -98,6 +98,7 @@ class Progress(Struct):
     bytes: int = 0
     rate: float = 0.0
     last_ok: float = 0.0
+    rest_s: float = 0.0  # until the last id that waits may go on
     problem: str = ""
 
     @property
@@ -734,6 +735,7 @@ class Sender:
             one.rate = (one.taken - before) / max(1e-3, now - at)
             before, at = one.taken, now
             one.held = self.schedule.held(now)
+            one.rest_s = self.schedule.held_until(now) - now
             one.flying = len(self._flying)
             self._journal.progressed(
                 int(now * 1000),
@@ -744,7 +746,7 @@ class Sender:
             )
             limit = self._give_up_after_s
             if limit is not None and now - one.last_ok > limit and not self._stopping:
-                self.stop(f"no acknowledgement for {limit:g} s; {one.problem or 'no answer'}")
+                self.stop(f"no acknowledgement for {limit:g} s; {one.problem or _waiting(one)}")
 
     async def _nap(self, seconds: float) -> None:
         done = asyncio.get_running_loop().create_future()
@@ -753,6 +755,12 @@ class Sender:
             await done
         finally:
             timer.cancel()
+
+
+def _waiting(one: Progress) -> str:
+    if one.held:
+        return f"{one.held:,} throttled ids wait, the last for {one.rest_s:,.0f} s more"
+    return "no answer"
 
 
 def _ids(stretch: Stretch) -> list[tuple[Kind, str]]:

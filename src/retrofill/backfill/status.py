@@ -76,16 +76,25 @@ def line(one: Progress) -> str:
         parts.append(f"{one.dead:,} dead letters")
     if one.unsure:
         parts.append(f"{one.unsure:,} unsure")
-    if one.rate and one.left:
-        parts.append(f"{duration(one.left / one.rate)} left")
+    left_s = _left_s(one)
+    if left_s is not None:
+        parts.append(f"{duration(left_s)} left")
     if one.problem:
         again = f", {one.retrying} requests wait to be sent again" if one.retrying else ""
         parts.append(f"{one.problem}{again}")
     return " · ".join(parts)
 
 
+def _left_s(one: Progress) -> float | None:
+    """Return about how long a run still takes: what is left at this rate, and not before the last held id may go on."""
+    if not one.left or not (one.rate or one.rest_s):
+        return None
+    return max(one.left / one.rate if one.rate else 0.0, one.rest_s)
+
+
 def facts(one: Progress) -> dict[str, Any]:
     """How far a run is, as JSON."""
+    left_s = _left_s(one)
     return {
         "acknowledged": one.before + one.taken,
         "of": one.total,
@@ -96,7 +105,7 @@ def facts(one: Progress) -> dict[str, Any]:
         "requests": one.requests,
         "under_way": one.flying,
         "events_per_s": round(one.rate, 1),
-        "seconds_left": round(one.left / one.rate) if one.rate and one.left else None,
+        "seconds_left": None if left_s is None else round(left_s),
         "bytes": one.bytes,
         "problem": one.problem,
     }

@@ -339,6 +339,10 @@ class Schedule:
         """How many devices, users and people are held."""
         return sum(now < meter.held_until for meter in self._meters.values())
 
+    def held_until(self, now: float) -> float:
+        """When the last of them may go on; now, if nobody is held."""
+        return max([now, *(meter.held_until for meter in self._meters.values())])
+
     def learn(self, per_second: int) -> bool:
         """Take over a lower limit for each device and user that the destination named. True if it is news."""
         device = min(self.rates.device_per_s or per_second, per_second)
