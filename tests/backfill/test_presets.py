@@ -715,6 +715,19 @@ def test_snowplow(tmp_path: Path) -> None:
     assert second["event_properties"]["unstruct_event_com_snowplowanalytics_snowplow_link_click_1"]
 
 
+def test_snowplow_keeps_what_was_bought(tmp_path: Path) -> None:
+    base = {"collector_tstamp": "2024-02-03T10:00:05Z", "domain_userid": "bc2e92ec6c204a14"}
+    order = {"event_name": "transaction", "event_id": "e-1", "tr_orderid": "o-7", "tr_total": 30.5}
+    order |= {"tr_currency": "EUR", "ti_sku": None, **base}
+    item = {"event_name": "transaction_item", "event_id": "e-2", "ti_orderid": "o-7", "ti_sku": "A"}
+    item |= {"ti_price": 10.25, "ti_quantity": 2, "ti_currency": "EUR", **base}
+    first, second = staged(tmp_path, "snowplow", [order, item])
+    assert (first["revenue"], first["currency"]) == (30.5, "EUR")
+    assert first["event_properties"] == {"tr_orderid": "o-7"}
+    assert (second["price"], second["quantity"], second["currency"]) == (10.25, 2, "EUR")
+    assert second["event_properties"] == {"ti_orderid": "o-7", "ti_sku": "A"}
+
+
 def test_snowplow_from_a_phone(tmp_path: Path) -> None:
     session = {"userId": "b2c8d1a0-0000-4000-8000-00000000000a", "sessionId": "s-9"}
     session["firstEventTimestamp"] = "2024-02-03T09:59:59.000Z"
