@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
-from tests.backfill.staging import ndjson, run
+from tests.backfill.staging import events, ndjson, run
 from typer.testing import CliRunner
 
 from retrofill.backfill import guess, intake, plan, profile, resend, source, stage
@@ -364,6 +364,17 @@ def test_a_first_mapping_of_parquet_knows_its_times_whatever_their_unit(tmp_path
     days = {"user": ["user-1"], "day": pa.array([18262], pa.date32())}
     pq.write_table(pa.table(days), path)
     assert "time: day" in first_mapping(tmp_path, path)
+
+
+def test_a_first_mapping_takes_the_text_of_an_object_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('user,event,ts,properties\nuser-1,Open,2024-01-01 10:00:00,"{""a"": 1}"\n')
+    text = first_mapping(tmp_path, path)
+    assert "event_properties: properties  # the text of an object, taken whole" in text
+    (tmp_path / "m.yaml").write_text(text)
+    run(tmp_path / "work", path, str(tmp_path / "m.yaml"))
+    (event,) = events(tmp_path / "work")
+    assert event["event_properties"] == {"a": 1}
 
 
 def test_a_first_mapping_asks_where_it_cannot_guess(tmp_path: Path) -> None:

@@ -408,6 +408,18 @@ def test_a_file_that_breaks_off_at_its_beginning_is_told_among_good_ones(
     assert letter["reason"].startswith(records.CUT_OFF)
 
 
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.csv", "rows.json", "rows.tsv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_of_utf16_is_told_as_such(tmp_path: Path, name: str, encoding: str) -> None:
+    data = "\ufeffuser,event,at,n\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(
+        InputError, match=r"This file is UTF-16.*Write it as UTF-8: iconv"
+    ) as caught:
+        run(tmp_path / "work", tmp_path / name, MAPPING)
+    assert caught.value.where.endswith(name)
+
+
 def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(FORMS["rows.parquet"][:-9])
     with pytest.raises(InputError, match="no Parquet that can be read") as caught:

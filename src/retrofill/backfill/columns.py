@@ -59,18 +59,18 @@ def json_types(rows: Iterable[str]) -> dict[Path, str]:
     seen: dict[Path, Counter[str]] = {}
     _see(whole, (), seen)
     for key, values in _by_key(whole, _PATHS_MAX).items():
-        _see(_told(values), (key,), seen)
+        _see(told_objects(values), (key,), seen)
     return {path: _one_type(kinds) for path, kinds in seen.items()}
 
 
 def text_types(name: str, values: Iterable[Any]) -> dict[Path, str]:
     """Return the types of what is inside of a column whose texts are JSON objects, as `json_types` does; else none."""
     seen: dict[Path, Counter[str]] = {}
-    _see(_told(values), (name,), seen)
+    _see(told_objects(values), (name,), seen)
     return {path: _one_type(kinds) for path, kinds in seen.items()}
 
 
-def _told(values: Iterable[Any]) -> list[dict[str, Any]]:
+def told_objects(values: Iterable[Any]) -> list[dict[str, Any]]:
     """Return the objects that a column's texts hold, if all of them look like one."""
     texts = [value for value in values if value is not None]
     found = []

@@ -18,6 +18,7 @@ import yaml
 from msgspec import Struct
 from msgspec.structs import replace
 
+from retrofill.backfill.columns import told_objects
 from retrofill.backfill.intake import Source
 from retrofill.core.sql import quoted
 from retrofill.errors import InputError
@@ -212,8 +213,9 @@ def _guess(field: str, name: str, kind: str, values: Sequence[Any]) -> Guess | N
             return None
         return Guess(field, sql, f"different in each of {len(values):,} rows")
     if field in _OBJECTS:
-        objects = bool(given) and all(isinstance(value, dict) for value in given)
-        return Guess(field, sql, "an object, taken whole") if objects else None
+        whole = bool(given) and all(isinstance(value, dict) for value in given)
+        what = "an object" if whole else "the text of an object"
+        return Guess(field, sql, f"{what}, taken whole") if whole or told_objects(given) else None
     if field == "session_id" and kind not in {"BIGINT", "HUGEINT"}:
         return None
     people = len({str(value) for value in given})

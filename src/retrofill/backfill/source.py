@@ -48,6 +48,7 @@ _PACKED: Final[dict[str, unpack.Packing]] = {".gz": "gz", ".zst": "zst"}
 _QUERIES: Final = ("sqlite", "duckdb", "postgresql", "postgres")
 # What a work directory holds beside its lock: each a sign that it is one.
 _WORK: Final = ("stage", "stage.new", "scratch", "dead-letters.ndjson", "journal.db", "live.json")
+_UTF16: Final = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
 _FAR_LOOKED_AT = 3  # ours: objects fetched for a look
 _NATURAL = re.compile(r"(\d+)")
 
@@ -249,8 +250,16 @@ def _open(origin: Origin, place: str, format_name: str | None, unpacked: Path) -
 
 
 def _whole(piece: Piece, unpacked: Path) -> Piece:
-    """Unpack Parquet, which is read from its end."""
-    if piece.format != "parquet" or not (piece.packing or piece.member):
+    """Unpack Parquet, which is read from its end. Raises InputError for text of another kind than UTF-8."""
+    if piece.format != "parquet":
+        if unpack.start(piece.place, piece.packing, piece.member, size=2) in _UTF16:
+            raise InputError(
+                "This file is UTF-16, as Windows writes it",
+                where=piece.name,
+                mend="Write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+            )
+        return piece
+    if not (piece.packing or piece.member):
         return piece
     try:
         place = unpack.to_file(piece.place, piece.packing, unpacked, piece.member)
