@@ -263,6 +263,9 @@ class Wire:
         self._half = round_trip_s / 2
         self._jitter = jitter_s
 
+    async def open(self) -> Answer | None:
+        """Nothing has to be opened."""
+
     async def post(self, body: Sequence[bytes | memoryview]) -> Answer:
         whole = b"".join(body)
         if whole.startswith(b"\x1f\x8b"):

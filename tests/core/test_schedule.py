@@ -314,6 +314,44 @@ def test_a_held_id_waits_and_nobody_else() -> None:
     assert [piece.work.key for piece in later.pieces] == [1]
 
 
+def test_a_request_counts_from_when_it_left_not_from_when_it_was_taken() -> None:
+    """Between the two it is written to the journal, which takes now longer, now shorter."""
+    rates = Rates(events_per_s=20, requests_per_s=4, device_per_s=10, events_per_request=5)
+    schedule = Schedule(rates)
+    for key in range(40):
+        name = f"device-{key % 2}"
+        schedule.offer(Work(key, 5, person=f"p-{key}", stretches=[Stretch(name, None, 5)]))
+    chance, now, left = random.Random(7), START, []
+    while (request := schedule.take(now)) is not None or schedule.wake is not None:
+        if request is None:
+            now = max(now + 0.001, schedule.wake or 0.0)
+            continue
+        now += chance.choice((0.0, 0.004, 0.15))
+        schedule.leaves(request, now)
+        (piece,) = request.pieces
+        left.append((now, piece.count, piece.stretches[0].device))
+    assert sum(count for _, count, _ in left) == 200
+    for at, _, device in left:
+        within = [one for one in left if at <= one[0] < at + 1.0]
+        assert len(within) <= 4
+        assert sum(count for _, count, _ in within) <= 20
+        assert sum(count for _, count, name in within if name == device) <= 10
+    # It costs no more than what lies between: 200 events, 20 a second.
+    assert left[-1][0] - START <= 10.0 * (1.005 + 0.15)
+
+
+def test_what_left_long_after_it_was_taken_counts_once() -> None:
+    schedule = Schedule(Rates(events_per_s=10, events_per_request=10))
+    schedule.offer(Work(0, 20, person="p"))
+    first = schedule.take(START)
+    assert first is not None
+    later = START + 3.0
+    schedule.leaves(first, later)
+    schedule.leaves(first, later)
+    assert schedule.again(first, later) == pytest.approx(later + 1.005)
+    assert schedule.again(first, later + 1.005) == 0.0
+
+
 def test_a_daily_quota_is_kept_over_24_hours_of_the_clock() -> None:
     rates = Rates(device_per_s=100, quota_per_day=1000, events_per_request=100)
     people = [Person("p", [Stretch("d", "u", 3500)])]

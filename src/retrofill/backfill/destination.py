@@ -244,10 +244,9 @@ class Connection(asyncio.Protocol):
 
     async def post(self, body: Sequence[bytes | memoryview]) -> Answer:
         """Send one request and wait for its answer, 60 s at most. Raises nothing but CancelledError."""
-        if self._transport is None or self._transport.is_closing():
-            problem = await self._connect()
-            if problem is not None:
-                return problem
+        problem = await self.open()
+        if problem is not None:
+            return problem
         loop = asyncio.get_running_loop()
         self._reset()
         waiter = self._waiter = loop.create_future()
@@ -268,7 +267,10 @@ class Connection(asyncio.Protocol):
             if not waiter.done() or waiter.cancelled():
                 self.close()
 
-    async def _connect(self) -> Answer | None:
+    async def open(self) -> Answer | None:
+        """Connect, if it is not; an answer says why that is not possible. Raises nothing but CancelledError."""
+        if self._transport is not None and not self._transport.is_closing():
+            return None
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_S):

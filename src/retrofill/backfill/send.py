@@ -75,6 +75,9 @@ class Clock(Protocol):
 class Wire(Protocol):
     """A connection that carries one request at a time."""
 
+    async def open(self) -> Answer | None:
+        """Connect, if it is not; an answer says why that is not possible."""
+
     async def post(self, body: list[bytes | memoryview]) -> Answer:
         """Send one request and wait for its answer."""
 
@@ -410,8 +413,10 @@ class Sender:
         body = self._body(flight)
         while True:
             flight.tries += 1
+            problem = await wire.open()
             at = flight.sent = self._clock.now()
-            answer = await wire.post(body)
+            self.schedule.leaves(flight.request, at)
+            answer = problem or await wire.post(body)
             judgement = judge(answer, flight.request.events, self._clock.now())
             if judgement.verdict not in {"again", "forbidden"}:
                 self._measure(self._clock.now() - at)

@@ -9,7 +9,8 @@ limit sleeps until that limit gives room; the others go on.
 A limit is a `Window`: arrivals that still count, each with the moment at which it stops counting. No window of that
 length, wherever it begins, can then hold more than the limit. The limits over all are paced as well, so that requests
 flow instead of coming in bursts: a person waits for each answer, and a burst a second would let them go once a second.
-Every arrival counts, whatever is answered to it.
+Every arrival counts, whatever is answered to it, and from when its request left: between `take` and that it is written to
+the journal, at times for longer than at others. Counted when taken, what was late would fall into the next second.
 
 Nothing here reads a clock: every call is given the time, in seconds since the epoch.
 """
@@ -101,6 +102,20 @@ class Window:
         else:
             log.append((until, count))
         self.used += count
+
+    def moved(self, count: int, *, since: float, to: float) -> None:
+        """Count at a later time what was counted before: it left only then."""
+        until = self._release(since)
+        if self._release(to) == until:
+            return
+        log = self._log
+        at = len(log)
+        while at and log[at - 1][0] >= until:
+            at -= 1
+        if at < len(log) and log[at][1] >= count:  # else it has stopped counting already
+            log[at] = (log[at][0], log[at][1] - count)
+            self.used -= count
+        self.add(to, count)
 
     def free_at(self, count: int) -> float:
         """When there will be room for so many. Beyond the limit: when the window is empty."""
@@ -244,11 +259,12 @@ class Piece(NamedTuple):
 class Request:
     """The pieces of one request and what they were charged to."""
 
-    __slots__ = ("charges", "events", "pieces")
+    __slots__ = ("at", "charges", "events", "pieces")
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
         self.charges: dict[Meter, int] = {}
+        self.at = 0.0  # when it is counted to arrive
         self.events = 0
 
 
@@ -397,7 +413,17 @@ class Schedule:
         pairs = ((self._events, request.events), (self._requests, 1))
         return [(flow, count) for flow, count in pairs if flow is not None]
 
+    def leaves(self, request: Request, now: float) -> None:
+        """Count a request when it really leaves: since it was taken it was written to the journal."""
+        for flow, count in self._flows(request):
+            flow.window.moved(count, since=request.at, to=now)
+        for meter, count in request.charges.items():
+            for window in meter.windows:
+                window.moved(count, since=request.at, to=now)
+        request.at = now
+
     def _count(self, request: Request, now: float) -> None:
+        request.at = now
         for flow, count in self._flows(request):
             flow.add(now, count)
         if len(self._meters) > self._swept_at:

@@ -103,6 +103,9 @@ class _Wire:
         self.throttled: dict[tuple[str, str], None] = {}
         self.quota: dict[tuple[str, str], None] = {}
 
+    async def open(self) -> Answer | None:
+        """Nothing has to be opened."""
+
     async def post(self, body: list[bytes | memoryview]) -> Answer:
         """Have one request answered."""
         message: dict[str, Any] = {
