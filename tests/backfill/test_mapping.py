@@ -327,7 +327,7 @@ def test_a_row_that_holds_what_is_no_json_is_refused_alone(tmp_path: Path, text:
     rows[21] = json.dumps({**ROW, "at": "soon", "n": "%"}).replace('"%"', text)
     path = tmp_path / "source.ndjson"
     path.write_text("\n".join(rows))
-    event = "event: {user_id: user, event_type: event, time: at * 1000}\n"
+    event = "event:\n  user_id: user\n  event_type: event\n  time: at * 1000\n"
     found = run(tmp_path / "work", path, event, bad_rows=0.1)
     assert found.events == 38
     told = {letter["line"]: letter for letter in letters(tmp_path / "work")}
@@ -335,6 +335,11 @@ def test_a_row_that_holds_what_is_no_json_is_refused_alone(tmp_path: Path, text:
     assert told[21]["reason"].startswith("time: at * 1000 does not fit where ")
     assert told[22]["reason"].startswith("time: at * 1000 does not fit where ")
     assert '"soon"' in told[22]["reason"]
+    rows[22] = json.dumps({**ROW, "props": {"x": ["%"]}}).replace('"%"', text)
+    path.write_text("\n".join(rows))
+    run(tmp_path / "whole", path, event + "  event_properties: props\n", bad_rows=0.1)
+    told = {letter["line"]: letter for letter in letters(tmp_path / "whole")}
+    assert told[23]["reason"] == "event: JSON has no NaN or Infinity"
 
 
 NESTED = """

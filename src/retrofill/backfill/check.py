@@ -29,6 +29,7 @@ _KNOWN: Final = tuple(field.encode_name for field in msgspec.structs.fields(Even
 # A whole number that may be beyond 64 bits, which a property table does not hold.
 _ZERO, _TEN = np.uint8(0x30), 10
 _HUGE = re.compile(rb"\d{19}").search
+_ENDLESS = re.compile(r"\b(nan|inf(inity)?)\b", re.IGNORECASE)  # Python and DuckDB write these
 
 
 class _Shape(Struct, gc=False):
@@ -120,7 +121,9 @@ class Checker:
         for fault in refusal.faults[:1]:
             self._refused(file, line, fault.field, fault.reason, "{" + text)
         if not refusal.faults:
-            self._refused(file, line, "event", refusal.kind.replace("_", " "), "{" + text)
+            endless = _ENDLESS.search(text) is not None
+            reason = "JSON has no NaN or Infinity" if endless else refusal.kind.replace("_", " ")
+            self._refused(file, line, "event", reason, "{" + text)
 
 
 def _good(body: bytes) -> bool:
