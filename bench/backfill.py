@@ -79,9 +79,11 @@ LONG = Size(
 LOOKED_AT = (
     4 * 1024 * 1024
 )  # of a source before it is read, and how much more one row may be long than another
+PRESET_EVENTS = 200_000  # 127 MB
 HISTORY = 20_000_000  # what the longest rows are about
 
 STAGE = Goal("stage: CPU for a million events, NDJSON to ready sets", 8, 4, "s")
+PRESET = Goal("stage through a preset (mixpanel): CPU for a million events", 8, 4, "s")
 STAGE_MEMORY = Goal("stage: memory for 20 M events", 2500, 1500, "MB")
 SEND = Goal("send to a null sink, 1000 a request: client CPU for a million", 3, 1, "s")
 SEND_SMALL = Goal("send, 10 a request", 15, 40, "k/s", least=True)
@@ -94,7 +96,19 @@ SHAPES = Goal("duration in virtual time against the lower bound, worst shape", 1
 SENT_TWICE = Goal("killed while it sends, gone on: events sent twice, of 20 M", 1, 0.1, "%")
 STAGED_TWICE = Goal("killed half way through staging, gone on: rows staged twice", 1, 0.1, "%")
 GOALS = [
-    *(STAGE, STAGE_MEMORY, SEND, SEND_SMALL, LOOP, LOOP_LONG, MIXPANEL, SDK, MEMORY, SHAPES),
+    *(
+        STAGE,
+        PRESET,
+        STAGE_MEMORY,
+        SEND,
+        SEND_SMALL,
+        LOOP,
+        LOOP_LONG,
+        MIXPANEL,
+        SDK,
+        MEMORY,
+        SHAPES,
+    ),
     *(SENT_TWICE, STAGED_TWICE),
 ]
 
@@ -159,12 +173,50 @@ def history(count: int) -> Path:
     return path
 
 
+def mixpanel_export(count: int) -> Path:
+    """Return a file of so many rows as Mixpanel exports them, some 20 properties each."""
+    path, draw = WORK / "mixpanel.ndjson", random.Random(1)
+    encode = msgspec.json.Encoder().encode
+    with path.open("wb") as file:
+        for at in range(count):
+            user, time_ms = draw.randrange(20_000), 1_700_000_000_000 + at * 137
+            properties = {
+                "time": time_ms // 1000,
+                "distinct_id": f"user-{user}@example.com",
+                "$browser": "Chrome",
+                "$browser_version": 120,
+                "$city": "Zürich",
+                "$os": "Linux",
+                "$current_url": f"https://example.com/{at % 977}",
+                "$device_id": f"device-{user:032}",
+                "$initial_referrer": "$direct",
+                "$insert_id": f"{draw.getrandbits(64):016x}",
+                "$lib_version": "2.47.0",
+                "$user_id": f"user-{user}@example.com",
+                "mp_api_timestamp_ms": time_ms,
+                "mp_country_code": "CH",
+                "mp_lib": "web",
+                "mp_processing_time_ms": time_ms,
+                "utm_source": "news",
+                "page": f"Page {at % 31}",
+                "price": draw.randrange(10_000) / 100,
+                "quantity": at % 9,
+                "plan": "pro",
+                "in_stock": at % 2 == 0,
+                "tags": ["a", "b"],
+                "variant": None,
+                "score": at % 1009,
+            }
+            file.write(encode({"event": f"Event {at % 17}", "properties": properties}) + b"\n")
+    return path
+
+
 def _verb(name: str, *options: str) -> list[str]:
     return [sys.executable, "-c", _VERB.format(name), *options]
 
 
-def _plan(source: Path, work: Path, sink: Server) -> list[str]:
-    options = ("--map", str(WORK / "map.yaml"), "--work", str(work), "--to", sink.address)
+def _plan(source: Path, work: Path, sink: Server, told: str = "") -> list[str]:
+    options = ("--map", told or str(WORK / "map.yaml"), "--work", str(work), "--to", sink.address)
     return _verb("plan", str(source), *options, "--json")
 
 
@@ -256,6 +308,21 @@ def limits(report: Report, null: Server) -> Loading:
     memory = f"{plan.rss / 1e6:.0f} and {run.rss / 1e6:.0f} MB"
     report.limit("`plan` of ten events, `run` of these, `run` of ten: loading", f"{said}, {memory}")
     return loading
+
+
+def preset(report: Report, null: Server) -> None:
+    """Stage what a preset maps. What is compiled for it is there already, as from a machine's first large source on."""
+    warm = "from retrofill.backfill import narrow, native; [*map(native.native, narrow.NEEDED)]"
+    measured([sys.executable, "-c", warm])
+    work, found = WORK / "preset", []
+    for events in (10, PRESET_EVENTS):  # the first one loads, and compiles the mapping
+        source = mixpanel_export(events)
+        found.append(_all_staged(_plan(source, work, null, "mixpanel"), events).cpu_s)
+        shutil.rmtree(work)
+    cpu_s = million(found[1], PRESET_EVENTS, found[0])
+    row_bytes = source.stat().st_size // PRESET_EVENTS
+    report.add(PRESET, cpu_s, f"{PRESET_EVENTS:,} rows of {row_bytes} bytes")
+    source.unlink()
 
 
 def small(report: Report, size: Size, null: Server, loading: Loading) -> None:
@@ -482,6 +549,7 @@ def main() -> None:
         with sink() as null:
             loading = limits(report, null)
             shapes(report)
+            preset(report, null)
             small(report, size, null, loading)
             rivals(report, size, null)
             large(report, size, null, loading)

@@ -264,7 +264,7 @@ def _behind(data: Bytes, at: int, kind: int, rules: Ints) -> int:
 
 
 @_part
-def _row(  # noqa: PLR0917  # Numba takes no keywords
+def _row(
     data: Bytes,
     at: int,
     end: int,
@@ -378,7 +378,7 @@ def _good(data: Bytes, role: int, at: int, size: int, rules: Ints) -> bool:
     return long and data[at] > _SPACE
 
 
-def look(  # noqa: PLR0913, PLR0917  # Numba takes no keywords
+def look(
     data: Bytes,
     ends: Ints,
     names: Bytes,

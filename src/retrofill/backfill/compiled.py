@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import pyarrow as pa
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from retrofill.backfill import countries
-from retrofill.backfill.columns import Columns
+from retrofill.backfill.columns import WHOLE, Columns, Path
 from retrofill.core import mapping
 from retrofill.core.glance import FORBIDDEN_IDS
 from retrofill.core.mapping import Field, Mapping
@@ -49,6 +49,7 @@ _EACH: Final = "each"  # the name that expressions have for the element
 # they show its beginning.
 _PARTS_BYTES_MAX: Final = 4 * 1024 * 1024
 _LONG_CHARS: Final = 1000
+_FORM: Final = re.compile(r"\b[juof][0-9]+\b")
 _PARAMETER = 2**64 - 1  # where the parser says that a lambda's own names stand
 
 # Functions that mappings may use beside DuckDB's. Documented in docs/mapping.md.
@@ -131,11 +132,44 @@ _TOKEN: Final = re.compile(
 )
 
 
+class Filter(Struct, frozen=True):
+    """An object less some of its members. path: of the object. matching: whether those stay whose names match, or the others."""
+
+    path: Path
+    pattern: str
+    matching: bool
+
+
+class Narrowed(Struct, frozen=True):
+    """A mapping as SQL over the relation `narrow`: rows already cut into what the expressions need, and events still in pieces.
+
+    forms: the columns of `narrow`, each as `Columns` names it: j0, u1, o2, and f3 for filter 3. paths: of each event's members, with
+    the field's kind and the number of the column that goes on as it is, or else where in the answer its piece stands.
+    """
+
+    sql: str
+    forms: tuple[str, ...]
+    filters: tuple[Filter, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Piece(Struct, frozen=True):
+    """A member of an event. bare: the number of the column that goes on as it is. column: else that of the answer.
+
+    There a text stands as it is, all but times as JSON.
+    """
+
+    path: Path
+    kind: mapping.Kind
+    bare: int | None = None
+    column: str = ""
+
+
 class Compiled(Struct, frozen=True):
     """A mapping as SQL over the relation `source`. fields: what a `bad` of 0 or more counts in.
 
     bare: for each field the number of the column that is all of its expression. plain: each row is one event. windowed: what
-    a row becomes may depend on others.
+    a row becomes may depend on others. narrow: the same over cut rows, where that can be.
     """
 
     sql: str
@@ -143,6 +177,7 @@ class Compiled(Struct, frozen=True):
     bare: tuple[int | None, ...] = ()
     plain: bool = False
     windowed: bool = False
+    narrow: Narrowed | None = None
 
 
 def named(told: Mapping, columns: Columns) -> Compiled | None:
@@ -165,10 +200,11 @@ def compile_mapping(
 
 
 class _Value(Struct):
-    """A field on its way to SQL. bare: the number of the column that is all of its expression."""
+    """A field on its way to SQL. bare: the number of the column that is all of its expression. narrow: SQL over cut rows."""
 
     field: Field
     sql: str
+    narrow: str
     bare: int | None = None
     windowed: bool = False
     type_name: str = ""
@@ -203,6 +239,7 @@ class _Compiler:
         ).fetchall()
         self._keywords = {word for (word,) in words} - _STRUCTURE
         self._names = frozenset({_EACH} if told.each else ())  # names that are no columns
+        self._filters: list[Filter] = []
 
     def compile(self) -> Compiled:
         values = [self._value(field) for field in self.told.fields]
@@ -215,6 +252,7 @@ class _Compiler:
             tuple(value.bare for value in values),
             _plain(self.told),
             any(value.windowed for value in values),
+            self._narrowed(values, kept),
         )
 
     # Parsing: expressions to SQL over the frame's columns.
@@ -224,10 +262,15 @@ class _Compiler:
             node = self._parse(field.expression)
             if node["class"] == "COLUMN_REF" and node["column_names"][0] not in self._names:
                 number = self.columns.use(node["column_names"])
-                return _Value(field, self._typed(number), bare=number)
+                typed = self._typed(number)
+                return _Value(field, typed, typed, bare=number)
             windowed = _contains(node, "WINDOW")
-            node = self._renamed(node, self._names, lenient=windowed)
-            return _Value(field, self._text(node), windowed=windowed)
+            sql = narrow = self._text(self._renamed(node, self._names, lenient=windowed))
+            filtered = self._filtered(node)
+            if filtered != node:
+                names = self._names | {f"f{at}" for at in range(len(self._filters))}
+                narrow = self._text(self._renamed(filtered, names, lenient=windowed))
+            return _Value(field, sql, narrow, windowed=windowed)
         except InputError as error:
             raise self._wrong(field.name, field.expression, error) from error
 
@@ -336,6 +379,32 @@ class _Compiler:
             renamed["try_cast"] = True
         return renamed
 
+    def _filtered(self, node: Any) -> Any:  # a tree of JSON
+        """Return the tree with columns f0, f1 … in place of objects less some of their members, one for each object at most."""
+        if isinstance(node, list):
+            return [self._filtered(one) for one in node]
+        if not isinstance(node, dict) or node.get("class") == "LAMBDA":  # it has names of its own
+            return node
+        number = self._filter(node) if node.get("function_name") in {"without", "matching"} else -1
+        if number >= 0:
+            return {**node["children"][0], "column_names": [f"f{number}"]}
+        return {name: self._filtered(one) for name, one in node.items()}
+
+    def _filter(self, node: dict[str, Any]) -> int:
+        """Return the number of the filter that a call is, -1 if it is more than that."""
+        parts = node["children"]
+        if [part["class"] for part in parts] != ["COLUMN_REF", "CONSTANT"]:
+            return -1
+        names, pattern = parts[0]["column_names"], parts[1]["value"].get("value")
+        number = -1 if names[0] in self._names else self.columns.use(names)
+        if number < 0 or self.columns.kind(number) != "JSON" or not isinstance(pattern, str):
+            return -1
+        used = self.columns.used[number]
+        found = Filter(() if used == WHOLE else used, pattern, node["function_name"] == "matching")
+        if all(one.path != found.path for one in self._filters):
+            self._filters.append(found)
+        return self._filters.index(found) if found in self._filters else -1
+
     def _typed(self, number: int, *, lenient: bool = False) -> str:
         """Return SQL of a column in its own type, an error where the value does not fit."""
         kind = self.columns.kind(number)
@@ -414,13 +483,80 @@ class _Compiler:
             self._own(values),
             self._troubles(),
             self._usable(),
-            f"{self._verdict(values)} AS bad",
+            f"{self._verdict(list(enumerate(values)))} AS bad",
             f"CASE WHEN bad IS NULL THEN {self._body(values)} END AS body",
         )
         sql = self._with_columns(list(enumerate(values)), kept)
         for layer in layers:
             sql = f"SELECT *, {layer} FROM ({sql})"  # SQL of our own making
         return f"SELECT {self._output(values)} FROM ({sql})"
+
+    def _narrowed(self, values: list[_Value], kept: str) -> Narrowed | None:
+        """Return the same over cut rows, which know what can go on as it is; None where a row must be seen whole."""
+        if self.columns.style != "json" or any(value.windowed for value in values):
+            return None
+        bare = [self._goes_on(value) for value in values]
+        asked = [
+            (at, structs.replace(value, sql=value.narrow))
+            for at, value in enumerate(values)
+            if bare[at] is None
+        ]
+        sql = self._with_columns(
+            asked,
+            kept.replace(
+                f"({self.columns.frame()})", "(SELECT *, false AS unreadable FROM narrow)"
+            ),
+        )
+        tried = ", ".join(f"{self._tried(value, at, plain=True)} AS t{at}" for at, value in asked)
+        verdict = f"{self._verdict(asked)} AS bad"
+        for layer in (tried, self._own(values), self._troubles(), self._usable(), verdict):
+            sql = f"SELECT *, {layer} FROM ({sql})"  # SQL of our own making
+        names = {"insert_id": "given", "event_type": "event_type", "user_id": "user_id"}
+        names |= {"device_id": "device_id", "time": "time_ms"}
+        columns = {
+            "place": "place",
+            "good": "bad IS NULL",
+            "trouble": "CAST(user_trouble + device_trouble AS UTINYINT)",
+            "time_ms": "time_",
+            "event_type": "event_type_",
+            "user_id": "user_id",
+            "device_id": "device_id",
+            "given": "nullif(insert_id_, '')",
+        }
+        pieces = [Piece((name,), mapping.TARGETS[name], column=at) for name, at in names.items()]
+        for at, value in enumerate(values):
+            if value.field.path[0] not in _OWN:
+                column = "" if bare[at] is not None else f"p{at}"
+                pieces.append(Piece(value.field.path, value.field.kind, bare[at], column))
+                columns |= {column: value.result(at)} if column else {}
+        sql = (
+            f"SELECT {', '.join(f'{one} AS {name}' for name, one in columns.items())} FROM ({sql})"
+        )
+        for number in range(len(self.columns.used)):
+            sql = sql.replace(mapping.unquote(f"j{number}"), f"u{number}")
+        forms = dict.fromkeys(one for one in _FORM.findall(sql) if self._is_form(one))
+        whole = {
+            f"{kind}{at}"
+            for at, path in enumerate(self.columns.used)
+            for kind in "juo"
+            if path == WHOLE
+        }
+        if not whole.isdisjoint(forms):
+            return None
+        return Narrowed(sql, tuple(forms), tuple(self._filters), tuple(pieces))
+
+    def _is_form(self, name: str) -> bool:
+        known = self._filters if name[0] == "f" else self.columns.used
+        return int(name[1:]) < len(known)
+
+    def _goes_on(self, value: _Value) -> int | None:
+        """Return the number of the column that is all of a field and need not be asked about."""
+        if value.bare is None or value.field.path[0] in _OWN:
+            return None
+        kinds = {"object": "JSON", "integer": "BIGINT", "millis": "BIGINT", "number": "DOUBLE"}
+        kind = value.field.kind
+        surely = kind in {"text", "value"} or kinds.get(kind) == self.columns.kind(value.bare)
+        return value.bare if surely and self.columns.used[value.bare] != WHOLE else None
 
     def _with_columns(self, values: Sequence[tuple[int, _Value]], kept: str) -> str:
         """Return SQL for the rows with what is worked out before the fields are made of it."""
@@ -431,13 +567,13 @@ class _Compiler:
         ]
         return f"SELECT {', '.join(['*', *columns])} FROM ({kept})"  # SQL of our own making
 
-    def _tried(self, value: _Value, number: int) -> str:
+    def _tried(self, value: _Value, number: int, *, plain: bool = False) -> str:
         """Return SQL for {v: …}, NULL where the row's value does not fit; just for v where it always does.
 
-        v is the plain value of the fields that the stage itself looks at, else the piece of JSON.
+        v is the plain value of the fields that the stage itself looks at, else the piece of JSON. plain: that of all texts.
         """
         field = value.field
-        own = field.path[0] in _OWN
+        own = field.path[0] in _OWN or (plain and field.kind == "text")
         if value.safe:
             assert value.bare is not None
             return self._passed(value, value.bare, own=own)
@@ -509,10 +645,8 @@ class _Compiler:
             "CASE WHEN device_trouble = 0 THEN nullif(device_id_, '') END AS device_id"
         )
 
-    def _verdict(self, values: list[_Value]) -> str:
-        fails = " ".join(
-            f"WHEN t{at} IS NULL THEN {at}" for at, one in enumerate(values) if not one.safe
-        )
+    def _verdict(self, values: Sequence[tuple[int, _Value]]) -> str:
+        fails = " ".join(f"WHEN t{at} IS NULL THEN {at}" for at, one in values if not one.safe)
         return (
             f"CASE WHEN unreadable THEN {UNREADABLE} WHEN doubtful IS NOT NULL THEN doubtful {fails} "
             f"WHEN event_type_ IS NULL OR event_type_ = '' THEN {NO_TYPE} "
@@ -522,16 +656,20 @@ class _Compiler:
             f"THEN {NO_ID} END"
         )
 
-    def _body(self, values: list[_Value]) -> str:
+    def _pieces(self, values: list[_Value]) -> list[tuple[Path, str]]:
+        """Return SQL of the JSON of an event's insert_id, and of the other fields that the stage itself looks at."""
         bare = {value.field.name: value.bare for value in values}
-        pieces: list[tuple[tuple[str, ...], str]] = [
-            (
-                (name,),
-                self._requoted(f"{name}{'_' if name == 'event_type' else ''}", bare.get(name)),
-            )
-            for name in ("event_type", "user_id", "device_id")
-        ]
-        pieces.append((("time",), "CAST(time_ AS VARCHAR)"))
+        texts = {
+            "insert_id": "nullif(insert_id_, '')",
+            "event_type": "event_type_",
+            "user_id": "user_id",
+            "device_id": "device_id",
+        }
+        pieces = [((name,), self._requoted(sql, bare.get(name))) for name, sql in texts.items()]
+        return [*pieces, (("time",), "CAST(time_ AS VARCHAR)")]
+
+    def _body(self, values: list[_Value]) -> str:
+        pieces = self._pieces(values)[1:]
         pieces += [
             (value.field.path, value.result(at))
             for at, value in enumerate(values)
@@ -547,9 +685,8 @@ class _Compiler:
         return f"CASE WHEN strlen(j{column}) = strlen({text}) + 2 THEN j{column} ELSE {json} END"
 
     def _output(self, values: list[_Value]) -> str:
-        insert = next((value.bare for value in values if value.field.name == "insert_id"), None)
         shown = self.columns.values() if self.columns.used else "'{}'"
-        sent = self._requoted("nullif(insert_id_, '')", insert)
+        (_key, sent), *_others = self._pieces(values)
         told, row = f"bad >= {EACH}", "text"
         if self.told.each is not None:
             long = f"(parts > 1 AND strlen(text) * parts > {_PARTS_BYTES_MAX})"

@@ -5,15 +5,16 @@ so that sorting comes after (`order`). What stays in memory: the distinct (devic
 from which the sorting takes its borders. Texts that are events as they stand in a file stay there.
 
 After every so many bytes it is noted how far the source is read, so that reading can be left at any moment and gone on
-with. What memory holds is made again from the spill. A query is asked about so many rows at a time for that, but for one
-with a window, which sees all of them; it is begun anew, and so is what DuckDB reads by itself (Parquet) and the rest of a
-database's answer.
+with. What memory holds is made again from the spill. Of large sources only what the expressions need passes the query
+(`narrow`). A query is asked about so many rows at a time for that, but for one with a window, which sees all of them; it is begun
+anew, and so is what DuckDB reads by itself (Parquet) and the rest of a database's answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,15 @@ from retrofill.errors import FullError, InputError
 if TYPE_CHECKING:
     import duckdb
 
+    from retrofill.backfill.narrow import Narrow
+
 SPILL, ODD = "spill.arrow", "odd.arrow"
 MEMORY_MB = 700  # of DuckDB; a window in a mapping goes to disk beyond it
 _ROWS = 20_000  # of one batch on its way
 _SAMPLE_ROWS = 10_000  # looked at to learn the columns
 _SAMPLE_PIECES = 20
+_CUT_ANSWER_ROWS = 8192
+_CUT_ROWS = 1000  # of them are cut, to learn whether many rows can be
 _BORDERS_MAX = 200_000  # rows of the thin sample
 # Of the source's text from one checkpoint to the next, ours. A kill costs up to one step: 90,000 rows of 500 bytes are less than
 # half a percent of 20 M. Small sources have smaller steps, each costs a millisecond; a query asked anew costs up to 30.
@@ -188,6 +193,7 @@ class Intake:
         named = compiled.named(mapping, self.columns)
         way = None if named is None else self._straight(named)
         self._way = way or self._straight(self.compiled)
+        self._narrow = self._narrow_way() if self._way is None else None
 
     @cached_property
     def connection(self) -> duckdb.DuckDBPyConnection:
@@ -228,7 +234,9 @@ class Intake:
 
         if self._way is not None:
             self._straight_on(self._way, spill, checkpoint, seen)
-        if self._way is None or odd.bytes:
+        elif self._narrow is not None:
+            self._narrow_on(self._narrow, spill, checkpoint, seen)
+        if self._piece < len(self.pieces) or odd.bytes:
             self._ask(reading, odd, spill, checkpoint, seen)
         self._judge()
         checkpoint()
@@ -260,6 +268,27 @@ class Intake:
             if size >= self._step and not self._place.last:
                 checkpoint()
                 size = 0
+
+    def _narrow_on(
+        self,
+        way: Narrow,
+        spill: Spill,
+        checkpoint: Callable[[], None],
+        seen: Callable[[int], None],
+    ) -> None:
+        # DuckDB's other threads give all free memory of the process back to the system, ten times a second.
+        self.connection.execute("SET threads = 1")
+        records_ = self._records()
+        for first in records_:
+            for batch, good in way.events(chain((first,), _up_to(STEP_BYTES, records_))):
+                self.counted.rows += batch.num_rows
+                found = self._in_bounds(batch if good else self._checker.mended(batch))
+                self._count_troubles(found)
+                self._keep(found if good else finished(found), spill)
+                seen(self.counted.rows)
+            if not self._place.last:
+                checkpoint()
+        self.connection.execute("RESET threads")
 
     def _ask(
         self,
@@ -295,16 +324,8 @@ class Intake:
                 yield self._records()
                 self._piece = len(self.pieces)  # also where DuckDB read them by itself
             return
-        waiting: list[pa.RecordBatch] = []
-        size = 0
-        for batch in self._records() if self._way is None else self._set_aside_from(reading, odd):
-            waiting.append(batch)
-            size += batch.nbytes
-            if size >= STEP_BYTES:
-                yield waiting
-                waiting, size = [], 0
-        if waiting:
-            yield waiting
+        # Whoever read before us may have put some aside.
+        yield from _steps(chain(self._records(), self._set_aside_from(reading, odd)))
 
     def _set_aside_from(self, reading: Reading, odd: Spill) -> Iterator[pa.RecordBatch]:
         for batch, end in odd.batches(reading.odd_read):
@@ -316,6 +337,20 @@ class Intake:
         large = size >= SCANNED_BYTES or (size >= SCANNED_BYTES_MIN and _compiled())
         rows = self.source.rows if large else ()
         return straight(found, self.columns, self._checker, self._set_aside, rows)
+
+    def _narrow_way(self) -> Narrow | None:
+        found = self.compiled.narrow
+        if found is None:
+            return None
+        from retrofill.backfill import narrow  # noqa: PLC0415  # for large sources alone
+
+        size = sum(piece.size for piece in self.pieces)
+        if size < SCANNED_BYTES and not (size >= SCANNED_BYTES_MIN and narrow.there()):
+            return None
+        way = narrow.narrow(
+            found, self.columns, self.connection, self._cut_answers, self._set_aside
+        )
+        return way if way is not None and way.standing(self.source.rows[:_CUT_ROWS]) else None
 
     def _set_aside(self, rows: pa.RecordBatch) -> None:
         assert self._odd is not None
@@ -334,7 +369,7 @@ class Intake:
             self.connection.execute(self._parquet())
             return
         reader = pa.RecordBatchReader.from_batches(self.source.schema, found)
-        self.connection.register("source", reader)
+        self.connection.register("source", _stream(reader))
 
     def _parquet(self) -> str:
         names = ", ".join(literal(piece.place) for piece in self.pieces)
@@ -357,11 +392,26 @@ class Intake:
             self._failed = error
             raise
 
-    def _answers(self, query: str) -> Iterator[pa.RecordBatch]:
+    def _cut_answers(
+        self, query: str, schema: pa.Schema, rows: Iterator[pa.RecordBatch]
+    ) -> Iterator[pa.RecordBatch]:
+        """Ask about rows that were cut. One thread gives the answers in the order of the rows."""
+        reader = pa.RecordBatchReader.from_batches(schema, self._watched(rows))
+        self.connection.register("narrow", _stream(reader))
+        yield from self._answers(query, _CUT_ANSWER_ROWS)
+
+    def _watched(self, rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from rows
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _answers(self, query: str, rows: int = _ROWS) -> Iterator[pa.RecordBatch]:
         import duckdb  # noqa: PLC0415  # as in `connect`
 
         try:
-            answer = self.connection.execute(query).to_arrow_reader(_ROWS)
+            answer = self.connection.execute(query).to_arrow_reader(rows)
             yield from answer
         except (duckdb.Error, pa.ArrowException) as error:
             if self._failed is not None:
@@ -518,6 +568,35 @@ class Intake:
             where=f"{first.file}, row {first.line}: {first.row[:300]}",
             mend=f"Mend the mapping{shorter}, or allow more with --bad-rows; all are in {self.letters.shown}",
         )
+
+
+def _stream(reader: pa.RecordBatchReader) -> object:
+    """Return a reader as DuckDB pulls from it by itself: out of any other object Arrow reads ahead, in a thread of its own.
+
+    What that thread took of memory was freed by another, and given back to the system: two of three page faults of staging.
+    """
+    return reader.__arrow_c_stream__()
+
+
+def _up_to(size: int, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield batches until they are so large together."""
+    while size > 0 and (batch := next(batches, None)) is not None:
+        size -= batch.nbytes
+        yield batch
+
+
+def _steps(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Yield rows that are asked about together."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.nbytes
+        if size >= STEP_BYTES:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
 
 
 def _compiled() -> bool:

@@ -27,3 +27,16 @@ RULES: Final = 8
     LATEST_MS,
     PLACE_MAX,
 ) = range(RULES)
+
+# Known members of objects (`members`), what is told of each: the object it stands in, its name's place and size, the column that gets
+# its value, the object that it is, whether it is kept.
+NODE, STANDS, SIZE, COLUMN, CHILD, KEEP, TABLE = range(7)
+# What is wanted of a value, a bit for each: any (one that is to be written), a text to be spelled as one, a whole number, one that is to
+# be written with a point, an object, a string without escapes. And how it is joined to an event: PLAIN without quotes yet, COUNTS as a
+# number that is given itself.
+AS_WRITTEN, SPELLED, WHOLLY, DECIMAL, MEMBERS, PLAIN, OPENS, CLOSES, COUNTS = range(9)
+LONGEST, DEPTH, KEY_BYTES_MAX, FULL, CUT_RULES = range(5)  # FULL: no more members are learned
+ROW, FILLED, UNKNOWN, STATE = range(4)  # rows looked at so far, bytes of the heap, unknown members
+MEMBERS_MAX: Final = 4096  # of one object that are kept
+UNKNOWN_MAX: Final = 1024  # told at once
+NESTED_MAX: Final = 16  # objects with known members, one inside the other

@@ -32,10 +32,18 @@ from numpy.typing import NDArray
 Native = Callable[..., None]
 
 _HERE: Final = Path(__file__).parent
-_SOURCES: Final = ("bytewise.py", "layout.py", "wide.py", "native.py")
+_SOURCES: Final = ("bytewise.py", "members.py", "layout.py", "wide.py", "native.py")
 _DIGEST_BYTES: Final = 32
 # What each function takes: (r) bytes that are read, (w) bytes that are written, (i) whole numbers, (b) flags, (t) whole numbers in rows.
-_TAKES: Final = {"look": "ririiiriiiibt", "copy": "riirwi"}
+_TAKES: Final = {
+    "look": "ririiiriiiibt",
+    "copy": "riirwi",
+    "cut": "riitiiriiiiiiwbti",
+    "views": "riittb",
+    "join": "ritittitriwi",
+    "vouch": "riiiib",
+    "hashed": "riiii",
+}
 _DTYPES: Final = {"r": "u1", "w": "u1", "i": "i8", "b": "?", "t": "i8"}
 
 
@@ -65,7 +73,7 @@ def compiled(name: str) -> Code:
     import numba  # noqa: PLC0415  # what is kept does without
     from numba import types  # noqa: PLC0415
 
-    from retrofill.backfill import bytewise  # noqa: PLC0415
+    from retrofill.backfill import bytewise, members  # noqa: PLC0415
 
     kinds = {
         "r": types.Array(types.uint8, 1, "C", readonly=True),
@@ -76,7 +84,9 @@ def compiled(name: str) -> Code:
     }
     # Only the function itself: what calls it from Python, or from C, would hold on to Numba.
     alone: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    made: Any = numba.njit(**bytewise.OPTIONS, **alone)(getattr(bytewise, name))
+    made: Any = numba.njit(**bytewise.OPTIONS, **alone)(
+        vars(members).get(name) or vars(bytewise)[name]
+    )
     made.compile(tuple(kinds[kind] for kind in _TAKES[name]))
     (one,) = made.overloads.values()
     return Code(one.fndesc.llvm_func_name, one.library._get_compiled_object())  # noqa: SLF001  # as Numba's own cache

@@ -448,7 +448,7 @@ def _finished(place: pa.RecordBatch, found: _Events, line: pa.StringArray) -> pa
         {
             **_columns(place, found),
             "given": given,
-            "insert_id": _insert_ids(given, line),
+            "insert_id": insert_ids(given, line),
             "event": line,
         }
     )
@@ -457,7 +457,7 @@ def _finished(place: pa.RecordBatch, found: _Events, line: pa.StringArray) -> pa
 def _unfinished(place: pa.RecordBatch, found: _Events, body: pa.StringArray) -> pa.RecordBatch:
     given = found.ids.column("insert_id_").to_pylist()
     keys = [
-        _hash(text) if one is None else _encoder.encode(one).decode()
+        made_id(text) if one is None else _encoder.encode(one).decode()
         for one, text in zip(given, body.to_pylist(), strict=True)
     ]
     return pa.RecordBatch.from_pydict(
@@ -476,14 +476,15 @@ def _columns(place: pa.RecordBatch, found: _Events) -> dict[str, Any]:
     }
 
 
-def _insert_ids(given: pa.StringArray, line: pa.StringArray) -> pa.StringArray:
+def insert_ids(given: pa.StringArray, line: pa.StringArray) -> pa.StringArray:
     """Return each insert_id, the hash of the event where none is given: as the query makes it."""
     if given.null_count == 0:
         return given
     rows = np.flatnonzero(~_there(given))
-    made = [_hash(text[1:-1]) for text in line.take(pa.array(rows)).to_pylist()]
+    made = [made_id(text[1:-1]) for text in line.take(pa.array(rows)).to_pylist()]
     return pc.replace_with_mask(given, given.is_null(), pa.array(made, pa.string()))
 
 
-def _hash(body: str) -> str:
+def made_id(body: str) -> str:
+    """Return the insert_id of an event that was given none."""
     return md5(body.encode(), usedforsecurity=False).hexdigest()

@@ -75,6 +75,26 @@ def _word(_typing: Any, data: Any, _at: Any) -> Any:
     return types.uint64(data, types.int64), code
 
 
+def _mover(kind: Any) -> Any:
+    """Make a function that copies so many bytes from a place in one array to a place in another."""
+
+    def made(_typing: Any, source: Any, _at: Any, target: Any, _place: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            pointers = []
+            for array, at in ((0, 1), (2, 3)):
+                data = context.make_array(signature.args[array])(
+                    context, builder, given[array]
+                ).data
+                place = builder.gep(data, [given[at]])
+                pointers.append(builder.bitcast(place, kind.as_pointer()))
+            builder.store(builder.load(pointers[0], align=1), pointers[1], align=1)
+            return ir.Constant(_MASK, 0)
+
+        return types.uint32(source, types.int64, target, types.int64), code
+
+    return intrinsic(made)
+
+
 def _ends_string(builder: Any, bytes_: Any) -> Any:
     quote = builder.icmp_unsigned("==", bytes_, _each(ord('"')))
     escape = builder.icmp_unsigned("==", bytes_, _each(ord("\\")))
@@ -89,5 +109,7 @@ def _ends_digits(builder: Any, bytes_: Any) -> Any:
 same: Any = intrinsic(_same)
 lowest: Any = intrinsic(_lowest)
 word: Any = intrinsic(_word)
+move = _mover(_VECTOR)
+move_word = _mover(_LONG)
 ends_string = _told(_ends_string)  # a quote, a backslash or a control character
 ends_digits = _told(_ends_digits)  # none of 0 … 9

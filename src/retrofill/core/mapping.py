@@ -43,7 +43,7 @@ TARGETS: Final[dict[str, Kind]] = {
 }
 FORMATS: Final = ("ndjson", "json", "csv", "tsv", "parquet", "amplitude-export")
 REQUIRED: Final = ("event_type", "time")
-_DEPTH_MAX = 8  # nested blocks of a mapping; deeper objects come whole from a column
+DEPTH_MAX: Final = 8  # nested blocks of a mapping; deeper objects come whole from a column
 
 
 class Field(Struct, frozen=True):
@@ -128,7 +128,7 @@ def _fields(block: dict[str, object], above: tuple[str, ...]) -> Iterator[Field]
         if not above:
             _target(key)
         if isinstance(value, dict):
-            if TARGETS[path[0]] != "object" or len(path) > _DEPTH_MAX:
+            if TARGETS[path[0]] != "object" or len(path) > DEPTH_MAX:
                 raise InputError(f"The field {'.'.join(path)} takes one expression, not a block")
             yield from _fields(_table(value, ".".join(path)), path)
         else:
@@ -306,18 +306,19 @@ def assemble(pieces: list[tuple[tuple[str, ...], str]]) -> str:
 
     The first piece is never NULL. Without the brace, other members can be put before it.
     """
-    first, *others = _nest(pieces, 0).members.items()
+    first, *others = nested(pieces).members.items()
     joined = ", ".join(f"{_key(name, ',')} || {_piece(sql)}" for name, sql in others)
     return f"concat({_key(first[0], '')}, {_piece(first[1])}, {joined}, '}}')"
 
 
-def _nest(pieces: list[tuple[tuple[str, ...], str]], depth: int) -> Pieces:
+def nested(pieces: list[tuple[tuple[str, ...], str]], depth: int = 0) -> Pieces:
+    """Return pieces as the objects in which their paths put them. depth: of each path, so much is known already."""
     groups: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for path, sql in pieces:
         groups.setdefault(path[depth], []).append((path, sql))
     return Pieces(
         {
-            name: _nest(group, depth + 1) if len(group[0][0]) > depth + 1 else group[0][1]
+            name: nested(group, depth + 1) if len(group[0][0]) > depth + 1 else group[0][1]
             for name, group in groups.items()
         }
     )
