@@ -82,7 +82,7 @@ def _quick_lakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     def opened(cls: type[Lake], folder: Path, files: Files | None = None) -> Lake:
         catalog = folder / "catalog.duckdb"
-        if not catalog.exists():
+        if not catalog.exists() and not any((folder / "files").rglob("*.parquet")):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(empty / catalog.name, catalog)
         return real(cls, folder, files)

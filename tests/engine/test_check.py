@@ -20,6 +20,7 @@ from retrofill.cli import main
 from retrofill.core import dedupe, person
 from retrofill.engine.check import Report, check
 from retrofill.engine.deletion import Deletions
+from retrofill.engine.repair import repair
 from retrofill.errors import BusyError, InputError
 from retrofill.hot import keys
 from retrofill.lake import Lake, arrow, parquet
@@ -103,6 +104,17 @@ def _note(server: Server, one: int, *, erased: str = "") -> None:
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             [(1, "2000-01-01", one, "2000-01-01", "", None, False, erased)],
         )
+
+
+@pytest.mark.parametrize("name", ["checkpoint.sqlite", "imports.sqlite"])
+def test_a_file_that_is_gone_is_named_and_made_again(name: str, server: Server) -> None:
+    server.close()
+    (server.folder / name).unlink()
+    report = _check(server)
+    assert _found(report) == [(name, "file")]
+    assert (report.refolded, report.lost) == (False, False)
+    done = repair(server.folder, server.clock, sealer=SealerInside)
+    assert (done.left.count, done.left.refolded) == (0, True)
 
 
 def test_a_changed_person_is_named(server: Server) -> None:

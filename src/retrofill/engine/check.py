@@ -162,7 +162,8 @@ def check(data: Path, clock: Clock, *, sealer: Callable[[Path, Lake], Sealer] = 
 
 def need(data: Path) -> None:
     """Raise InputError if there is no such data directory."""
-    if not (data / "hot.sqlite").is_file():
+    # Any of them: one that is gone from a directory is told as such.
+    if not any((data / name).exists() for name in ("hot.sqlite", "checkpoint.sqlite", "lake")):
         raise InputError(
             "There is no data directory",
             where=str(data),
@@ -179,6 +180,11 @@ def files(directory: Directory, report: Report) -> None:
         report.differs(0, directory.repairing.name, "repair", "cut off", "ended")
     again = (directory.checkpoint, directory.imports)  # can be made again
     for path in (directory.blocks, *again, directory.intents, directory.deletions):
+        if (
+            not path.exists() and path != directory.deletions
+        ):  # which a server makes, not the engine
+            report.differs(0, path.name, "file", None, "there")
+            report.lost |= path not in again
         for fault in sqlite.faults(path) if path.exists() else ():
             report.differs(0, path.name, "structure", fault, "ok")
             report.lost |= path not in again

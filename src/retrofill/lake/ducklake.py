@@ -28,7 +28,7 @@ from msgspec import Struct
 
 from retrofill.core.block import Kind
 from retrofill.core.sql import literal
-from retrofill.errors import FullError, StoreError
+from retrofill.errors import CorruptError, FullError, StoreError
 from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
 from retrofill.lake.catalog import CATALOG, put_in_place
 from retrofill.lake.compact import LakeFile
@@ -175,9 +175,19 @@ class Lake:
 
     @classmethod
     def open(cls, folder: Path, files: Files | None = None) -> Lake:
-        """Open the lake in a folder, made if missing; what a crash left there is removed."""
+        """Open the lake in a folder, made if missing; what a crash left there is removed.
+
+        Raises CorruptError for files without a catalog: a new one would name none of them, and all would be removed.
+        """
         files = files or Files()
         files.make_folder(folder / "files" / "main" / "events")
+        catalog = folder / "catalog.duckdb"
+        if not (catalog.exists() and catalog.stat().st_size) and files.list(folder / "files"):
+            raise CorruptError(
+                "The lake has files, and no catalog that names them",
+                where=str(catalog),
+                mend="Restore the data directory from a copy: nothing else holds what the catalog says. Its files are left as they are",
+            )
         with _told(folder):
             lake = cls(folder, files, _connect(folder))
             lake._make_tables()
