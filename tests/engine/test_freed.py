@@ -1,7 +1,6 @@
 """A device whose owner was deleted is nobody's, also after an undo, a restore or an unmerge has folded what is left.
 
-The import has devices of its own: whether one that it shared with somebody deleted was freed cannot be known later.
-Nor do deletions leave what somebody did to groups.
+Two servers are compared in which a deletion takes the same rows. Deletions do not leave what somebody did to groups.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ from typing import Any
 
 import pytest
 from tests.engine.test_check import _note
+from tests.engine.test_event_time import by_time
 from tests.engine.test_undo import Server, _properties, same
 from tests.stateful.test_engine import FakeClock, SealerInside
 
-from retrofill.core.person import FORGOTTEN
+from retrofill.engine.admission import ProjectSettings
 from retrofill.engine.check import check
+from retrofill.lake import freed
 
 KIOSK = "kiosk-9"
 DEVICES = [KIOSK, "phone-1", "tablet-4"]
@@ -43,29 +44,31 @@ def _event(number: int, device: str, user: str | None = None, name: str = "") ->
     return event
 
 
-def _owner(server: Server, *, user: str = "", device: str = "") -> int:
-    """Whoever has an id now, 0 if it is nobody's."""
-    state = server.engine.state.project(1)
-    one = (state.users.get(user) if user else state.devices.get(device)) or 0
-    who = state.people.get(one) if one else None
-    return 0 if who is None or who.merged_into == FORGOTTEN else who.merged_into or one
-
-
 def _delete(server: Server, **ids: str) -> None:
     """Delete whoever has an id now, with everyone merged into them; nobody if it is nobody's."""
-    one = _owner(server, **ids)
-    if not one:
-        return
+    gone = _people(server, **ids)
+    if gone:
+        server.run(server.engine.forget(1, gone))
+        _note(server, gone[0], erased="2000-01-01")
+
+
+def _people(server: Server, **ids: str) -> list[int]:
+    """Whoever has an id now, with everyone merged into them."""
     server.run(server.engine.seal())
+    one = server.owner(**ids)
     with server.engine.lake.snapshot() as snapshot:
         merges = snapshot.merges(1)
-    gone = [one, *(was for was, survivor in merges.items() if survivor == one)]
-    server.run(server.engine.forget(1, gone))
-    _note(server, one, erased="2000-01-01")
+    one = merges.get(one, one)
+    return [one, *(was for was, survivor in merges.items() if survivor == one)] if one else []
 
 
-def _undone_after(tmp_path: Path, clock: FakeClock, *, later: list[dict[str, Any]]) -> Server:
-    """Ann and then bob use a kiosk, bob is deleted, more comes; an import of ann's is undone."""
+def _undone_after(
+    tmp_path: Path, clock: FakeClock, *, later: list[dict[str, Any]], before: bool = False
+) -> Server:
+    """Ann and then bob use a kiosk, bob is deleted, more comes; an import of ann's is undone.
+
+    before: the deletion was one of before there was a table `freed`.
+    """
     servers = [Server(tmp_path / name, clock) for name in ("subject", "control")]
     subject, control = servers
     for server in servers:
@@ -76,6 +79,10 @@ def _undone_after(tmp_path: Path, clock: FakeClock, *, later: list[dict[str, Any
         _delete(server, user="bob-222")
         if later:
             server.send(later)
+    if before:
+        subject.run(subject.engine.seal())
+        subject.engine.lake._db.execute("DROP TABLE lake.freed")
+        subject.crash()
     subject.run(subject.engine.undo(1, "old-shop"))
     same(subject, control)
     clock.ms += 1000
@@ -86,17 +93,22 @@ def _undone_after(tmp_path: Path, clock: FakeClock, *, later: list[dict[str, Any
     return subject
 
 
-def test_a_freed_device_is_nobodys_after_an_undo(tmp_path: Path, clock: FakeClock) -> None:
-    subject = _undone_after(tmp_path, clock, later=[])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_freed_device_is_nobodys_after_an_undo(
+    tmp_path: Path, clock: FakeClock, *, before: bool
+) -> None:
+    subject = _undone_after(tmp_path, clock, later=[], before=before)
     who = subject.seen()
     assert [row["amplitude_id"] for row in who["rows"]] == [1, 2]
     subject.close()
 
 
+@pytest.mark.parametrize("before", [False, True])
 def test_whoever_is_new_on_a_freed_device_stays_somebody_else(
-    tmp_path: Path, clock: FakeClock
+    tmp_path: Path, clock: FakeClock, *, before: bool
 ) -> None:
-    subject = _undone_after(tmp_path, clock, later=[_event(5, KIOSK), _event(6, KIOSK)])
+    later = [_event(5, KIOSK), _event(6, KIOSK)]
+    subject = _undone_after(tmp_path, clock, later=later, before=before)
     who = subject.seen()
     assert [row["amplitude_id"] for row in who["rows"]] == [1, 2, 2, 2]
     subject.crash()
@@ -142,7 +154,7 @@ def test_a_group_identify_of_somebody_else_frees_no_device(
     subject.send([_event(5, "crm-1", "ann-111", "old-shop")])
     subject.run(subject.engine.undo(1, "old-shop"))
     same(subject, control)
-    assert _owner(subject, device="phone-1") == _owner(subject, user="bob-222") != 0
+    assert subject.owner(device="phone-1") == subject.owner(user="bob-222") != 0
     for server in servers:
         server.close()
 
@@ -166,87 +178,201 @@ def test_who_was_deleted_does_not_come_back_with_an_import(
     assert check(server.folder, clock, sealer=SealerInside).differences == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 100))]
-)
-def test_lives_with_deletions_end_as_those_that_never_saw_the_import(
-    seed: int, tmp_path: Path, clock: FakeClock
+def test_who_was_held_apart_from_somebody_deleted_does_not_take_the_device(
+    tmp_path: Path, clock: FakeClock
 ) -> None:
-    seeded = random.Random(seed)
-    subject, control = (Server(tmp_path / name, clock) for name in ("subject", "control"))
+    servers = [Server(tmp_path / name, clock) for name in ("subject", "control")]
+    for server in servers:
+        limits: dict[str, Any] = {"merges_per_user": 1}
+        server.run(server.engine.change_settings(1, ProjectSettings(limits)))
+        server.send([_event(1, "tablet-4", "ann-111"), _event(2, "phone-1")])
+        server.send([_event(3, "phone-1", "ann-111"), _event(4, KIOSK)])
+        server.send([_event(5, KIOSK, "ann-111")])  # one merge is all that there may be
+    servers[0].send([_event(6, "crm-1", "ann-111", "old-shop")])
+    for server in servers:
+        _delete(server, device=KIOSK)
+    servers[0].run(servers[0].engine.undo(1, "old-shop"))
+    for server in servers:
+        assert server.owner(device=KIOSK) == 0
+        server.send([_event(7, KIOSK)])
+        assert [row["amplitude_id"] for row in server.seen()["rows"]] == [1, 2, 1, 1, 3]
+    for server in servers:
+        server.close()
+        assert check(server.folder, clock, sealer=SealerInside).differences == []
+
+
+def test_a_device_that_deleted_rows_of_an_import_had_taken_is_free_while_it_is_shown(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """Nothing else is left of the import."""
+    server = Server(tmp_path / "data", clock)
+    server.send([_event(1, KIOSK, "ann-111")])
+    server.send([_event(2, KIOSK, "eve-333", "old-shop")])
+    server.run(server.engine.undo(1, "old-shop"))
+    server.send([_event(3, "phone-1", "eve-333")])
+    _delete(server, user="eve-333")
+    ann = server.owner(user="ann-111")
+    assert server.owner(device=KIOSK) == ann
+    for change, owner in (("restore", 0), ("undo", ann), ("restore", 0)):
+        server.run(getattr(server.engine, change)(1, "old-shop"))
+        assert server.owner(device=KIOSK) == owner
+    server.crash()
+    assert server.owner(device=KIOSK) == 0
+    server.send([_event(4, KIOSK)])
+    assert [row["amplitude_id"] for row in server.seen()["rows"]] == [1, 2]
+    server.close()
+    assert check(server.folder, clock, sealer=SealerInside).differences == []
+
+
+def test_a_deletion_leaves_no_trace_on_devices_of_theirs_alone(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    server = Server(tmp_path / "data", clock)
+    server.send([_event(1, KIOSK, "ann-111"), _event(2, KIOSK, "bob-222")])
+    server.send([_event(3, "phone-1", "bob-222"), _event(4, KIOSK)])
+    _delete(server, user="bob-222")
+    assert _traces(server) == [(KIOSK, 1, 1)]
+    _delete(server, user="ann-111")
+    assert _traces(server) == []
+    server.close()
+
+
+def _traces(server: Server) -> list[tuple[str, int, int]]:
+    with server.engine.lake.snapshot() as snapshot:
+        ask = snapshot.cursor.execute
+        return ask('SELECT device_id, "block", "row" FROM lake.freed ORDER BY ALL').fetchall()
+
+
+class Lives:
+    """The same history in two servers, but for what happens to the import.
+
+    kind: "apart", an import with devices of its own and users that are known; "shared", one that uses the devices of all, without
+    a user too; "by time", as apart, in a project that goes by event time.
+    """
+
+    def __init__(self, kind: str, seed: int, folder: Path, clock: FakeClock) -> None:
+        self.kind, self.seeded, self.clock = kind, random.Random(seed), clock
+        make = by_time if kind == "by time" else Server
+        self.subject, self.control = (make(folder / name, clock) for name in ("subject", "control"))
+
+    def request(self, number: int, name: str) -> list[dict[str, Any]]:
+        seeded, wire = self.seeded, []
+        apart = name and self.kind != "shared"
+        for at in range(seeded.randint(1, 3)):
+            user = seeded.choice(USERS if apart else [*USERS, None, None, None])
+            event = _event(10 * number + at, seeded.choice(CRM if apart else DEVICES), user, name)
+            if self.kind == "by time":
+                event["time"] += seeded.randrange(-300, 300) * 1000
+            if seeded.random() < 0.5:
+                event["user_properties"] = _properties(seeded)
+            wire.append(event)
+        return wire
+
+    def delete(self, *, name: str = "") -> None:
+        """Delete somebody in both, if that takes the same rows in both, but for an import's."""
+        ids = self.seeded.choice(
+            [*({"user": user} for user in USERS), {"device": self.seeded.choice(DEVICES)}]
+        )
+        taken = []
+        for server in (self.subject, self.control):
+            self.settle(server)
+            taken.append(_taken(server, _people(server, **ids), name))
+        if taken[0] == taken[1] and taken[0]:
+            for server in (self.subject, self.control):
+                _delete(server, **ids)
+
+    def settle(self, server: Server) -> None:
+        server.run(server.engine.event_time.settle(1))
+
+    def same(self, theirs: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.settle(self.subject)
+        self.settle(self.control)
+        return same(self.subject, self.control if theirs is None else theirs)
+
+    def end(self) -> None:
+        """They go on alike, and what is stored is what its rows say."""
+        for number in range(5):
+            self.clock.ms += 1000
+            wire = [_event(1000 + number, KIOSK, self.seeded.choice([*USERS, None, None]))]
+            self.subject.send(wire)
+            self.control.send(wire)
+        self.same()
+        self.subject.close()
+        self.control.close()
+        found = check(self.subject.folder, self.clock, sealer=SealerInside)
+        assert found.differences == []
+
+
+def _taken(server: Server, people: list[int], name: str) -> set[str]:
+    """What a deletion of these people takes, hidden rows too, without the rows of an import."""
+    with server.engine.lake.snapshot() as snapshot:
+        ask = snapshot.cursor.execute
+        hidden = ask(freed.HIDDEN_OF, [1, people]).fetchall()
+        places = [list(side) for side in zip(*hidden, strict=True)][:3] or [[], [], []]
+        return {
+            insert
+            for (insert,) in ask(
+                f"SELECT insert_id FROM lake.events WHERE project = $1 AND {freed.GONE} "
+                "AND coalesce(import_id, '-') <> $6",
+                [1, people, *places, name],
+            ).fetchall()
+        }
+
+
+def _seeds(*usual: str) -> list[Any]:
+    """A hundred lives of each kind; one of each of the usual ones is no long test."""
+    return [
+        pytest.param(kind, seed, marks=[] if kind in usual and not seed else pytest.mark.long)
+        for kind in ("apart", "shared", "by time")
+        for seed in range(100)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "seed"), _seeds("shared"))
+def test_lives_with_deletions_end_as_those_that_never_saw_the_import(
+    kind: str, seed: int, tmp_path: Path, clock: FakeClock
+) -> None:
+    lives = Lives(kind, seed, tmp_path, clock)
+    seeded, subject, control = lives.seeded, lives.subject, lives.control
     for number in range(1, seeded.randint(15, 30)):
         clock.ms += seeded.choice([10, 1000, 3_600_000])
         name = seeded.choice(["", "", "old-shop"])
-        wire = _request(seeded, number, name)
+        wire = lives.request(number, name)
         for server in (subject,) if name else (subject, control):
             server.send(wire)
         chance = seeded.random()
         if chance < 0.15:
-            gone: dict[str, Any] = seeded.choice(
-                [*({"user": user} for user in USERS), {"device": seeded.choice(DEVICES)}]
-            )
-            for server in (subject, control):
-                _delete(server, **gone)
+            lives.delete(name="old-shop")
         elif chance < 0.2:
-            subject.crash()
+            lives.subject.crash()
         elif chance < 0.3:
             subject.run(subject.engine.undo(1, "old-shop"))
     subject.run(subject.engine.undo(1, "old-shop"))
-    theirs = same(subject, control)
+    theirs = lives.same()
     subject.crash()
-    same(subject, theirs)
-    for number in range(5):  # and goes on as the other does
-        clock.ms += 1000
-        wire = [_event(1000 + number, KIOSK, seeded.choice([*USERS, None, None]))]
-        subject.send(wire)
-        control.send(wire)
-    same(subject, control)
-    for server in (subject, control):
-        server.close()
-    assert check(subject.folder, clock, sealer=SealerInside).differences == []
-
-
-def _request(seeded: random.Random, number: int, name: str) -> list[dict[str, Any]]:
-    wire = []
-    for at in range(seeded.randint(1, 3)):
-        user = seeded.choice(USERS) if name else seeded.choice([*USERS, None, None, None])
-        device = seeded.choice(CRM if name else DEVICES)
-        event = _event(10 * number + at, device, user, name)
-        if seeded.random() < 0.5:
-            event["user_properties"] = _properties(seeded)
-        wire.append(event)
-    return wire
+    lives.same(theirs)
+    lives.end()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 100))]
-)
+@pytest.mark.parametrize(("kind", "seed"), _seeds("shared", "by time"))
 def test_lives_with_deletions_end_as_those_that_never_took_the_import_back(
-    seed: int, tmp_path: Path, clock: FakeClock
+    kind: str, seed: int, tmp_path: Path, clock: FakeClock
 ) -> None:
-    """As above, and the import is restored, now and then and in the end. Nothing of it comes while it is undone.
-
-    Apart from the devices of its own that a deletion freed: no row says so, and whoever had one before has it again.
-    """
-    seeded = random.Random(seed)
-    subject, control = (Server(tmp_path / name, clock) for name in ("subject", "control"))
+    """As above, and the import is restored, now and then and in the end. Nothing of it comes while it is undone."""
+    lives = Lives(kind, seed, tmp_path, clock)
+    seeded, subject, control = lives.seeded, lives.subject, lives.control
     undone = False
     for number in range(1, seeded.randint(15, 30)):
         clock.ms += seeded.choice([10, 1000, 3_600_000])
         name = "" if undone else seeded.choice(["", "", "old-shop"])
-        wire = _request(seeded, number, name)
+        wire = lives.request(number, name)
         for server in (subject, control):
             server.send(wire)
         chance = seeded.random()
         if chance < 0.15:
-            gone: dict[str, Any] = seeded.choice(
-                [*({"user": user} for user in USERS), {"device": seeded.choice(DEVICES)}]
-            )
-            if _owner(subject, **gone):  # whom only a hidden row names nobody can delete
-                for server in (subject, control):
-                    _delete(server, **gone)
+            lives.delete()
         elif chance < 0.2:
             subject.crash()
         elif chance < 0.4 and subject.run(_is_there(subject)):
@@ -255,19 +381,10 @@ def test_lives_with_deletions_end_as_those_that_never_took_the_import_back(
             undone = not undone
     if undone:
         subject.run(subject.engine.restore(1, "old-shop"))
-    theirs = control.seen()
-    assert _as_freed(subject.seen(), theirs) == theirs
+    theirs = lives.same()
     subject.crash()
-    assert _as_freed(subject.seen(), theirs) == theirs
-    for server in (subject, control):
-        server.close()
-    assert check(subject.folder, clock, sealer=SealerInside).differences == []
-
-
-def _as_freed(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Take the owners off the import's own devices that are nobody's with them."""
-    gone = [device for device in CRM if theirs["devices"].get(device, 0) is None]
-    return {**mine, "devices": {**mine["devices"], **dict.fromkeys(gone)}}
+    lives.same(theirs)
+    lives.end()
 
 
 async def _is_there(server: Server) -> bool:

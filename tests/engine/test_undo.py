@@ -96,6 +96,13 @@ class Server:
         self.run(self.engine.close())
         self.loop.close()
 
+    def owner(self, *, user: str = "", device: str = "") -> int:
+        """Whoever has an id now, 0 if it is nobody's."""
+        state = self.engine.state.project(1)
+        one = (state.users.get(user) if user else state.devices.get(device)) or 0
+        who = state.people.get(one) if one else None
+        return 0 if who is not None and who.merged_into == people.FORGOTTEN else one
+
     def seen(self) -> dict[str, Any]:
         """Everything that readers and later folds may see, people numbered in order of appearance."""
         self.run(self.engine.seal())
@@ -136,8 +143,8 @@ class Server:
         return {
             "rows": rows,
             "merges": [(number[a], number[b], *rest) for a, b, *rest in merges],
-            "devices": {one: number.get(state.devices.get(one) or 0) for one in devices},
-            "users": {one: number.get(state.users.get(one) or 0) for one in users},
+            "devices": {one: number.get(self.owner(device=one)) for one in devices},
+            "users": {one: number.get(self.owner(user=one)) for one in users},
             "people": persons,
             "groups": groups,
         }

@@ -31,6 +31,7 @@ Place = int | tuple[str, str, str]
 """What a key is kept with: an amplitude_id, or (SHOWN or CHANGED, group type, value)."""
 
 FIRST: Key = (-1, -1, "")  # before every event
+LAST_ID = 2**63 - 1  # an event_id after every other
 EVERYBODY: Place = (
     0  # a mark of all people and groups of a project: more are marked than are kept apart
 )

@@ -9,15 +9,18 @@ folded as on arrival, and `late` is whom they mark: the closure of those has to 
 The rows given must be whole: everyone who shares a device or user id with one of them, and every change of a group
 that they show. Group identifies of other people are `foreign`: they change their groups and no person here.
 
+Rows of people who were deleted are not there. Where one of them took a device is told instead (`Freed`).
+
 A person who is made again keeps the amplitude_id of its first row if no other person here has it already.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from itertools import groupby
+from itertools import accumulate, groupby
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -63,6 +66,17 @@ class Rows(Struct):
     merges_max: list[int | None]
     foreign: list[bool]
     shown: list[tuple[str | None, ...]]
+
+
+class Freed(Struct, frozen=True):
+    """A device that is nobody's, since its owner, who took it by an event of this time, has been deleted."""
+
+    device: str
+    owner: int
+    event_time_ms: int
+
+
+_NONE: Mapping[int, Sequence[Freed]] = MappingProxyType({})
 
 
 class Outcome(Struct):
@@ -118,6 +132,7 @@ class Refold:
         self.users: dict[str, int] = _Ids()
         self.people: dict[int, Person] = {}
         self.groups: dict[Group, dict[str, Any]] = {}
+        self.freed: dict[str, Freed] = {}  # the last of each device
         self.merges: list[Merged] = []
         self.aliases: dict[str, str] = {}
         self.last: dict[order.Place, order.Key] = {}
@@ -133,18 +148,17 @@ class Refold:
             barred,
         )
 
-    def fold(self, rows: Rows) -> Outcome:
-        """Fold the next rows. In order of position, those of one block must be given together."""
+    def fold(self, rows: Rows, freed: Mapping[int, Sequence[Freed]] = _NONE) -> Outcome:
+        """Fold the next rows. freed: what is nobody's from before the row at a place on."""
         amplitude_ids, created = array("q"), array("q")
         kinds, flags = bytearray(), bytearray()
         tables: list[bytes] = []
         places = array("q")
         events = _events(rows)
         first = 0
-        # One block has one server time. In event time only the limits that held are the same for several rows.
-        same = rows.updates_max if self._by_time else rows.block
-        for _, run in groupby(zip(same, rows.merges_max, strict=True)):
-            last = first + sum(1 for _ in run)
+        for last in self._ends(rows, freed):
+            for one in freed.get(first, ()):
+                self.free(one)
             folded = fold.fold(
                 self._batches(rows, events, first, last),
                 {self._project: self._known},
@@ -179,9 +193,18 @@ class Refold:
             tables,
         )
 
-    def free(self, device: str) -> None:
-        """Let a device be nobody's from here on: whose it was last has been deleted."""
-        self.devices[device] = self._touched.devices[device] = 0
+    def _ends(self, rows: Rows, cuts: Collection[int]) -> list[int]:
+        """Return where each run of rows ends that are folded as one block."""
+        # One block has one server time. In event time only the limits that held are the same for several rows.
+        same = rows.updates_max if self._by_time else rows.block
+        runs = groupby(zip(same, rows.merges_max, strict=True))
+        ends = list(accumulate(sum(1 for _ in run) for _, run in runs))
+        return sorted({*ends, *cuts} - {0}) if cuts else ends
+
+    def free(self, one: Freed) -> None:
+        """Let a device be nobody's from here on."""
+        self.freed[one.device] = one
+        self.devices[one.device] = self._touched.devices[one.device] = 0
 
     def changes(self, was: Changes) -> Changes:
         """Return what must be laid over the state `was`, which names people as they were, to end in this one.

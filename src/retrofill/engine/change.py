@@ -282,7 +282,11 @@ class Change:
                 f"COPY (SELECT absorbed, surviving FROM lake.merges WHERE project = {self.intent.project}) "
                 f"TO {literal(str(merges))} (FORMAT parquet)"
             )
-            sources = Sources(snapshot.files(), merges)
+            freed = None
+            if not self._until and self._host.lake.freed_in(self.intent.project):
+                freed = self._scratch / "freed.parquet"
+                pq.write_table(snapshot.freed(self.intent.project), freed)
+            sources = Sources(snapshot.files(), merges, freed)
             before, self._pins = self._pins, pins.pop_all()
             before.close()
         self._pinned = snapshot.sealed
@@ -388,6 +392,9 @@ class Change:
             swap.take_out(self.intent.project, places)
         swap.put_in(self._files)
         swap.merge(self.intent.project, without=exported.people, add=exported.merges)
+        rule = self.intent.rule
+        if (rule.hide or rule.show) and self._host.lake.freed_in(self.intent.project):
+            swap.hide(self.intent.project, rule.bounds, hidden=rule.hide is not None)
         swap.sync()
         self._trim()  # to take rows out needed much, and the transaction may be open for long
 

@@ -11,8 +11,8 @@ what the fold decides, each state what it ends in, each merge one that it made, 
 Quotas and the figures of imports are counted from rows at each start and are stored nowhere.
 
 People who were deleted left no rows, so some things cannot be known: whose the keys are that no row holds; and in their
-project properties of groups, which they may have changed, and where a device of theirs went. Keys and differences of groups are then only counted, as `unknown`; a
-device that somebody new begins without a user was theirs, and is taken as free.
+project properties of groups, which they may have changed, and who was held apart from one of them. Keys and such differences are then only counted, as `unknown`.
+Which devices they had taken the lake says (`engine.freed`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from msgspec import Struct
 from retrofill.clock import Clock
 from retrofill.config import Settings
 from retrofill.core import order, person
-from retrofill.core.block import COLUMNS, Kind
+from retrofill.core.block import COLUMNS, Flag, Kind
 from retrofill.core.fold import Changes
 from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
 from retrofill.engine import surplus
 from retrofill.engine.changed import write
 from retrofill.engine.deletion import Deletions
+from retrofill.engine.freed import Freeing
 from retrofill.engine.ingest import Engine
-from retrofill.engine.refold import KEY_COLUMNS, Decided, Freed, merge_row, same, with_column
+from retrofill.engine.refold import KEY_COLUMNS, Decided, merge_row, same, with_column
 from retrofill.engine.seal import Sealer
 from retrofill.errors import CorruptError, InputError, StoreError
 from retrofill.hot import sqlite
@@ -49,7 +50,8 @@ from retrofill.hot.checkpoint import Checkpoint
 from retrofill.hot.directory import Directory
 from retrofill.hot.keys import KeyFile
 from retrofill.lake import Lake, parquet
-from retrofill.lake.arrow import JSON_COLUMNS, SCHEMA, MergeRow
+from retrofill.lake.arrow import FREED, JSON_COLUMNS, SCHEMA, MergeRow
+from retrofill.lake.freed import TOOK
 from retrofill.limits import CHECK_SHOWN_MAX, CHECK_TEXT_CHARS, REFOLD_ROWS
 
 _KINDS = f"{int(Kind.EVENT)}, {int(Kind.IDENTIFY)}, {int(Kind.GROUP_IDENTIFY)}"
@@ -323,7 +325,6 @@ class _Project:
             by_time=self._by_time,
             barred=engine.state.project(project).barred,
         )
-        self._freed = Freed(self._refold)
         self.mends = Mends()
         self.mending = False
 
@@ -339,6 +340,7 @@ class _Project:
                     [self._number],
                 ).to_arrow_reader(REFOLD_ROWS)
             )
+            self._freed = Freeing(self._taken(ask), by_time=self._by_time)
             by = order.SQL if self._by_time else '"block", "row"'
             reader = ask(
                 f"SELECT {columns} FROM lake.events "
@@ -347,6 +349,8 @@ class _Project:
             ).to_arrow_reader(REFOLD_ROWS)
             for rows in map(_table, reader) if self._by_time else _whole_blocks(reader):
                 self._rows(rows)
+            for one in self._freed.rest():
+                self._refold.free(one)
             merged = ", ".join(_MERGED)
             merges = snapshot.cursor.execute(
                 f'SELECT "block", "row", {merged} FROM lake.merges WHERE project = $1',
@@ -355,6 +359,19 @@ class _Project:
         self._merges({(block, row): values for block, row, *values in merges})
         self._states(self._refold.changes(Changes({}, {}, {}, {}, {})))
         self._report.people += len(self._people)
+
+    def _taken(self, ask: Callable[..., Any]) -> pa.Table:
+        """Return where deleted people had taken a device, those too whose rows go with the next look of a server."""
+        names = ", ".join(f'"{name}"' for name in FREED.names[:-1])
+        rows = (
+            f"SELECT {names}, false FROM lake.events WHERE project = $1 AND kind IN ({_KINDS}) "
+            f"AND amplitude_id IN (SELECT unnest($2)) AND {TOOK}"
+        )
+        found = ask(
+            f"SELECT * FROM lake.freed WHERE project = $1 AND NOT hidden UNION ALL {rows}",
+            [self._number, list(self._forgotten) if self._due else []],
+        )
+        return found.to_arrow_table()
 
     def _stored_people(self) -> dict[int, Person]:
         found = {}
@@ -386,9 +403,7 @@ class _Project:
         if not rows.num_rows:
             return
         self._report.rows += rows.num_rows
-        every = np.ones(rows.num_rows, bool)
-        for part in self._freed.parts(rows, every) if self.deleted else [rows]:
-            self._fold(part)
+        self._fold(rows)
         lost = set(
             self._engine.duplicates.unheld(rows, self._limits, oldest_block=self._oldest_block)
         )
@@ -400,7 +415,7 @@ class _Project:
             self.mends.keys.append(rows.select(KEY_COLUMNS).filter(unheld))
 
     def _fold(self, rows: pa.Table) -> None:
-        decided = Decided(self._refold, rows, np.zeros(rows.num_rows, bool))
+        decided = Decided(self._refold, rows, np.zeros(rows.num_rows, bool), self._freed)
         places = np.flatnonzero(decided.differs)
         if not len(places):
             return
@@ -422,8 +437,10 @@ class _Project:
             self.mends.files.append(write(self._engine.lake.events, right))
             self.mends.places.append(right.select(["block", "row"]))
 
-    def _row(self, rows: pa.Table, at: int, name: str, old: object, new: object) -> None:
-        if name == "group_properties" and self.deleted:
+    def _row(self, rows: pa.Table, at: int, name: str, old: Any, new: Any) -> None:
+        if self.deleted and (
+            name == "group_properties" or (name == "flags" and old ^ new == Flag.HELD)
+        ):
             self._report.unknown += 1
             return
         where = f"row {rows['block'][at]}:{rows['row'][at]}"
@@ -503,9 +520,7 @@ class _Project:
         mend: dict[str, int] = getattr(self.mends.changes, table)
         for one, old in self._checkpoint.every_id(table, self._number):
             new = made.pop(one, 0)
-            # Nobody's is a device that an undo left free after a deletion.
-            freed = not old or old in self._forgotten
-            if old != new and not (freed and (self.deleted or not new)):
+            if new != (0 if old in self._forgotten else old):
                 mend[one] = new
                 self._differs(f"{table[:-1]} {one}", "amplitude_id", old or None, new or None)
         for one, new in made.items():

@@ -214,6 +214,8 @@ class Engine:
                 )
             engine = cls(settings, clock, directory, sealer)
             engine._recover()
+            if not engine.lake.keeps_freed:
+                engine._keep_freed()
         except BaseException:
             if engine is None:
                 directory.close()
@@ -265,6 +267,15 @@ class Engine:
                 mend="Blocks are missing from hot.sqlite: restore it from a copy",
             )
         self._deleted_to = (numbers[0][0] - 1) if numbers else self.state.block
+
+    def _keep_freed(self) -> None:
+        """Say in a lake of before what deletions have freed."""
+        free = {}
+        for number in self._admissions:
+            state = self.state.project(number)
+            if gone := state.forgotten():
+                free[number] = state.owned_by(gone)
+        self.lake.keep_freed(self.state.block, free)
 
     def _follow(self, redo: dict[int, list[Redone]], reserved: list[tuple[int, int]]) -> None:
         """Take what changed between the last block and the next, as it was then."""

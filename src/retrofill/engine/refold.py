@@ -27,9 +27,10 @@ from retrofill.core.refold import Merged, Refold, Rows
 from retrofill.core.row import SHOWN, Vocabulary
 from retrofill.engine.changed import ASIDE
 from retrofill.engine.duplicates import imported_of, packed_of_rows
+from retrofill.engine.freed import Freeing
 from retrofill.lake import arrow
 from retrofill.lake.arrival import of_import
-from retrofill.lake.arrow import SCHEMA, MergeRow
+from retrofill.lake.arrow import FREED, SCHEMA, MergeRow
 from retrofill.limits import MS_PER_HOUR, Limits
 
 Bools = NDArray[np.bool_]
@@ -41,7 +42,6 @@ KEY_COLUMNS = (
 _KEYED = [*KEY_COLUMNS, "server_upload_time"]
 _BLOCK_MAX = 2**62
 _NEVER_MS = 2**62
-_SEEN = (int(Kind.EVENT), int(Kind.IDENTIFY), int(Kind.GROUP_IDENTIFY))
 
 
 class Which(Struct, frozen=True):
@@ -79,59 +79,6 @@ class Rule(Struct, frozen=True):
         """Which import's rows change, after which block up to which."""
         which = self.hide or self.show
         return (which.import_id, which.after, which.until) if which else ("", 0, 0)
-
-
-class Freed:
-    """Devices that a deletion has freed, as far as rows still say so.
-
-    Whoever is deleted leaves no row, so a fold of the rows that are left believes a device to be whose it was before
-    that. But an event without a user on somebody's device is always that one's: if it began a person, nobody had it.
-    """
-
-    def __init__(self, refold: Refold, *, beside_shown: bool = False) -> None:
-        self._refold = refold
-        self._appeared: NDArray[np.int64] = np.zeros(1, np.int64)  # 0 is nobody
-        # Whose a device was in that history the fold does not know where it gives devices to rows that are shown again.
-        self._used: set[str | None] | None = set() if beside_shown else None
-
-    def parts(self, rows: pa.Table, telling: Bools) -> Iterator[pa.Table]:
-        """Yield rows up to each block before which a device was freed, and free it; each part is to be folded at once.
-
-        telling: rows whose amplitude_id is of the history that is folded again. What others say of a device is no sign
-        that anybody had it there.
-        """
-        told = np.flatnonzero(telling)
-        people, firsts = np.unique(rows["amplitude_id"].to_numpy()[told], return_index=True)
-        new = ~np.isin(people, self._appeared)
-        self._appeared = np.union1d(self._appeared, people[new])
-        anonymous = rows["user_id"].is_null().to_numpy()
-        begins = [at for at in np.sort(told[firsts[new]]).tolist() if anonymous[at]]
-        begun = 0
-        if begins:
-            devices = _texts(pc.if_else(pa.array(telling), rows["device_id"], None))
-            block = rows["block"].to_numpy()
-            before: dict[str, int] = {}  # the first row of each here
-            for at, device in enumerate(devices):
-                before.setdefault(device, at)
-            for at in begins:
-                device = devices[at]
-                if not device or not (before[device] < at or self._was_used(device)):
-                    continue
-                first = int(np.searchsorted(block[: at + 1], block[at]))
-                # A deletion is a block of its own, or comes before all else in it.
-                if device in devices[first:at]:
-                    continue
-                if begun < first:
-                    yield rows.slice(begun, first - begun)
-                self._refold.free(device)
-                begun = first
-        if self._used is not None:
-            self._used.update(pc.unique(rows["device_id"].filter(pa.array(telling))).to_pylist())
-        yield rows.slice(begun)
-
-    def _was_used(self, device: str) -> bool:
-        """Whether a row of the parts before had it."""
-        return bool(self._refold.devices[device]) if self._used is None else device in self._used
 
 
 class Keys(Struct):
@@ -265,8 +212,8 @@ def _in_order(parts: Sequence[_Dated]) -> _Dated:
 class Folding:
     """The rows of some people on their way through the fold.
 
-    whole: whether it is everyone of the project. people: who they are, by amplitude_id, in rising order; whoever joins
-    later is added. gone, added: keys that rows held before, and hold now. stored: what differs for the daily quota. rows: how many were theirs so far.
+    people: who they are, by amplitude_id, in rising order; whoever joins later is added. freed: of their devices, where
+    deleted rows took them. gone, added: keys that rows held before, and hold now. stored: what differs for the daily quota. rows: how many were theirs so far.
     """
 
     def __init__(
@@ -275,13 +222,9 @@ class Folding:
         refold: Refold,
         limits: Limits,
         *,
-        whole: bool = False,
         quota_after_ms: int = _NEVER_MS,
     ) -> None:
-        # Of rows that were folded in event time the numbers do not say who was new on arrival.
-        self._freed = (
-            None if rule.by_time or whole else Freed(refold, beside_shown=rule.show is not None)
-        )
+        self.freed = Freeing(FREED.empty_table(), by_time=rule.by_time)
         self.stored = Stored(quota_after_ms if limits.daily_quota else _NEVER_MS)
         self._rule = rule
         self._limits = limits
@@ -320,10 +263,10 @@ class Folding:
         keys = dedupe.table_of(packed_of_rows(rows, self._limits))
         return rows.filter(pa.array(self._imported.may_hold(keys[:, 0])))
 
-    def know(self, rows: pa.Table) -> None:
+    def know(self, rows: pa.Table, freed: Freeing) -> None:
         """Fold rows that stay as they are, for what they make of people; groups were changed by them already.
 
-        All of some people's so far, in the order of the fold: nobody is late by them.
+        All of some people's so far, in the order of the fold: nobody is late by them. freed: of their devices.
         """
         self._imports_of(rows, np.ones(rows.num_rows, bool))
         late, self.refold.late = self.refold.late, set()
@@ -331,22 +274,9 @@ class Folding:
         for name in ("sent", "sent_groups"):
             kept = pc.if_else(groups, pa.scalar(None, pa.string()), rows[name])
             rows = with_column(rows, name, kept)
-        for some in self.parts(rows):
-            self.refold.fold(rows_of(some, np.zeros(some.num_rows, bool)))
+        nobody = np.zeros(rows.num_rows, bool)
+        self.refold.fold(rows_of(rows, nobody), freed.among(rows))
         self.refold.late = late
-
-    def parts(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Yield the next rows in parts, each to be folded at once: see `Freed`."""
-        if self._freed is None:
-            return iter([rows])
-        mine, _ = self._mine(rows)
-        # Of others their group identifies alone are read, and not what came before those.
-        telling = np.isin(rows["kind"].to_numpy(), _SEEN) & ~self._foreign(rows, mine)
-        if (
-            self._rule.show
-        ):  # what is shown again has numbers of the history that it was hidden from
-            telling &= ~mine
-        return self._freed.parts(rows, telling)
 
     def _foreign(self, rows: pa.Table, mine: Bools) -> Bools:
         """Say which rows are group identifies of nobody who is folded: they are read for their groups."""
@@ -404,7 +334,7 @@ class Folding:
         if seen.any():
             some = rows if seen.all() else rows.filter(pa.array(seen))
             some = with_column(some, "flags", _earned(some))
-            new.decide(Decided(self.refold, some, foreign[seen]))
+            new.decide(Decided(self.refold, some, foreign[seen], self.freed))
         new.kind[~seen & ~mine] = Kind.DISPLACED
         if self._rule.hide:
             new.kind[mine] = Kind.UNDONE
@@ -529,10 +459,10 @@ def no_places() -> pa.Table:
 class Decided:
     """What the fold decides of rows of the lake. kind: of each; differs: which rows say something else so far."""
 
-    def __init__(self, refold: Refold, rows: pa.Table, foreign: Bools) -> None:
+    def __init__(self, refold: Refold, rows: pa.Table, foreign: Bools, freed: Freeing) -> None:
         sets, which = sets_of(rows, SHOWN)
         said = [one[_SAID] for one in sets]
-        outcome = refold.fold(_rows_of(rows, foreign, _spread(said, which)))
+        outcome = refold.fold(_rows_of(rows, foreign, _spread(said, which)), freed.among(rows))
         self.kind = np.frombuffer(outcome.kind, np.uint8)
         self._flags = np.frombuffer(outcome.flags, np.uint8)
         self._people = np.array(outcome.amplitude_id, np.int64)

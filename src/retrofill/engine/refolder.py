@@ -39,19 +39,20 @@ from retrofill import glibc
 from retrofill.core import dedupe, order, person
 from retrofill.core.block import Block, Kind
 from retrofill.core.fold import Changes, Group
-from retrofill.core.person import Person
+from retrofill.core.person import FORGOTTEN, Person
 from retrofill.core.refold import Refold
 from retrofill.engine.changed import DECIDED, Changed, write
 from retrofill.engine.child import Child, serve
 from retrofill.engine.closure import Closure, Members
+from retrofill.engine.freed import Freeing, seen_under
 from retrofill.engine.refold import FOLDED, KEY_COLUMNS, Folding, Keys, Rule, Seed, merge_row
 from retrofill.errors import CorruptError, FullError, StoreError
 from retrofill.hot import keys as key_files
 from retrofill.hot.keys import KeyFile
 from retrofill.hot.sqlite import read_blocks
 from retrofill.lake import arrow
-from retrofill.lake.arrival import Wanted, in_arrival, positions
-from retrofill.lake.arrow import MERGES, SCHEMA
+from retrofill.lake.arrival import Wanted, in_arrival, of_import, positions
+from retrofill.lake.arrow import FREED, MERGES, SCHEMA
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
 from retrofill.lake.history import COLUMNS, History, told
@@ -86,10 +87,14 @@ _ERRORS = {kind.__name__: kind for kind in (StoreError, FullError, CorruptError)
 
 
 class Sources(Struct, frozen=True):
-    """A pinned snapshot: the files of `events`, and a Parquet file of the project's merges (absorbed, surviving)."""
+    """A pinned snapshot: the files of `events`, and a Parquet file of the project's merges (absorbed, surviving).
+
+    freed: of the first one, a Parquet file of the project's rows of table `freed`, if there are any.
+    """
 
     files: list[LakeFile]
     merges: Path
+    freed: Path | None = None
 
 
 class Begin(Struct, frozen=True, tag="begin"):
@@ -384,9 +389,13 @@ class Session:
         ).to_arrow_table()
         merges = ask("SELECT absorbed, surviving FROM read_parquet($1)", [str(task.sources.merges)])
         closure = self._closure = Closure(links, merges.to_arrow_table())
+        # No more come: nobody is deleted while history changes.
+        kept = task.sources.freed
+        freed = pq.read_table(kept) if kept is not None else FREED.empty_table()
+        self._freed = seen_under(freed, task.rule.bounds, shown=task.rule.show is not None)
         seeds, people = links.slice(0, 0), np.array(sorted(task.seed.people), np.int64)
         if task.seed.rows is not None:
-            seeds = self._seeds()
+            seeds = self._seeds(freed)
         self._groups.update((kind, value) for kind, value in task.seed.groups)
         if self._groups:
             people = np.union1d(people, self._showing())
@@ -404,7 +413,6 @@ class Session:
             task.rule,
             refold,
             task.limits,
-            whole=task.seed.whole,
             quota_after_ms=task.quota_after_ms,
         )
         self._named = self._members
@@ -413,8 +421,8 @@ class Session:
     def _use(self, sources: Sources) -> None:
         self._sources = self._history.use(sources.files)
 
-    def _seeds(self) -> pa.Table:
-        """Return the ids of the change's own rows; hear of the groups that they change."""
+    def _seeds(self, freed: pa.Table) -> pa.Table:
+        """Return the ids of the change's own rows, of deleted ones the device; hear of the groups that they change."""
         ask, where = self._history.ask, f"project = $1 AND {_MINE}"
         ids = ask(
             f"SELECT DISTINCT amplitude_id, device_id, user_id FROM events WHERE {where}",
@@ -425,7 +433,13 @@ class Session:
             self._mine,
         ).fetchall()
         self._groups = {group for (sent,) in changed if sent for group in _groups(sent)}
-        return ids
+        mine = freed.filter(pa.array(of_import(freed, *self._begun.rule.bounds)))
+        nobody = {
+            "amplitude_id": np.zeros(mine.num_rows, np.int64),
+            "user_id": pa.nulls(mine.num_rows),
+        }
+        taken = pa.table({**nobody, "device_id": mine["device_id"]}).select(ids.column_names)
+        return pa.concat_tables([ids, taken.cast(ids.schema)])
 
     def _showing(self) -> np.ndarray[Any, Any]:
         """Return the people with a row that shows a group whose properties change."""
@@ -515,8 +529,14 @@ class Session:
             f"SELECT * FROM ({theirs}) ORDER BY {order.SQL if by_time else _ARRIVAL}",
             [self._project, self._until],
         ).to_arrow_reader(REFOLD_ROWS)
+        freed = Freeing(self._freed, known.devices, by_time=by_time)
         for rows in _tables(found) if by_time else _whole_blocks(_tables(found)):
-            self._folding.know(rows)
+            self._folding.know(rows, freed)
+        self._free(freed)
+
+    def _free(self, freed: Freeing) -> None:
+        for one in freed.rest():
+            self._folding.refold.free(one)
 
     def _register(self, members: Members) -> None:
         for name, ids in (
@@ -569,9 +589,13 @@ class Session:
             )
         before = folding.rows
         changed = Changed(self._begun.scratch)
+        if not task.after:  # what was deleted lies before whatever comes from now on
+            folding.freed = Freeing(
+                self._freed, self._members.devices, by_time=self._begun.rule.by_time
+            )
         for rows in read:
-            for some in folding.parts(rows):
-                changed.add(folding.fold(some).changed())
+            changed.add(folding.fold(rows).changed())
+        self._free(folding.freed)
         folding.judged()
         if not task.after:
             # In order: only events with one key were in doubt, and their hash has decided.
@@ -656,8 +680,7 @@ class Session:
             contested = pa.concat_tables([contested, folding.repeats(seen)])
         folding.contest(contested)
         kept = [every.filter(pc.invert(here)), rows.filter(pa.array(~chosen))]
-        for piece in _pieces(some):
-            kept += [folding.fold(part).all() for part in folding.parts(piece)]
+        kept += [folding.fold(piece).all() for piece in _pieces(some)]
         self._until = last
         written = pa.concat_tables(kept)
         files = [write(self._begun.events, written)] if written.num_rows else []
@@ -705,6 +728,13 @@ class Session:
                 {},
             )
         )
+        for device, one in folding.refold.freed.items():
+            if one.owner and changes.devices.get(device) == 0:  # as the deletion left it
+                changes.devices[device] = one.owner
+                changes.people[one.owner] = Person(one.owner, merged_into=FORGOTTEN)
+                if self._begun.rule.by_time:
+                    key = (one.event_time_ms, order.LAST_ID, "")
+                    changes.last[one.owner] = max(key, changes.last.get(one.owner, key))
         devices, users = folding.stored.told()
         laid = Laid(
             changes.devices,

@@ -12,16 +12,15 @@ next block may be folded while the old values are written.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Generic, Never, TypeVar
 
-from msgspec.structs import replace
-
 from retrofill.core.event import Batch
 from retrofill.core.fold import Changes, Folded, Group, Known
 from retrofill.core.order import CHANGED, EVERYBODY, FIRST, SHOWN, Key, Place
-from retrofill.core.person import FORGOTTEN, Person
+from retrofill.core.person import FORGOTTEN, Person, decode
 from retrofill.hot.checkpoint import Changed, Checkpoint, Meta
 from retrofill.limits import IDS_IN_MEMORY, LATE_MARKS_KEPT, MS_PER_S, PEOPLE_IN_MEMORY
 
@@ -124,6 +123,7 @@ class ProjectState:
     """
 
     def __init__(self, project: int, checkpoint: Checkpoint) -> None:
+        self._number, self._checkpoint = project, checkpoint
         self.devices: Shelf[str, int] = Shelf(
             lambda ids: checkpoint.ids("devices", project, ids), absent=0, bound=IDS_IN_MEMORY
         )
@@ -209,6 +209,21 @@ class ProjectState:
         self.groups.rest()
         self.last.rest()
 
+    def forgotten(self) -> set[int]:
+        """Return everyone who was deleted, or of whom a change of history has left nothing. Reads the whole checkpoint."""
+        unsaved = self.people.unsaved()
+        saved = self._checkpoint.every_person(self._number)
+        gone = {one for one, blob in saved if decode(blob).merged_into == FORGOTTEN}
+        now = {one for one, who in unsaved.items() if who.merged_into == FORGOTTEN}
+        return gone.difference(unsaved) | now
+
+    def owned_by(self, people: Collection[int]) -> dict[str, int]:
+        """Return the devices of these people, with the owner. Reads the whole checkpoint."""
+        unsaved = self.devices.unsaved()
+        saved = self._checkpoint.every_id("devices", self._number)
+        owners = itertools.chain((one for one in saved if one[0] not in unsaved), unsaved.items())
+        return {one: owner for one, owner in owners if owner in people}
+
     def owners(self, devices: Iterable[str], users: Iterable[str]) -> set[int]:
         """Return the people whom these ids name."""
         found: set[int] = set()
@@ -216,14 +231,6 @@ class ProjectState:
             shelf.want(ids)
             found.update(shelf.young[one] for one in ids)
         return found - {0}
-
-    def freed(self, devices: Collection[str]) -> set[str]:
-        """Return those of these devices whose last owner is forgotten."""
-        self.devices.want(devices)
-        of = self.devices.young
-        self.people.want({of[one] for one in devices} - {0})
-        people = self.people.young
-        return {one for one in devices if of[one] and people[of[one]].merged_into == FORGOTTEN}
 
     def apply(self, changes: Changes, *, block: int) -> None:
         """Take what a block changed, after it is on disk."""
@@ -397,17 +404,15 @@ class State:
         it. by_time: the next block is folded so; None: as before.
 
         They may have been made by a process that died: its numbers were drawn, and whom its ids named before is gone.
-        A device whose owner was deleted stays free: of the rows that are left the last may be somebody's before that.
         """
         project = self.project(number)
-        freed = project.freed(changes.devices)
-        devices = {one: owner for one, owner in changes.devices.items() if one not in freed}
-        changes = replace(changes, devices=devices)
         were = project.owners(changes.devices, changes.users) - changes.people.keys()
         people = changes.people | {one: Person(one, merged_into=FORGOTTEN) for one in were}
-        # Of a group, rows of people who are not folded again may be the last to show it.
+        # Of a group, rows of people who are not folded again may be the last to show it; of who was deleted, rows are gone.
         last = {
-            place: key if isinstance(place, int) else max(key, project.last.get(place) or FIRST)
+            place: key
+            if isinstance(place, int) and not _is_gone(people.get(place))
+            else max(key, project.last.get(place) or FIRST)
             for place, key in changes.last.items()
         }
         late = (
@@ -446,6 +451,10 @@ class State:
         gone = sum(1 for _, ms in self.block_times if ms < times_after_ms)
         del self.block_times[:gone]
         self._times_saved -= gone
+
+
+def _is_gone(who: Person | None) -> bool:
+    return who is not None and who.merged_into == FORGOTTEN
 
 
 def _by_project(batches: list[Batch]) -> dict[int, list[Batch]]:

@@ -86,6 +86,21 @@ MERGES = pa.schema(
         ("server_upload_time", pa.int64()),
     ]
 )
+# Table `freed`: there somebody who was deleted since had taken a device, which is nobody's from then on until another's
+# event takes it. hidden: the event is of an import that is undone.
+FREED = pa.schema(
+    [
+        ("project", pa.int32()),
+        ("amplitude_id", pa.int64()),
+        ("device_id", pa.string()),
+        ("partition", pa.int32()),
+        ("block", pa.int64()),
+        ("row", pa.int32()),
+        ("event_time", pa.int64()),
+        ("import_id", pa.string()),
+        ("hidden", pa.bool_()),
+    ]
+)
 _CODED_TYPE = pa.dictionary(pa.int32(), pa.string())
 # What `narrow` gives, and what stands in a lake file.
 NARROW = pa.schema(

@@ -1,8 +1,8 @@
-"""The lake: tables `events`, `merges`, `sealed` and `rewritten` of a DuckLake, its catalog a DuckDB file, its rows Parquet files.
+"""The lake: tables `events`, `merges`, `freed`, `sealed` and `rewritten` of a DuckLake, its catalog a DuckDB file, its rows Parquet files.
 
 One process owns the folder. Whoever writes takes one lock; readers never wait. A file of `events` is adopted together
 with the number of its last block (`sealed`) in one transaction, and its bytes and name are on disk before that
-transaction commits: a catalog that names a file is enough to read it. `merges` and `sealed` are small and stay inside
+transaction commits: a catalog that names a file is enough to read it. The other tables are small and stay inside
 the catalog, whose commit DuckDB syncs, so no small file is ever written without our sync. A deletion does write small
 files (places of deleted rows): they are synced between the statement and its commit.
 
@@ -16,7 +16,7 @@ import contextlib
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from msgspec import Struct
 from retrofill.core.block import Kind
 from retrofill.core.sql import literal
 from retrofill.errors import CorruptError, FullError, StoreError
-from retrofill.lake.arrow import MERGES, SCHEMA, MergeRow
+from retrofill.lake import freed
+from retrofill.lake.arrow import FREED, MERGES, SCHEMA, MergeRow
 from retrofill.lake.catalog import CATALOG, put_in_place
 from retrofill.lake.compact import LakeFile
 from retrofill.lake.files import Files
@@ -53,11 +54,19 @@ _TYPES = {
     pa.int64(): "BIGINT",
     pa.float64(): "DOUBLE",
     pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
 }
 _SEALED = pa.schema([("partition", pa.int32()), ("block", pa.int64())])
 # A change of stored history, by the number of its intent, and the last block whose rows it changed.
 _REWRITTEN = pa.schema([("intent", pa.int64()), ("block", pa.int64())])
-_TABLES = {"events": SCHEMA, "merges": MERGES, "sealed": _SEALED, "rewritten": _REWRITTEN}
+_TABLES = {
+    "events": SCHEMA,
+    "merges": MERGES,
+    "freed": FREED,
+    "sealed": _SEALED,
+    "rewritten": _REWRITTEN,
+}
+_LATER = {"freed"}  # made by `keep_freed` where the others are there
 # The tables there are, each with how many rows it keeps in the catalog, as text.
 _FOUND = f"""
 SELECT table_name, value FROM {CATALOG}.ducklake_table LEFT JOIN {CATALOG}.ducklake_metadata
@@ -70,26 +79,6 @@ WHERE table_name = 'events' AND ducklake_table.end_snapshot IS NULL AND ducklake
 """  # noqa: S608 - a name of ours
 # The first question of a transaction: it reads this snapshot from then on.
 _PIN = "SELECT id FROM ducklake_current_snapshot('lake')"
-# A displaced row is of nobody yet, and one that was undone is of whom it would be if it were there. Whose number it has
-# may be another user by now: so it says nothing of who they are.
-_HIDDEN_OF = f"""
-WITH hidden AS (
-    SELECT "partition", "block", "row", kind, amplitude_id, user_id, device_id FROM lake.events
-    WHERE project = $1 AND kind BETWEEN {int(Kind.DISPLACED)} AND {int(Kind.UNDONE)}
-        AND amplitude_id NOT IN (SELECT unnest($2))
-), own AS (
-    SELECT DISTINCT user_id, device_id, kind = {int(Kind.UNDONE)} AS undone FROM lake.events
-    WHERE project = $1 AND amplitude_id IN (SELECT unnest($2))
-), users AS (SELECT user_id FROM own WHERE user_id IS NOT NULL AND NOT undone),
-devices AS (SELECT device_id FROM own WHERE device_id IS NOT NULL AND (user_id IS NULL OR user_id IN (FROM users)))
-SELECT "partition", "block", "row" FROM hidden
-WHERE user_id IN (FROM users) OR (user_id IS NULL AND (
-    device_id IN (FROM devices)
-    OR (kind = {int(Kind.UNDONE)} AND amplitude_id IN (
-        SELECT amplitude_id FROM hidden WHERE kind = {int(Kind.UNDONE)} AND amplitude_id > 0 AND user_id IN (FROM users)
-    ))
-))
-"""  # noqa: S608 - numbers of ours
 _FETCH_ROWS = 20_000
 # What decides whether an event is a duplicate, with its place.
 _DEDUPE_COLUMNS = (
@@ -143,6 +132,11 @@ class Snapshot(Struct, frozen=True):
                 kept[project] = found
         return found
 
+    def freed(self, project: int) -> pa.Table:
+        """Return the rows of table `freed` of a project."""
+        found = self.cursor.execute("SELECT * FROM lake.freed WHERE project = ?", [project])
+        return found.to_arrow_table()
+
     def files(self) -> list[LakeFile]:
         """Return the files of table `events`, in order of their blocks."""
         if self.known.files is None:
@@ -172,6 +166,7 @@ class Lake:
         self._synced: set[Path] = set()
         self._footers = Footers(LAKE_FOOTER_BYTES)
         self._known = _Known(-1)
+        self._freed_in: set[int] | None = None  # projects; None: not known
 
     @classmethod
     def open(cls, folder: Path, files: Files | None = None) -> Lake:
@@ -323,35 +318,25 @@ class Lake:
     def delete(self, project: int, amplitude_ids: Sequence[int]) -> int:
         """Delete every row of some people in one transaction, and what is hidden of them: displaced, or undone.
 
-        Returns how many there were. Hidden rows are found by the ids on the people's rows.
+        Returns how many there were. Hidden rows are found by the ids on the people's rows. What they leave: see `lake.freed`.
         """
         gone = 0
 
         def change(cursor: duckdb.DuckDBPyConnection) -> None:
             nonlocal gone
-            people = [project, list(amplitude_ids)]
-            hidden = cursor.execute(_HIDDEN_OF, people).fetchall()
-            if hidden:
-                cursor.execute(
-                    f"DELETE FROM lake.events WHERE kind IN ({int(Kind.DISPLACED)}, {int(Kind.UNDONE)}) "  # noqa: S608 - numbers of ours
-                    'AND ("partition", "block", "row") IN (SELECT unnest(?), unnest(?), unnest(?))',
-                    [list(side) for side in zip(*hidden, strict=True)],
-                )
-            gone = (
-                len(hidden)
-                + cursor.execute(
-                    "DELETE FROM lake.events WHERE project = ? AND amplitude_id IN (SELECT unnest(?))",
-                    people,
-                ).fetchall()[0][0]
-            )
-            cursor.execute(
-                "DELETE FROM lake.merges WHERE project = ? "
-                "AND (absorbed IN (SELECT unnest($2)) OR surviving IN (SELECT unnest($2)))",
-                people,
-            )
+            gone = freed.delete(cursor, project, amplitude_ids)
 
         self._commit(change)
+        self._freed_in = None
         return gone
+
+    def freed_in(self, project: int) -> bool:
+        """Say whether table `freed` has rows of a project. Whoever asks lets nobody be deleted meanwhile."""
+        if self._freed_in is None:
+            with self.snapshot() as snapshot, _told(self.folder):
+                rows = snapshot.cursor.execute("SELECT DISTINCT project FROM lake.freed").fetchall()
+            self._freed_in = {one for (one,) in rows}
+        return project in self._freed_in
 
     def purge(self, project: int, name: str, last: int) -> int:
         """Delete the hidden rows of an import in blocks up to one; return how many there were."""
@@ -364,6 +349,10 @@ class Lake:
                 f"AND kind = {int(Kind.UNDONE)}",
                 [project, name, last],
             ).fetchall()[0][0]
+            cursor.execute(
+                'DELETE FROM lake.freed WHERE project = ? AND import_id = ? AND "block" <= ? AND hidden',
+                [project, name, last],
+            )
 
         self._commit(change)
         return gone
@@ -572,9 +561,8 @@ class Lake:
         found = dict(self._db.execute(_FOUND).fetchall())
         if found.keys() != _TABLES.keys():
             self._db.execute("BEGIN TRANSACTION")
-            for name, schema in _TABLES.items():
-                fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in schema)
-                self._db.execute(f"CREATE TABLE IF NOT EXISTS lake.{name} ({fields})")
+            for name in _TABLES.keys() - (_LATER if found else ()):
+                self._db.execute(_made(name))
             self._db.execute("COMMIT")
         there = {name for (name,) in self._db.execute(_COLUMNS).fetchall()}
         for field in SCHEMA:
@@ -582,11 +570,24 @@ class Lake:
                 self._db.execute(
                     f'ALTER TABLE lake.events ADD COLUMN "{field.name}" {_TYPES[field.type]}'
                 )
-        for name in ("merges", "sealed", "rewritten"):
-            if found.get(name) != str(LAKE_MERGES_INLINE):
-                self._db.execute(
-                    f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{name}')"
-                )
+        for name, inline in self._db.execute(_FOUND).fetchall():
+            if name != "events" and inline != str(LAKE_MERGES_INLINE):
+                self._db.execute(_inlined(name))
+
+    @property
+    def keeps_freed(self) -> bool:
+        """Whether there is a table `freed`: a lake of before has none."""
+        return any(name == "freed" for name, _ in self._db.execute(_FOUND).fetchall())
+
+    def keep_freed(self, block: int, free: Mapping[int, Mapping[str, int]]) -> None:
+        """Make and fill the table `freed` of a lake that has none. See `lake.freed`."""
+
+        def change(cursor: duckdb.DuckDBPyConnection) -> None:
+            cursor.execute(_made("freed"))
+            freed.begin(cursor, block, free)
+
+        self._commit(change)
+        self._db.execute(_inlined("freed"))  # if a stop comes before, the next opening does it
 
     def _remove_unnamed(self) -> None:
         """Remove files that the catalog does not name: what a crash left between writing and adopting."""
@@ -657,6 +658,15 @@ class Swap:
                     "INSERT INTO lake.merges SELECT * FROM read_parquet(?)", [str(add)]
                 )
 
+    def hide(self, project: int, bounds: tuple[str, int, int], *, hidden: bool) -> None:
+        """Let what deleted rows of an import took be hidden with its rows, or seen. bounds: as of `Rule`."""
+        with _told(self._lake.folder):
+            self._cursor.execute(
+                "UPDATE lake.freed SET hidden = ? "
+                'WHERE project = ? AND import_id = ? AND "block" > ? AND "block" <= ?',
+                [hidden, project, *bounds],
+            )
+
     def sync(self) -> None:
         """See that what DuckLake wrote for this until now is on disk."""
         with _told(self._lake.folder):
@@ -684,6 +694,15 @@ class Swap:
                 lake._tidy()  # noqa: SLF001
         finally:
             lake._writing.release()  # noqa: SLF001
+
+
+def _made(table: str) -> str:
+    fields = ", ".join(f'"{field.name}" {_TYPES[field.type]}' for field in _TABLES[table])
+    return f"CREATE TABLE IF NOT EXISTS lake.{table} ({fields})"
+
+
+def _inlined(table: str) -> str:
+    return f"CALL lake.set_option('data_inlining_row_limit', {LAKE_MERGES_INLINE}, table_name => '{table}')"
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
