@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sqlite3
 import struct
 import subprocess
@@ -544,6 +545,7 @@ LOST: dict[str, Harm] = {
     "the catalog": lambda folder: _cut(folder / "lake" / "catalog.duckdb"),
     "the catalog, gone": lambda folder: (folder / "lake" / "catalog.duckdb").unlink(),
     "the catalog, empty": lambda folder: os.truncate(folder / "lake" / "catalog.duckdb", 0),
+    "the lake": lambda folder: shutil.rmtree(folder / "lake"),
     "intents": lambda folder: _cut(folder / "intents.sqlite"),
     "intents, gone": lambda folder: (folder / "intents.sqlite").unlink(),
     "blocks, gone": lambda folder: (folder / "hot.sqlite").unlink(),
@@ -562,6 +564,9 @@ def test_what_nothing_else_holds_is_told_and_left_as_it_is(
     assert done.found.differences == done.left.differences
     assert done.left.count == 1
     assert _bytes(server.folder) == kept
+    if name in ("the catalog, gone", "the lake"):
+        with pytest.raises(CorruptError):
+            Engine.open(Settings(data=server.folder, limits="none"), clock=server.clock)
     with pytest.raises(SystemExit) as ended:
         main.app(["check", "--data", str(server.folder), "--repair"])
     assert ended.value.code == 1

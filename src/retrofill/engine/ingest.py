@@ -227,6 +227,7 @@ class Engine:
     def _recover(self) -> None:
         sealed = self.lake.sealed()
         numbers = self.blocks.numbers()
+        self._need_lake_to(numbers[0][0] if numbers else self.state.block + 1, sealed)
         for project in self.projects_store.all():
             self.add_project(project)
         redo = self.rewriting.redo()
@@ -276,6 +277,15 @@ class Engine:
             if gone := state.forgotten():
                 free[number] = state.owned_by(gone)
         self.lake.keep_freed(self.state.block, free)
+
+    def _need_lake_to(self, held: int, sealed: int) -> None:
+        """Blocks go once they are in the lake and in the checkpoint: what comes after the lake's is held. Raises CorruptError."""
+        if sealed + 1 < held:
+            raise CorruptError(
+                f"The lake ends at block {sealed:,}, and blocks are held from {held:,} on",
+                where=str(self.lake.folder),
+                mend="It is older than the rest of the data directory, or another one: restore it from a copy",
+            )
 
     def _follow(self, redo: dict[int, list[Redone]], reserved: list[tuple[int, int]]) -> None:
         """Take what changed between the last block and the next, as it was then."""
