@@ -321,6 +321,26 @@ def test_rows_with_names_that_come_later_or_are_too_many_are_the_same(
     assert alike(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("texts", [0.1, 1.0])
+def test_rows_whose_objects_stand_as_text_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[tuple[int, bool]], texts: float
+) -> None:
+    draw = random.Random(3)
+    made = []
+    for at in range(200):
+        row = {**SEGMENT, "messageId": f"m-{at}", "traits": None}
+        for name in ("context", "properties", "integrations"):
+            if draw.random() < texts:
+                row[name] = msgspec.json.encode(row[name]).decode()
+        made.append(row)
+    path = ndjson(tmp_path / "s.ndjson", made)
+    run(tmp_path / "cut", path, "segment", bad_rows=1.0)
+    assert (sum(count for count, _good in passed) > 100) == (texts < 1)
+    whole(monkeypatch)
+    run(tmp_path / "whole", path, "segment", bad_rows=1.0)
+    assert alike(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_row_of_which_one_event_is_bad_is_handed_on_with_all_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[tuple[int, bool]]
 ) -> None:

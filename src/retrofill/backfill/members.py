@@ -347,7 +347,9 @@ def _row(
             tight = column >= 0 or keep
             down = child >= 0 and data[value] == _OPEN
             null = data[value] == _N
-            if child >= 0 and not down and not null and filters[child] >= 0:
+            # A text may hold an object that a mapping reaches into.
+            odd = child >= 0 and (data[value] == _QUOTE or (filters[child] >= 0 and not null))
+            if odd and not down:
                 return False
             if tight or not down:
                 longest = rules[LONGEST] if tight else len(data)
