@@ -329,7 +329,7 @@ def test_rows_whose_objects_stand_as_text_are_the_same(
     made = []
     for at in range(200):
         row = {**SEGMENT, "messageId": f"m-{at}", "traits": None}
-        for name in ("context", "properties", "integrations"):
+        for name in ("context", "integrations"):
             if draw.random() < texts:
                 row[name] = msgspec.json.encode(row[name]).decode()
         made.append(row)
