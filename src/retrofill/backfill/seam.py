@@ -83,9 +83,8 @@ def find(
     if known is not None and (known.where == where or (work / "journal.db").exists()):
         return known
     work.mkdir(parents=True, exist_ok=True)
-    (
-        work / "lock"
-    ).touch()  # the sign of a work directory: in a folder that is the source, it is none of that
+    # The sign of a work directory: in a folder that is the source, it is none of that.
+    (work / "lock").touch()
     seen = _Seen()
     if file is not None:
         step(f"reading what is live from {file}")
